@@ -1,0 +1,1 @@
+"""Graphs of runs, evaluations and reports."""

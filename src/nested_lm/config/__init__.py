@@ -1,0 +1,1 @@
+"""What a run is: strict sections, composed by Hydra, judged by pydantic."""

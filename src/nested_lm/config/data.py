@@ -1,0 +1,77 @@
+"""What a data set is: source, tokenizer, splits, chronological segments, shards."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nested_lm.config.section import Count, Fraction, Name, Section
+
+
+class EmbeddedSource(Section):
+    """A corpus shipped with the package: `sotu`, the State of the Union addresses 1790-2026."""
+
+    kind: Literal["embedded"]
+    corpus: Literal["sotu"] = "sotu"
+
+
+class FolderSource(Section):
+    """Every `.txt`, `.jsonl[.gz|.zst]` and `.parquet` file below a folder (or one such file)."""
+
+    kind: Literal["folder"]
+    path: str
+    text_field: str = "text"  # of JSON lines and Parquet rows
+    date_field: str | None = None  # ISO date or year; null: undated, one chronological segment
+    licence: str = "unknown"  # recorded in the manifest
+    on_bad_document: Literal["error", "skip"] = "error"  # not UTF-8, no text field, empty, too large
+    max_document_bytes: PositiveInt = 64 * 1024 * 1024
+
+
+Source = Annotated[EmbeddedSource | FolderSource, Field(discriminator="kind")]
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE tokenizer trained on the training split."""
+
+    kind: Literal["byte_bpe"]
+    vocab_size: Annotated[int, Field(ge=257)]
+
+
+class LoadTokenizer(Section):
+    """An existing Hugging Face `tokenizer.json`."""
+
+    kind: Literal["file"]
+    path: str
+
+
+TokenizerSpec = Annotated[TrainTokenizer | LoadTokenizer, Field(discriminator="kind")]
+
+
+class Split(Section):
+    """Shares of the documents, assigned by the hash of the text, so that a document never moves."""
+
+    train: Fraction = 0.90
+    validation: Fraction = 0.05
+    test: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "Split":
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(
+                f"train {self.train} + validation {self.validation} + test {self.test} = {total:g}; "
+                "the shares must sum to 1"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Text to token shards. `nested-lm data` builds it, training and evaluation read it."""
+
+    name: Name
+    output_dir: str
+    source: Source
+    tokenizer: TokenizerSpec
+    split: Split = Split()
+    deduplicate: Literal["exact", "none"] = "exact"
+    period_years: Count = 25  # length of one chronological segment
+    shard_tokens: Annotated[int, Field(ge=1024)] = 4_194_304

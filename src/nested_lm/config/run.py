@@ -1,0 +1,53 @@
+"""The root of a run's configuration: data, model, training and evaluation together."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from nested_lm.config.data import DataConfig
+from nested_lm.config.evaluation import EvalConfig
+from nested_lm.config.model import ContinuumMemory, ModelConfig, SelfModifying
+from nested_lm.config.section import Name, Section
+from nested_lm.config.train import TrainConfig
+
+
+class RunConfig(Section):
+    """One run: what `nested-lm train` resolves and stores as `config.resolved.yaml`."""
+
+    name: Name
+    output_dir: str  # run folder
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    eval: EvalConfig
+
+    @model_validator(mode="after")
+    def _clocks_fit_the_batch(self) -> "RunConfig":
+        if isinstance(self.model.channel, ContinuumMemory):
+            step = self.train.step_tokens
+            for index, level in enumerate(self.model.channel.levels):
+                if level.period_tokens % step:
+                    near = max(1, round(level.period_tokens / step)) * step
+                    raise ValueError(
+                        f"model.channel.levels[{index}].period_tokens {level.period_tokens} is not a multiple of "
+                        f"the {step} tokens of one training step (context_length x batch_size x accumulation); "
+                        f"try {near}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_fit_the_context(self) -> "RunConfig":
+        mixer = self.model.mixer
+        if isinstance(mixer, SelfModifying) and self.train.context_length % mixer.chunk:
+            near = max(1, round(self.train.context_length / mixer.chunk)) * mixer.chunk
+            raise ValueError(
+                f"train.context_length {self.train.context_length} is not a multiple of model.mixer.chunk "
+                f"{mixer.chunk}; try {near}"
+            )
+        return self
+
+    @property
+    def document_alignment(self) -> int:
+        """Packed documents start at multiples of this many tokens, so that memory borders never cross one."""
+        return self.model.mixer.chunk if isinstance(self.model.mixer, SelfModifying) else 1

@@ -1,0 +1,134 @@
+"""How a model is trained: budget, optimizer, schedule, precision, checkpoints, sinks."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
+
+
+class AdamW(Section):
+    """AdamW for every parameter."""
+
+    kind: Literal["adamw"]
+    rate: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+
+
+class Muon(Section):
+    """Muon for the 2-D matrices inside the blocks; AdamW for embeddings, vectors and memory starts."""
+
+    kind: Literal["muon"]
+    rate: PositiveFloat  # of the matrices, in AdamW units (update RMS matched to AdamW)
+    adamw_rate: PositiveFloat  # of everything else
+    weight_decay: NonNegativeFloat = 0.1
+    momentum: Fraction = 0.95
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+class Cosine(Section):
+    """Linear warm-up, then half a cosine to `final` of the peak."""
+
+    kind: Literal["cosine"]
+    warmup_tokens: Annotated[int, Field(ge=0)]
+    final: Fraction = 0.1
+
+
+class WarmupStableDecay(Section):
+    """Linear warm-up, constant, then linear to `final` of the peak over the last `decay_tokens`."""
+
+    kind: Literal["wsd"]
+    warmup_tokens: Annotated[int, Field(ge=0)]
+    decay_tokens: Annotated[int, Field(ge=0)]
+    final: Fraction = 0.0
+
+
+Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")]
+
+
+class Shuffled(Section):
+    """All training documents in an order drawn from the seed, epoch after epoch."""
+
+    kind: Literal["shuffled"]
+
+
+class Chronological(Section):
+    """Periods in the order of time, one pass, equal tokens each; a checkpoint is kept at each border."""
+
+    kind: Literal["chronological"]
+    periods: Annotated[int, Field(ge=2)]
+
+
+Stream = Annotated[Shuffled | Chronological, Field(discriminator="kind")]
+
+
+class Checkpoints(Section):
+    """When training state is written and how much of it is kept."""
+
+    every_tokens: PositiveInt
+    keep: Count = 2  # newest ones kept; border checkpoints of a chronological stream are always kept
+
+
+class Logging(Section):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    every_steps: Count = 10
+    tensorboard: bool = False
+    wandb_project: str | None = None  # null: W&B is off; offline when no key is set
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    budget_tokens: PositiveInt
+    context_length: Count  # tokens
+    batch_size: Count  # sequences a step and device holds at once
+    accumulation: Count = 1  # micro-batches a step
+    stream: Stream = Shuffled(kind="shuffled")
+    optimizer: Optimizer
+    schedule: Schedule
+    clip_norm: PositiveFloat = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; fast state stays float32
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    recompute: Literal["none", "chunk", "block"] = "none"  # what backward computes again to save memory
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    evaluate_every_tokens: PositiveInt
+    evaluate_tokens: PositiveInt  # validation tokens of one such evaluation
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 5  # skipped in a row before the run stops
+    checkpoints: Checkpoints
+    logging: Logging = Logging()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.context_length * self.batch_size * self.accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.budget_tokens // self.step_tokens)
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "TrainConfig":
+        schedule = self.schedule
+        needed = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 0)
+        if needed > self.budget_tokens:
+            raise ValueError(
+                f"schedule needs {needed:,} tokens for warm-up and decay but budget_tokens is "
+                f"{self.budget_tokens:,}; shorten the schedule or raise the budget"
+            )
+        if isinstance(self.stream, Chronological) and self.num_steps < self.stream.periods:
+            raise ValueError(
+                f"{self.num_steps} steps cannot cover {self.stream.periods} periods; raise budget_tokens to "
+                f"at least {self.stream.periods * self.step_tokens:,}"
+            )
+        return self

@@ -1,0 +1,25 @@
+"""Errors of the user's world. Each message says where, what was found, what is allowed, what to do."""
+
+
+class NestedLMError(Exception):
+    """Base of every error a user can act on; the command line prints it without a traceback."""
+
+
+class ConfigError(NestedLMError):
+    """A preset or override that cannot be run."""
+
+
+class DataError(NestedLMError):
+    """Input text, a tokenizer or a shard that is missing, damaged or not what its manifest says."""
+
+
+class CheckpointError(NestedLMError):
+    """A checkpoint that is incomplete, damaged, or belongs to another model or tokenizer."""
+
+
+class NumericsError(NestedLMError):
+    """A value that is not finite, with the step, the tensor's name and the last good checkpoint."""
+
+
+class ReportError(NestedLMError):
+    """Results that are missing, edited by hand, or may not share a table."""

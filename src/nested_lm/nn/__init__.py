@@ -1,0 +1,1 @@
+"""Modules; single-device code."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the write rules of the memories."""

@@ -1,0 +1,1 @@
+"""Optimizers and which parameter gets which."""
