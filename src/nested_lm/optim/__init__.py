@@ -1,1 +1,1 @@
-"""Optimizers and which parameter gets which."""
+"""Which parameter is stepped by which optimizer, when, and at what rate."""

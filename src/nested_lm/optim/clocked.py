@@ -1,0 +1,179 @@
+"""The optimizer of a run: AdamW and Muon, each group of parameters stepped on its own clock (CMS clock A)."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nested_lm.config.train import AdamW, Optimizer
+from nested_lm.levels import LevelClock
+from nested_lm.optim.groups import ParameterGroup
+
+_STATE = "state"  # first part of the names of optimizer tensors
+_PENDING = "pending"  # first part of the names of gradients that wait for their level's clock
+
+
+class ClockedOptimizer:
+    """Steps ordinary parameters at every step and each Continuum Memory level on its own clock.
+
+    A level that is not due adds its (clipped) gradient to a buffer and keeps its weights. When its period has
+    passed it is stepped once, on the SUM of the gradients of all steps since its last update. The buffers
+    are state: a run stopped in the middle of a period continues with them. A level whose period is one step
+    has no buffer and behaves like an ordinary parameter.
+
+    A step that is skipped (see `skip`) contributes no gradient; a level that would have been due then goes on
+    collecting until it is due again.
+
+    Source: arXiv 2512.24695 eq. 71, with an arbitrary optimizer for the error component. Deviation: periods
+    are half-open, so that no token is counted twice.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: tuple[ParameterGroup, ...],
+        clock: LevelClock,
+        config: Optimizer,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.groups = groups
+        self.clock = clock
+        self._pending: dict[str, Tensor] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        for method in sorted({group.method for group in groups}):
+            own = [group for group in groups if group.method == method]
+            self._optimizers[method] = _create(method, own, self.parameters, config)
+
+    def is_due(self, group: ParameterGroup, tokens_seen: int) -> bool:
+        """Whether the group is stepped once `tokens_seen` tokens have passed."""
+        return group.level is None or group.level in self.clock.due(tokens_seen)
+
+    @torch.no_grad()
+    def step(
+        self, tokens_seen: int, multiplier: float, *, measure: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """Step every group that is due, on the gradients in `.grad`, and clear them.
+
+        Args:
+            tokens_seen: tokens of all steps up to and including this one.
+            multiplier: share of each group's peak rate.
+            measure: labels of the groups whose update is measured (this copies their weights once).
+
+        Returns:
+            Of the measured groups that were due: norm of the update / norm of the weights, by label.
+        """
+        due = [group for group in self.groups if self.is_due(group, tokens_seen)]
+        for group in self.groups:
+            for name in group.names:
+                self._collect(name, is_due=group in due)
+        before = {
+            group.label: [self.parameters[name].clone() for name in group.names]
+            for group in due
+            if group.label in measure
+        }
+        for optimizer in self._optimizers.values():
+            for settings in optimizer.param_groups:
+                settings["lr"] = settings["peak_rate"] * multiplier
+            optimizer.step()
+        self.clear_gradients()
+        changes = {}
+        for group in due:
+            if group.label in before:
+                after = [self.parameters[name] for name in group.names]
+                changes[group.label] = _relative_change(after, before[group.label])
+        return changes
+
+    def skip(self) -> None:
+        """Drop the gradients of a step that must not be taken; weights, moments and buffers stay."""
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients in `.grad`."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _collect(self, name: str, *, is_due: bool) -> None:
+        """Move a gradient into its buffer, or, when due, the buffer into the gradient."""
+        parameter, pending = self.parameters[name], self._pending
+        if is_due:
+            if name in pending:
+                total = pending.pop(name)
+                parameter.grad = total if parameter.grad is None else total.add_(parameter.grad)
+        elif parameter.grad is not None:
+            if name in pending:
+                pending[name].add_(parameter.grad)
+            else:
+                pending[name] = parameter.grad
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Name all optimizer state: `state/<parameter>/<key>` and `pending/<parameter>` (not copied)."""
+        found = {f"{_PENDING}/{name}": buffer for name, buffer in self._pending.items()}
+        for group in self.groups:
+            state = self._optimizers[group.method].state
+            for name in group.names:
+                for key, value in state.get(self.parameters[name], {}).items():
+                    found[f"{_STATE}/{name}/{key}"] = value
+        return found
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_tensors` returned, copied to each parameter's device.
+
+        Raises:
+            ValueError: a name that belongs to no parameter, or a shape that does not fit its parameter.
+        """
+        states: dict[str, dict[str, Tensor]] = {}
+        pending: dict[str, Tensor] = {}
+        for full_name, tensor in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            name, _, key = rest.partition("/")
+            if kind not in (_STATE, _PENDING) or name not in self.parameters or (kind == _STATE) != bool(key):
+                raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of this model")
+            shape = self.parameters[name].shape
+            if tensor.ndim and tensor.shape != shape:
+                raise ValueError(
+                    f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, "
+                    f"its parameter {tuple(shape)}"
+                )
+            copy = tensor.to(self.parameters[name].device, copy=True)
+            if kind == _PENDING:
+                pending[name] = copy
+            else:
+                states.setdefault(name, {})[key] = copy
+        self._pending = pending
+        for group in self.groups:
+            optimizer = self._optimizers[group.method]
+            for name in group.names:
+                optimizer.state.pop(self.parameters[name], None)
+                if name in states:
+                    optimizer.state[self.parameters[name]] = states[name]
+
+
+def _create(
+    method: str, groups: list[ParameterGroup], parameters: Mapping[str, nn.Parameter], config: Optimizer
+) -> torch.optim.Optimizer:
+    """Build the `torch.optim` optimizer of one method."""
+    settings: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.rate,
+            "peak_rate": group.rate,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+    ]
+    if method == "muon":
+        assert not isinstance(config, AdamW)
+        return torch.optim.Muon(settings, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    # Fused AdamW exists for the two device types the configuration allows, and is deterministic on CPU.
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+
+
+def _relative_change(after: list[nn.Parameter], before: list[Tensor]) -> Tensor:
+    """Norm of the change over the norm of the weights before; the change itself where those are all zero."""
+    change = torch.stack([torch.linalg.vector_norm(a - b) for a, b in zip(after, before, strict=True)]).norm()
+    size = torch.stack([torch.linalg.vector_norm(b) for b in before]).norm()
+    relative: Tensor = change / torch.where(size > 0, size, torch.ones_like(size))
+    return relative
