@@ -1,0 +1,101 @@
+"""Small layers every block shares.
+
+Shapes: B batch, T tokens, H heads, K head width, D model width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class StepContext(NamedTuple):
+    """What every block needs to know about the tokens of one call.
+
+    position: tokens of the stream before this call.
+    resets: where a document starts; None when no row starts one in this call.
+    documents: running number of each token's document in its row; None when no row ever started a second one.
+    """
+
+    position: int
+    resets: Bool[Tensor, "B T"] | None
+    documents: Int[Tensor, "B T"] | None
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square over the last dimension, then by a learned vector. Computed in float32."""
+
+    def __init__(self, width: int, *, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest D"]:
+        """Normalise; the result has the input's dtype."""
+        return functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.epsilon)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP of Transformer++: W_out(silu(W_gate x) * W_in x)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_and_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Apply to every token."""
+        gate, value = self.gate_and_in(x).chunk(2, dim=-1)
+        return self.out(functional.silu(gate) * value)
+
+
+def rotate(x: Float[Tensor, "B H T K"], position: int, base: float) -> Float[Tensor, "B H T K"]:
+    """Turn pairs of channels by angles proportional to the token's position (rotary embedding).
+
+    position: position of the first token. Angles are computed in float32 (float64 for float64 input).
+    """
+    half = x.shape[-1] // 2
+    angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    inverse = base ** (-torch.arange(half, device=x.device, dtype=angle_dtype) / half)
+    positions = torch.arange(position, position + x.shape[-2], device=x.device, dtype=angle_dtype)
+    angles = positions[:, None] * inverse  # (T, K/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def tokens_since_reset(resets: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Count tokens since the last document start in this call; very large before the first one."""
+    index = torch.arange(resets.shape[1], device=resets.device)
+    last = torch.where(resets, index, index.new_full((), -(2**40))).cummax(dim=1).values
+    return index - last
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time, carried over calls and never across a document start."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))  # last column is the current token
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], tail: Float[Tensor, "B W D"], resets: Bool[Tensor, "B T"] | None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B W D"]]:
+        """Convolve; `tail` holds the `width - 1` tokens before this call. Returns the result and the new tail."""
+        past = tail.shape[1]
+        padded = torch.cat([tail.to(x.dtype), x], dim=1)
+        weight = self.weight.to(x.dtype)
+        if resets is None:
+            convolved = functional.conv1d(padded.transpose(1, 2), weight[:, None], groups=x.shape[2])
+            return convolved.transpose(1, 2), padded[:, padded.shape[1] - past :]
+        age = tokens_since_reset(resets)
+        result = x * weight[:, past]
+        for back in range(1, past + 1):
+            shifted = padded[:, past - back : padded.shape[1] - back]
+            result = result + shifted * weight[:, past - back] * (age >= back)[..., None]
+        # A token before the last document start must not reach the next call.
+        keep = torch.arange(padded.shape[1], device=x.device) >= (past + x.shape[1] - 1 - age[:, -1:])
+        new_tail = padded * keep[..., None]
+        return result, new_tail[:, padded.shape[1] - past :]

@@ -1,0 +1,179 @@
+"""The one language model: embedding, blocks, norm, head. Which model it is, the configuration says.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import math
+import re
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from nested_lm.config.model import ModelConfig
+from nested_lm.nn.block import Block
+from nested_lm.nn.layers import RMSNorm, StepContext
+from nested_lm.nn.self_modifying import SelfModifyingTitans
+from nested_lm.nn.state import StreamState
+
+IGNORED_TARGET = -100
+
+
+class ModelOutput(NamedTuple):
+    """Result of one call: predictions, the stream's new state, and scalar statistics (detached)."""
+
+    logits: Float[Tensor, "B T V"]
+    state: StreamState
+    stats: dict[str, Tensor]
+
+
+class ParameterRole(NamedTuple):
+    """What a parameter is for, so that the optimizer can treat it accordingly.
+
+    level: index of the Continuum Memory level it belongs to; None outside the chain.
+    """
+
+    kind: Literal["embedding", "matrix", "vector", "memory"]
+    level: int | None
+
+
+class LanguageModel(nn.Module):
+    """Autoregressive language model with explicit stream state.
+
+    recompute: what backward computes again instead of keeping: each memory chunk, each block, or nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, recompute: Literal["none", "chunk", "block"] = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(
+            Block(config, recompute_chunks=recompute == "chunk") for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+
+    @property
+    def has_constant_state(self) -> bool:
+        """Whether the state keeps its size however long the stream."""
+        return all(isinstance(block.mixer, SelfModifyingTitans) for block in self.blocks)
+
+    def initial_state(self, batch_size: int) -> StreamState:
+        """State of streams that have read nothing."""
+        layers = tuple(block.mixer.initial_state(batch_size) for block in self.blocks)
+        return StreamState(layers, position=0, packed=False)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        resets: Bool[Tensor, "B T"] | None = None,
+        state: StreamState | None = None,
+    ) -> ModelOutput:
+        """Predict the token after each token.
+
+        Args:
+            tokens: token ids.
+            resets: True at the first token of a document, whose state starts afresh. For the self-modifying mixer
+                a start must lie on a multiple of its chunk, counted from the start of the stream.
+            state: where the streams stand; None for streams that begin here. It is not changed.
+
+        Raises:
+            ValueError: a document starts inside a chunk (checked on CPU only: it would force a GPU to wait).
+        """
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        context, packed = self._context(resets, state)
+        x = self.embedding(tokens)
+        stats: dict[str, Tensor] = {}
+        layers: list[Any] = []
+        for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x, layer, found = checkpoint(
+                    block, x, context, layer, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, layer, found = block(x, context, layer)
+            layers.append(layer)
+            stats |= {f"layer{index}/{name}": value for name, value in found.items()}
+        head = self.embedding.weight if self.head is None else self.head.weight
+        logits = functional.linear(self.norm(x), head)
+        return ModelOutput(
+            logits, StreamState(tuple(layers), state.position + tokens.shape[1], packed), stats
+        )
+
+    def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState) -> tuple[StepContext, bool]:
+        """Work out what the blocks need to know about document starts."""
+        if resets is not None and not bool(resets.any() if state.position else resets[:, 1:].any()):
+            resets = None  # nothing starts here that the state does not already mean
+        packed = state.packed or resets is not None
+        documents = None
+        if packed:
+            documents = self._documents(resets, state)
+        return StepContext(state.position, resets, documents), packed
+
+    def _documents(self, resets: Bool[Tensor, "B T"] | None, state: StreamState) -> Tensor | None:
+        """Number the documents of each row, going on from the attention cache; None when no block attends."""
+        caches = [layer for layer in state.layers if hasattr(layer, "documents")]
+        if not caches:
+            return None
+        cached = caches[0].documents
+        last = cached[:, -1:] if cached.shape[1] else cached.new_zeros(cached.shape[0], 1)
+        if resets is None:
+            return last
+        return last + resets.long().cumsum(dim=1)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """Say what every parameter is for, by name."""
+        roles = {}
+        for name, parameter in self.named_parameters():
+            found = re.search(r"channel\.levels\.(\d+)\.", name)
+            level = int(found.group(1)) if found else None
+            if name.startswith(("embedding.", "head.")):
+                roles[name] = ParameterRole("embedding", None)
+            elif ".mixer.start_" in name:
+                roles[name] = ParameterRole("memory", None)
+            elif parameter.ndim == 2 and not name.endswith("conv.weight"):
+                roles[name] = ParameterRole("matrix", level)
+            else:
+                roles[name] = ParameterRole("vector", level)
+        return roles
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Set every parameter. The one place where a number is drawn; the same seed gives the same model.
+
+        Embeddings: normal with `init_std`. Matrices: normal with 1/sqrt(fan-in), the projections back into the
+        residual stream smaller by sqrt(2 * num_layers). Gates and memory starts: see `SelfModifyingTitans`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(tensor: Tensor, std: float) -> None:
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std
+            tensor.copy_(drawn)
+
+        residual = 1 / math.sqrt(2 * self.config.num_layers)
+        normal(self.embedding.weight, self.config.init_std)
+        if self.head is not None:
+            normal(self.head.weight, self.config.init_std)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+        for block in self.blocks:
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    scale = residual if name.endswith("out") else 1.0
+                    normal(module.weight, scale / math.sqrt(module.in_features))
+            if isinstance(block.mixer, SelfModifyingTitans):
+                block.mixer.initialise(normal)
+
+
+def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Negative log-likelihood of each target in nats, in float32; 0 where the target is -100."""
+    flat = functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+    )
+    return flat.view(targets.shape)
