@@ -1,0 +1,144 @@
+"""Write, read and compare result files. A file edited after it was written is refused."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import ValidationError
+
+from nested_lm.errors import NumericsError, ReportError
+from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
+
+PARAMETER_TOLERANCE = 0.02
+"""Rows of one table are models of equal size: parameters within this share of the larger."""
+
+_EQUAL_IDENTITY = ("data_hash", "tokenizer_hash", "tokens", "context_length")
+_EQUAL_RESULT = ("task", "task_version", "settings")
+
+
+def content_digest(document: dict[str, Any]) -> str:
+    """xxh3_128 of the canonical JSON of `document` without its `digest` field.
+
+    Raises NumericsError when a number is not finite: JSON has no such numbers.
+    """
+    content = {key: value for key, value in document.items() if key != "digest"}
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NumericsError(f"a result holds a number that is not finite: {error}") from error
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def write_result(path: Path, result: ResultFile) -> None:
+    """Write a result file atomically: aside, flushed to the disk, then renamed over `path`."""
+    document = result.model_dump(mode="json")
+    document["digest"] = content_digest(document)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_result(path: Path) -> ResultFile:
+    """Read a result file.
+
+    Raises ReportError when it is missing, is not JSON, was changed after it was written, was written by another
+    schema version or does not fit the schema.
+    """
+    again = f"Run `nested-lm eval {path.parent.parent}` to write it again."
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: there is no such result file\n  {again}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} is not a JSON file: {error}\n  {again}") from error
+    if not isinstance(document, dict):
+        raise ReportError(f"{path}: expected a JSON object, found {type(document).__name__}\n  {again}")
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ReportError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}\n  {again}"
+        )
+    _check_digest(path, document, again)
+    content = {key: value for key, value in document.items() if key != "digest"}
+    try:
+        # Strict mode reads JSON arrays as tuples from text only.
+        return ResultFile.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        found = "\n".join(
+            f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (found {item['input']!r:.80})"
+            for item in error.errors()[:5]
+        )
+        raise ReportError(
+            f"{path} does not fit the result schema ({error.error_count()} problems):\n{found}\n  {again}"
+        ) from error
+
+
+def _check_digest(path: Path, document: dict[str, Any], again: str) -> None:
+    written = document.get("digest")
+    try:
+        found = content_digest(document)
+    except NumericsError as error:  # NaN and Infinity are read by Python's JSON but never written by us
+        raise ReportError(f"{path} was changed after it was written: {error}\n  {again}") from error
+    if written != found:
+        raise ReportError(
+            f"{path} was changed after it was written\n"
+            f"  its digest field says {written!r}, its content has {found!r}\n"
+            f"  Results are never edited. {again}"
+        )
+
+
+def differences(a: ResultFile, b: ResultFile) -> tuple[str, ...]:
+    """What keeps two results out of one table, one line for each field; empty when they may be compared.
+
+    They may differ in configuration hash, seed, run, arm, commit and step, and in parameters by 2 %.
+    """
+    found = [
+        f"{field}: {getattr(a, field)!r} against {getattr(b, field)!r}"
+        for field in _EQUAL_RESULT
+        if getattr(a, field) != getattr(b, field)
+    ]
+    found += [
+        f"{field}: {getattr(a.identity, field)!r} against {getattr(b.identity, field)!r}"
+        for field in _EQUAL_IDENTITY
+        if getattr(a.identity, field) != getattr(b.identity, field)
+    ]
+    few, many = sorted((a.identity.parameters, b.identity.parameters))
+    if many - few > PARAMETER_TOLERANCE * many:
+        found.append(
+            f"parameters: {a.identity.parameters:,} against {b.identity.parameters:,}, "
+            f"{(many - few) / many:.1%} apart (at most {PARAMETER_TOLERANCE:.0%})"
+        )
+    return tuple(found)
+
+
+def comparable(a: ResultFile, b: ResultFile) -> bool:
+    """Whether two results may be rows of one table."""
+    return not differences(a, b)
+
+
+def require_comparable(results: Sequence[ResultFile]) -> None:
+    """Refuse to put results into one table that came from unlike conditions.
+
+    Raises ReportError naming the first pair and every field that differs.
+    """
+    for index, first in enumerate(results):
+        for second in results[index + 1 :]:
+            found = differences(first, second)
+            if found:
+                lines = "\n".join(f"  {line}" for line in found)
+                raise ReportError(
+                    f"results of {first.identity.name!r} and {second.identity.name!r} may not share a table:\n"
+                    f"{lines}\n  Rows may differ in configuration, seed and commit only. Evaluate both runs on "
+                    "the same data with the same settings, or report them apart."
+                )
