@@ -52,9 +52,17 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
         assert group.rate == (2e-3 if is_matrix else 5e-4)
 
 
-def test_memories_have_groups_of_their_own():
+def test_labels_name_kind_and_level():
     labels = {group.label for group in plan_groups(PARAMETERS, ROLES, ADAMW)}
-    assert {"memory/start_k", "memory/start_v", "level1/matrix", "level1/vector", "level0/matrix"} < labels
+    assert labels == {
+        "embedding",
+        "matrix",
+        "vector",
+        "memory",
+        "level0/matrix",
+        "level1/matrix",
+        "level1/vector",
+    }
 
 
 def test_gaps_and_doubles_are_refused():

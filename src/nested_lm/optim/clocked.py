@@ -1,6 +1,6 @@
 """The optimizer of a run: AdamW and Muon, each group of parameters stepped on its own clock (CMS clock A)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,39 +50,22 @@ class ClockedOptimizer:
         return group.level is None or group.level in self.clock.due(tokens_seen)
 
     @torch.no_grad()
-    def step(
-        self, tokens_seen: int, multiplier: float, *, measure: Collection[str] = ()
-    ) -> dict[str, Tensor]:
+    def step(self, tokens_seen: int, multiplier: float) -> None:
         """Step every group that is due, on the gradients in `.grad`, and clear them.
 
         Args:
             tokens_seen: tokens of all steps up to and including this one.
             multiplier: share of each group's peak rate.
-            measure: labels of the groups whose update is measured (this copies their weights once).
-
-        Returns:
-            Of the measured groups that were due: norm of the update / norm of the weights, by label.
         """
-        due = [group for group in self.groups if self.is_due(group, tokens_seen)]
         for group in self.groups:
+            is_due = self.is_due(group, tokens_seen)
             for name in group.names:
-                self._collect(name, is_due=group in due)
-        before = {
-            group.label: [self.parameters[name].clone() for name in group.names]
-            for group in due
-            if group.label in measure
-        }
+                self._collect(name, is_due=is_due)
         for optimizer in self._optimizers.values():
             for settings in optimizer.param_groups:
                 settings["lr"] = settings["peak_rate"] * multiplier
             optimizer.step()
         self.clear_gradients()
-        changes = {}
-        for group in due:
-            if group.label in before:
-                after = [self.parameters[name] for name in group.names]
-                changes[group.label] = _relative_change(after, before[group.label])
-        return changes
 
     def skip(self) -> None:
         """Drop the gradients of a step that must not be taken; weights, moments and buffers stay."""
@@ -169,11 +152,3 @@ def _create(
     # Fused AdamW exists for the two device types the configuration allows, and is deterministic on CPU.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
-
-
-def _relative_change(after: list[nn.Parameter], before: list[Tensor]) -> Tensor:
-    """Norm of the change over the norm of the weights before; the change itself where those are all zero."""
-    change = torch.stack([torch.linalg.vector_norm(a - b) for a, b in zip(after, before, strict=True)]).norm()
-    size = torch.stack([torch.linalg.vector_norm(b) for b in before]).norm()
-    relative: Tensor = change / torch.where(size > 0, size, torch.ones_like(size))
-    return relative

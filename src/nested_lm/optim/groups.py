@@ -37,7 +37,7 @@ class Role(Protocol):
 class ParameterGroup:
     """Parameters that share an optimizer, a rate, a decay and a clock.
 
-    label: name in metrics, such as `matrix`, `level1/matrix` or `memory/start_k`.
+    label: name in metrics, such as `matrix` or `level1/matrix`.
     method: optimizer that steps the group.
     level: Continuum Memory level whose clock the group follows; None: every step.
     rate: peak learning rate.
@@ -73,19 +73,14 @@ def plan_groups(
         role = roles[name]
         is_muon = isinstance(config, Muon) and role.kind == "matrix"
         method: Literal["adamw", "muon"] = "muon" if is_muon else "adamw"
-        members.setdefault((_label(name, role), method, role.level), []).append(name)
+        label = role.kind if role.level is None else f"level{role.level}/{role.kind}"
+        members.setdefault((label, method, role.level), []).append(name)
     groups = []
     for (label, method, level), names in members.items():
         rate = config.adamw_rate if isinstance(config, Muon) and method == "adamw" else config.rate
         decay = config.weight_decay if roles[names[0]].kind == "matrix" else 0.0
         groups.append(ParameterGroup(label, method, level, rate, decay, tuple(names)))
     return tuple(groups)
-
-
-def _label(name: str, role: Role) -> str:
-    """Name a parameter's group; the starts of the memories are told apart by their own last name."""
-    label = f"memory/{name.rsplit('.', 1)[-1]}" if role.kind == "memory" else str(role.kind)
-    return label if role.level is None else f"level{role.level}/{label}"
 
 
 def _check_complete(parameters: Mapping[str, Tensor], roles: Mapping[str, Role]) -> None:
