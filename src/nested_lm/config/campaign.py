@@ -60,14 +60,18 @@ class CampaignConfig(Section):
         seen: dict[str, str] = {}
         for step in self.steps:
             if step.id in seen:
-                raise ValueError(f"step id {step.id!r} is used twice; ids must be unique")
+                raise ValueError(f"step id {step.id!r} is used twice; rename one of them")
             needs = list(step.after) + ([step.run] if isinstance(step, EvalStep) else [])
             for need in needs:
                 if need not in seen:
                     raise ValueError(
-                        f"step {step.id!r} needs {need!r}, which no earlier step has; earlier steps: {sorted(seen)}"
+                        f"step {step.id!r} needs {need!r}, which no earlier step has; "
+                        f"name one of the earlier steps: {', '.join(seen) or '(none)'}"
                     )
             if isinstance(step, EvalStep) and seen[step.run] != "train":
-                raise ValueError(f"step {step.id!r} evaluates {step.run!r}, which is not a train step")
+                raise ValueError(
+                    f"step {step.id!r} evaluates {step.run!r}, which is not a train step; "
+                    f"name one of {', '.join(id for id, kind in seen.items() if kind == 'train') or '(none)'}"
+                )
             seen[step.id] = step.kind
         return self

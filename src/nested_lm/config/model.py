@@ -1,5 +1,6 @@
 """What a model is: width, depth, and for each block a mixer and a channel memory."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -19,7 +20,7 @@ class WriteRates(Section):
 
 
 class SelfModifying(Section):
-    """Self-modifying Titans: five memories a head (k, v, eta, alpha, memory) written by Delta Gradient Descent.
+    """Self-modifying Titans: memories for k, v, eta, alpha and memory, written by Delta Gradient Descent.
 
     Source: arXiv 2512.24695 eqs. 83-93, in the Delta-form: decay and erase act on the distance from the
     learned start.
@@ -68,7 +69,7 @@ class ContinuumMemory(Section):
     @model_validator(mode="after")
     def _periods_nest(self) -> "ContinuumMemory":
         periods = [level.period_tokens for level in self.levels]
-        for fast, slow in zip(periods, periods[1:], strict=False):
+        for fast, slow in pairwise(periods):
             if slow % fast:
                 near = max(1, round(slow / fast)) * fast
                 raise ValueError(

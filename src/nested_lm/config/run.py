@@ -30,9 +30,9 @@ class RunConfig(Section):
                 if level.period_tokens % step:
                     near = max(1, round(level.period_tokens / step)) * step
                     raise ValueError(
-                        f"model.channel.levels[{index}].period_tokens {level.period_tokens} is not a multiple of "
-                        f"the {step} tokens of one training step (context_length x batch_size x accumulation); "
-                        f"try {near}"
+                        f"model.channel.levels[{index}].period_tokens {level.period_tokens} is not a "
+                        f"multiple of the {step} tokens of one training step (train.context_length x "
+                        f"train.batch_size x train.accumulation); try {near}"
                     )
         return self
 

@@ -1,0 +1,125 @@
+"""Loads presets: Hydra composes, pydantic judges the whole tree, and every mistake is reported at once."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from nested_lm.config.campaign import CampaignConfig
+from nested_lm.config.compose import PARTS, Preset, compose_preset, find_preset, preset_names
+from nested_lm.config.data import DataConfig
+from nested_lm.config.explain import explain
+from nested_lm.config.provenance import Issue, Provenance, config_error, shown
+from nested_lm.config.run import RunConfig
+from nested_lm.config.secrets import redact
+from nested_lm.config.section import Section
+from nested_lm.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+
+
+def load_run(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a run: a preset's name (`hope/demo`) or a YAML file, changed by `path.to.field=value` overrides.
+
+    Raises:
+        ConfigError: every mistake, with its file and line, what was found, what is allowed, and a repair.
+    """
+    return _load(RunConfig, name_or_path, overrides)
+
+
+def load_data(name_or_path: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """Load a data set's preset; arguments and errors as for `load_run`."""
+    return _load(DataConfig, name_or_path, overrides)
+
+
+def load_campaign(name_or_path: str, overrides: Sequence[str] = ()) -> CampaignConfig:
+    """Load a campaign's preset; arguments and errors as for `load_run`."""
+    return _load(CampaignConfig, name_or_path, overrides)
+
+
+def parse_run(data: dict[str, Any], source: str) -> RunConfig:
+    """Judge a run's configuration that was stored in a checkpoint or run folder, named by `source`.
+
+    Raises:
+        ConfigError: it does not fit this version of the program, with every field that does not.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"{source} does not hold a configuration but {type(data).__name__}; restore the file"
+        )
+    config, issues = _judge(RunConfig, dict(data), Provenance(), source)
+    if config is None:
+        raise config_error(source, issues)
+    return config
+
+
+def dump_resolved(config: Section, path: Path) -> None:
+    """Write a configuration as YAML that loads again, with every secret replaced by `<redacted>`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        OmegaConf.to_yaml(OmegaConf.create(redact(config.model_dump(mode="json")))), encoding="utf-8"
+    )
+
+
+def config_hash(config: Section) -> str:
+    """Identity of a configuration: the first 16 hex digits of the sha256 of its canonical JSON."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _load(root: type[S], name_or_path: str, overrides: Sequence[str]) -> S:
+    preset = find_preset(name_or_path)
+    _check_purpose(root, preset, name_or_path)
+    composed = compose_preset(preset, overrides)
+    source = shown(preset.file)
+    config, issues = _judge(root, composed.values, composed.provenance, source)
+    unresolved = {issue.path for issue in composed.issues}
+    issues = [*composed.issues, *(issue for issue in issues if issue.path not in unresolved)]
+    if issues or config is None:
+        raise config_error(source, issues)
+    return config
+
+
+def _judge(
+    root: type[S], values: dict[str, Any], provenance: Provenance, source: str
+) -> tuple[S | None, list[Issue]]:
+    try:
+        return root.model_validate(values), []
+    except ValidationError as error:
+        return None, explain(error, root, provenance, source)
+
+
+_PURPOSES: dict[type[Section], tuple[str, str]] = {  # words and verb for what a preset describes
+    RunConfig: ("a run", "train"),
+    DataConfig: ("a data set", "data"),
+    CampaignConfig: ("a campaign", "campaign"),
+}
+
+
+def _check_purpose(root: type[Section], preset: Preset, name: str) -> None:
+    """Refuse one of the project's presets where another kind of preset is needed."""
+    folder = preset.group
+    if folder is None or _purpose(folder) is root:
+        return
+    actual = _purpose(folder)
+    if actual is None:
+        found, repair = f"the part `{folder}` of a run", "name a preset that uses it"
+    else:
+        found, verb = _PURPOSES[actual]
+        repair = f"`nested-lm {verb} {name}` takes it"
+    choices = [other for other in preset_names() if _purpose(other.partition("/")[0]) is root]
+    raise ConfigError(
+        f"{name} is {found}, not {_PURPOSES[root][0]}\n"
+        f"    allowed  {', '.join(choices)}, or a YAML file of your own\n"
+        f"    repair   {repair}"
+    )
+
+
+def _purpose(folder: str) -> type[Section] | None:
+    """What the presets of a folder describe; None for the parts that runs are composed of."""
+    special: dict[str, type[Section]] = {"data": DataConfig, "campaign": CampaignConfig}
+    return special.get(folder, None if folder in PARTS else RunConfig)
