@@ -23,3 +23,7 @@ class NumericsError(NestedLMError):
 
 class ReportError(NestedLMError):
     """Results that are missing, edited by hand, or may not share a table."""
+
+
+class CampaignError(NestedLMError):
+    """A campaign whose steps failed, that was interrupted, or that another process is running."""

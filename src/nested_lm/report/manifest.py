@@ -1,0 +1,70 @@
+"""`campaign.json`: what a campaign folder holds, so that a report needs nothing but the folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from nested_lm.config.section import Name, Section
+from nested_lm.errors import ReportError
+
+MANIFEST_NAME = "campaign.json"
+
+
+class StepEntry(Section):
+    """One step of the campaign and the command that runs it again by hand."""
+
+    id: Name
+    kind: Literal["data", "train", "eval", "report"]
+    arguments: tuple[str, ...]  # of `nested-lm`
+
+
+class RunEntry(Section):
+    """One training run. `folder` is relative to the campaign folder."""
+
+    step: Name
+    name: Name
+    folder: str
+    evaluated: bool  # an eval step names it
+
+
+class CampaignManifest(Section):
+    """Steps, runs and data folders of one campaign, in the order of its preset."""
+
+    schema_version: Literal[1]
+    name: Name
+    title: str
+    data: tuple[str, ...]  # folders, relative to the campaign folder
+    runs: tuple[RunEntry, ...]
+    steps: tuple[StepEntry, ...]
+
+
+def write_manifest(folder: Path, manifest: CampaignManifest) -> None:
+    """Write `campaign.json` atomically."""
+    path = folder / MANIFEST_NAME
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        aside.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> CampaignManifest:
+    """Read `campaign.json`. Raises ReportError when the folder is not a campaign or the file is damaged."""
+    path = folder / MANIFEST_NAME
+    try:
+        return CampaignManifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ReportError(
+            f"{folder} is not a campaign folder: it holds no {MANIFEST_NAME}\n"
+            "  `nested-lm campaign PRESET` writes one into the preset's output_dir; name that folder."
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        found = str(error) if isinstance(error, UnicodeDecodeError) else error.errors()[0]["msg"]
+        raise ReportError(
+            f"{path} is not a campaign manifest: {found}\n"
+            "  It was changed or cut short. `nested-lm campaign PRESET` writes it again."
+        ) from error
