@@ -1,0 +1,329 @@
+"""The `nested-lm` command: reads arguments, calls one stage, prints errors without a traceback.
+
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from nested_lm import __version__
+from nested_lm.errors import CheckpointError, ConfigError, NestedLMError
+
+if TYPE_CHECKING:
+    from nested_lm.config.run import RunConfig
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="nested-lm",
+    help="Hope: language models whose weights go on learning while they read. Train, evaluate and compare.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,  # local values may hold keys
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Changes to the preset, such as train.batch_size=8."),
+]
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="Name such as hope/demo, or a YAML file.")]
+
+
+class Resume(StrEnum):
+    """What `train` does with a run folder that holds checkpoints."""
+
+    auto = "auto"
+    never = "never"
+
+
+class Device(StrEnum):
+    """Where `generate` computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def print_error(error: NestedLMError) -> None:
+    """Print an error once, on stderr: coloured on a terminal, plain text elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text.assemble((type(error).__name__, "bold red"), ": ", str(error))
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
+def _reports_errors(verb: F) -> F:
+    """Give a verb its exit codes: 2 for what a user can mend, 130 for Ctrl-C."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(*args, **kwargs)
+        except NestedLMError as error:
+            print_error(error)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nested-lm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Hope: language models whose weights go on learning while they read. Train, evaluate and compare."""
+
+
+@app.command()
+@_reports_errors
+def data(preset: Preset, overrides: Overrides = None) -> None:
+    """Build a data set: text to tokenizer, splits and token shards. Continues where it stopped."""
+    from nested_lm.config.load import load_data
+    from nested_lm.data.pipeline import build
+
+    folder = build(load_data(preset, overrides or ()), report=typer.echo)
+    typer.echo(f"data set in {folder}")
+
+
+@app.command()
+@_reports_errors
+def train(
+    preset: Preset,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Resume, typer.Option(help="auto: go on from the newest checkpoint. never: refuse a used folder.")
+    ] = Resume.auto,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Sweep: one run for each combination, as in seed=1,2.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
+    ] = False,
+) -> None:
+    """Train a run, or go on with it."""
+    from nested_lm.config.load import load_run
+
+    if multirun and dry_run:
+        raise ConfigError("--dry-run describes one run; leave -m and the lists of values out, or --dry-run")
+    if multirun:
+        from nested_lm.config.sweep import run_sweep
+
+        run_sweep(preset, overrides or (), functools.partial(train_job, resume=resume.value))
+        return
+    config = load_run(preset, overrides or ())
+    if dry_run:
+        for line in describe_run(config):
+            typer.echo(line)
+        return
+    _train(config, resume.value)
+
+
+def train_job(config: "RunConfig", *, resume: str) -> None:
+    """Train one run of a sweep; importable, so that Hydra's launchers can send it to other processes."""
+    typer.echo(f"run in {config.output_dir}")
+    _train(config, resume)
+
+
+def _train(config: "RunConfig", resume: str) -> None:
+    from nested_lm.train.trainer import train as train_run
+
+    summary = train_run(config, resume=resume)  # type: ignore[arg-type]  # one of its two literals
+    if summary.exit_code:
+        sys.exit(summary.exit_code)  # SystemExit also ends the sweep the run is part of
+
+
+def describe_run(config: "RunConfig") -> list[str]:
+    """Say in a few lines what a run is: parameters by part, steps, tokens, schedule."""
+    from nested_lm.config.load import config_hash
+    from nested_lm.nn.sizing import count_parameters
+
+    plan = config.train
+    parts = count_parameters(config.model)
+    total = parts.pop("total")
+    schedule = plan.schedule
+    stages = [f"warm-up {schedule.warmup_tokens:,}"]
+    if schedule.kind == "wsd":
+        constant = plan.budget_tokens - schedule.warmup_tokens - schedule.decay_tokens
+        stages += [f"constant {constant:,}", f"decay {schedule.decay_tokens:,}"]
+    else:
+        stages.append(f"half a cosine {plan.budget_tokens - schedule.warmup_tokens:,}")
+    rates = {key: value for key, value in plan.optimizer if key.endswith("rate")}
+    rows = {
+        "run": f"{config.name}, seed {config.seed}, configuration {config_hash(config)}",
+        "folder": config.output_dir,
+        "data": f"{config.data.name} in {config.data.output_dir}",
+        "model": f"width {config.model.width}, {config.model.num_layers} layers, "
+        f"{config.model.mixer.kind} + {config.model.channel.kind}",
+        "parameters": f"{total:,}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+        "budget": f"{plan.budget_tokens:,} tokens = {plan.num_steps:,} steps of {plan.step_tokens:,} "
+        f"(context {plan.context_length} x batch {plan.batch_size} x accumulation {plan.accumulation})",
+        "stream": plan.stream.kind,
+        "optimizer": f"{plan.optimizer.kind}, "
+        + ", ".join(f"{key} {value:g}" for key, value in rates.items()),
+        "schedule": f"{schedule.kind}, in tokens: {', '.join(stages)}, to {schedule.final:g} of the peak",
+        "precision": f"{plan.precision}, float32 products {plan.matmul_precision}, device {plan.device}",
+        "validation": f"every {plan.evaluate_every_tokens:,} tokens, on {plan.evaluate_tokens:,}",
+        "checkpoints": f"every {plan.checkpoints.every_tokens:,} tokens, newest {plan.checkpoints.keep} kept",
+    }
+    return [f"{label:<12} {text}" for label, text in rows.items()] + [
+        "dry run: nothing was trained or written"
+    ]
+
+
+@app.command("eval")
+@_reports_errors
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder with checkpoints.")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks; all that the run's preset asks for by default.")
+    ] = None,
+) -> None:
+    """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
+    names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if names == ():
+        raise ConfigError(
+            f"--tasks {tasks!r} names no task; write names with commas between, or leave it out"
+        )
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
+    from nested_lm.eval.runner import evaluate_run
+
+    evaluate_run(run_dir, names)
+
+
+@app.command()
+@_reports_errors
+def generate(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (newest checkpoint) or checkpoint."),
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 120,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to it.")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep so many likely tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed writes the same text.")] = 1,
+    device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
+) -> None:
+    """Continue a text with a trained model."""
+    if top_p == 0.0:
+        raise ConfigError("--top-p 0 keeps no token; choose a value above 0, up to 1 (which keeps all)")
+    import torch
+
+    from nested_lm.checkpoint import load_model
+    from nested_lm.nn.generation import generate as sample
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`"
+        )
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+    loaded = load_model(_checkpoint_of(source), device=chosen)
+    start = loaded.tokenizer.end_of_text
+    tokens = torch.tensor([[start, *loaded.tokenizer.encode(prompt)]], device=chosen)
+    new = sample(
+        loaded.model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+    )[0].tolist()
+    if start in new:  # the model ended the document
+        new = new[: new.index(start)]
+    typer.echo(prompt + loaded.tokenizer.decode(new))
+
+
+def _checkpoint_of(source: Path) -> Path:
+    """The checkpoint that a run folder or checkpoint folder stands for."""
+    from nested_lm.checkpoint import newest_checkpoint
+
+    if (source / "manifest.json").is_file():
+        return source
+    newest = newest_checkpoint(source / "checkpoints", report=functools.partial(typer.echo, err=True))
+    if newest is None:
+        raise CheckpointError(
+            f"{source} is neither a checkpoint nor a run folder with a valid one below checkpoints/; "
+            "train the run first: `nested-lm train`"
+        )
+    return newest
+
+
+@app.command()
+@_reports_errors
+def campaign(
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the steps and their commands; run none.")
+    ] = False,
+) -> None:
+    """Run data, trainings, evaluations and the report. Started again, it continues."""
+    from nested_lm.campaign.plan import run_campaign
+    from nested_lm.config.load import load_campaign
+
+    run_campaign(load_campaign(preset, overrides or ()), dry_run=dry_run)
+
+
+@app.command()
+@_reports_errors
+def report(
+    campaign_dir: Annotated[Path, typer.Argument(metavar="CAMPAIGN_DIR", help="Folder of a campaign.")],
+) -> None:
+    """Render report.md and report.html from the results of a campaign."""
+    from nested_lm.report.render import render_campaign
+
+    render_campaign(campaign_dir)
+
+
+@app.command()
+@_reports_errors
+def doctor(
+    output: Annotated[Path, typer.Option(help="Folder that runs would be written to.")] = Path("artifacts"),
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check this machine and installation; exit code 1 when something necessary is missing."""
+    from nested_lm.doctor import examine
+
+    checks = examine(output)
+    passed = all(check.state != "failed" for check in checks)
+    if as_json:
+        typer.echo(json.dumps({"ok": passed, "checks": [check.as_dict() for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            typer.echo(str(check))
+    if not passed:
+        raise typer.Exit(1)
