@@ -1,0 +1,412 @@
+"""Checkpoints: written aside and renamed, verified by digest before anything is read, never overwritten.
+
+A checkpoint is a folder `step-00000120` with safetensors and JSON files (no pickle anywhere) and
+`manifest.json`, written last, which holds the size and xxh3_128 digest of every other file. A folder without
+a valid manifest is not a checkpoint. Which one is newest is computed, so no pointer can be wrong.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nested_lm.config.load import parse_run
+from nested_lm.config.run import RunConfig
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.errors import CheckpointError
+from nested_lm.nn.model import LanguageModel
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FOLDER_PREFIX = "step-"
+TEMPORARY_PREFIX = ".tmp-"
+_RESERVE_BYTES = 1 << 20  # free space that must remain beside the tensors: JSON files and the manifest
+
+
+class Disk:
+    """Every write to disk a checkpoint needs, one method each, so that tests can stop or fail before any."""
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder and its parents."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        save_file(tensors, path)
+
+    def write_bytes(self, path: Path, content: bytes) -> None:
+        """Write a small file."""
+        path.write_bytes(content)
+
+    def sync(self, path: Path) -> None:
+        """Make a file, or the entries of a folder, survive a power cut."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a folder; atomic within a file system."""
+        source.rename(target)
+
+    def remove_folder(self, path: Path) -> None:
+        """Delete a folder and its files."""
+        shutil.rmtree(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """Space left for this user."""
+        return shutil.disk_usage(path).free
+
+
+_disk = Disk()
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint folder of a step."""
+    return f"{FOLDER_PREFIX}{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    extra_files: Mapping[str, Path],
+    config_hash: str,
+    milestone: str | None = None,
+) -> None:
+    """Write a checkpoint so that it is either whole or not there.
+
+    A valid checkpoint already at `folder` is left alone; a damaged one is replaced.
+
+    Args:
+        folder: `<root>/step-00000120`; its parent is created.
+        tensors: file stem -> name -> tensor, on any device; each becomes `<stem>.safetensors`.
+        documents: file name -> JSON-able content.
+        extra_files: file name -> file to copy.
+        config_hash: of the run, recorded in the manifest.
+        milestone: name of a border this checkpoint marks; milestones are never pruned.
+
+    Raises:
+        CheckpointError: no space, or the disk refuses; what was written is removed, older ones are kept.
+    """
+    if is_valid(folder):
+        return
+    aside = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
+    with _disk_errors(folder, aside):
+        _disk.make_folder(aside)
+        _check_space(folder, tensors, extra_files)
+        for stem, content in tensors.items():
+            _disk.write_tensors(aside / f"{stem}.safetensors", _contiguous(content))
+        for name, document in documents.items():
+            _disk.write_bytes(aside / name, json.dumps(document, allow_nan=False, indent=1).encode())
+        for name, source in extra_files.items():
+            _disk.write_bytes(aside / name, source.read_bytes())
+        files = sorted(aside.iterdir())
+        for path in files:
+            _disk.sync(path)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "config_hash": config_hash,
+            "milestone": milestone,
+            "files": {path.name: {"bytes": path.stat().st_size, "xxh3_128": _digest(path)} for path in files},
+        }
+        _disk.write_bytes(aside / MANIFEST, _sealed(manifest))
+        _disk.sync(aside / MANIFEST)
+        _disk.sync(aside)
+        if folder.exists():  # damaged, or it would have been left alone
+            damaged = folder.parent / f"{TEMPORARY_PREFIX}damaged-{uuid.uuid4().hex[:8]}"
+            _disk.rename(folder, damaged)
+            _disk.rename(aside, folder)
+            _disk.remove_folder(damaged)
+        else:
+            _disk.rename(aside, folder)
+        _disk.sync(folder.parent)
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file against the manifest and return the manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing, cut short or changed.
+    """
+    manifest = _read_manifest(path)
+    listed = manifest["files"]
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {_advice(path)}")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{file} has {size:,} bytes, its manifest says {expected['bytes']:,}; {_advice(path)}"
+            )
+        if (found := _digest(file)) != expected["xxh3_128"]:
+            raise CheckpointError(
+                f"{file} was changed after it was written: xxh3_128 is {found}, its manifest says "
+                f"{expected['xxh3_128']}; {_advice(path)}"
+            )
+    return manifest
+
+
+def is_valid(path: Path) -> bool:
+    """Whether the folder is a whole, unchanged checkpoint."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, valid or not."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.glob(f"{FOLDER_PREFIX}*") if path.is_dir())
+
+
+def newest_checkpoint(root: Path, *, report: Callable[[str], None] | None = None) -> Path | None:
+    """Find the newest valid checkpoint below `root`; None when there is none.
+
+    report: told, in a sentence each, of newer ones that are damaged and skipped.
+    """
+    for path in reversed(list_checkpoints(root)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            if report is not None:
+                report(f"skipped damaged checkpoint: {error}")
+            continue
+        return path
+    return None
+
+
+def remove_stale(root: Path) -> list[str]:
+    """Remove what writes that were cut off left behind; return the names of the removed folders."""
+    stale = sorted(root.glob(f"{TEMPORARY_PREFIX}*")) if root.is_dir() else []
+    for path in stale:
+        _disk.remove_folder(path)
+    return [path.name for path in stale]
+
+
+def prune_checkpoints(root: Path, *, keep: int) -> list[str]:
+    """Delete all but the `keep` newest checkpoints, once the newest verifies; return the deleted names.
+
+    Milestones are never deleted and do not count. Damaged folders are left for a person to look at.
+
+    Raises:
+        CheckpointError: the newest checkpoint does not verify; nothing is deleted.
+    """
+    paths = list_checkpoints(root)
+    if not paths:
+        return []
+    verify_checkpoint(paths[-1])
+    ordinary = []
+    for path in paths:
+        try:
+            manifest = _read_manifest(path)
+        except CheckpointError:
+            continue
+        if manifest["milestone"] is None:
+            ordinary.append(path)
+    old = ordinary[: max(0, len(ordinary) - keep)]
+    for path in old:
+        # Renamed first: a deletion that is cut off leaves a stale folder, not a damaged checkpoint.
+        aside = root / f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}"
+        _disk.rename(path, aside)
+        _disk.remove_folder(aside)
+    return [path.name for path in old]
+
+
+def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
+    """Read `<stem>.safetensors` of a verified checkpoint to the CPU."""
+    with safe_open(path / f"{stem}.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def read_document(path: Path, name: str) -> Any:
+    """Read a JSON file of a verified checkpoint."""
+    return json.loads((path / name).read_text())
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+    """Copy weights into a model whose parameters have exactly these names and shapes.
+
+    Raises:
+        CheckpointError: any name is missing, unknown or of another shape; the model is not changed.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    reshaped = [
+        f"{name}: {tuple(tensors[name].shape)}, the model has {tuple(expected[name].shape)}"
+        for name in sorted(set(expected) & set(tensors))
+        if tensors[name].shape != expected[name].shape
+    ]
+    if missing or unknown or reshaped:
+        raise CheckpointError(
+            f"{where} belongs to another model\n"
+            f"  missing from the checkpoint: {_some(missing)}\n"
+            f"  unknown to the model: {_some(unknown)}\n"
+            f"  of another shape: {_some(reshaped)}\n"
+            "  Use the configuration stored beside it (config.json), or another run folder."
+        )
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model as it was at some step, with what it came from."""
+
+    model: LanguageModel
+    config: RunConfig
+    tokenizer: TextTokenizer
+    identity: dict[str, Any]  # run.json
+    step: int
+    tokens: int
+    milestone: str | None
+
+
+def load_model(
+    path: Path, *, device: torch.device | str, tokenizer_hash: str | None = None
+) -> LoadedCheckpoint:
+    """Verify a checkpoint and load its model in evaluation mode.
+
+    Args:
+        path: checkpoint folder.
+        device: where the model is put.
+        tokenizer_hash: of the data set in use, when there is one.
+
+    Raises:
+        CheckpointError: damaged, of another model, or made with another tokenizer than `tokenizer_hash`.
+    """
+    manifest = verify_checkpoint(path)
+    identity = read_document(path, "run.json")
+    check_tokenizer(path, identity, tokenizer_hash or identity["tokenizer_hash"])
+    config = parse_run(read_document(path, "config.json"), str(path / "config.json"))
+    tokenizer = TextTokenizer.load(path / "tokenizer.json")
+    check_tokenizer(path, identity, tokenizer.hash)
+    model = LanguageModel(config.model)
+    load_weights(model, read_tensors(path, "model"), where=path)
+    state = read_document(path, "train_state.json")
+    return LoadedCheckpoint(
+        model=model.to(device).eval(),
+        config=config,
+        tokenizer=tokenizer,
+        identity=identity,
+        step=state["step"],
+        tokens=state["tokens"],
+        milestone=manifest["milestone"],
+    )
+
+
+def check_tokenizer(path: Path, identity: Mapping[str, Any], tokenizer_hash: str) -> None:
+    """Refuse a checkpoint whose token ids mean something else.
+
+    Raises:
+        CheckpointError: the run's tokenizer is not the one in use.
+    """
+    if identity["tokenizer_hash"] != tokenizer_hash:
+        raise CheckpointError(
+            f"{path} was trained with tokenizer {identity['tokenizer_hash'][:16]}, the one in use is "
+            f"{tokenizer_hash[:16]}; use the data set it was trained on, or train anew"
+        )
+
+
+def _check_space(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], extra_files: Mapping[str, Path]
+) -> None:
+    """Refuse before writing when the disk cannot hold the checkpoint."""
+    size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
+    size += sum(path.stat().st_size for path in extra_files.values())
+    needed, free = size + _RESERVE_BYTES, _disk.free_bytes(folder.parent)
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} needs {needed:,} bytes, {free:,} are free; "
+            "free some space or lower train.checkpoints.keep, then run again with --resume auto"
+        )
+
+
+@contextmanager
+def _disk_errors(folder: Path, aside: Path) -> Iterator[None]:
+    """Turn a failed write into a CheckpointError and leave nothing half-written behind."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        raise CheckpointError(
+            f"{folder} could not be written: {error}; older checkpoints are kept. "
+            "Free some space or mend the disk, then run again with --resume auto"
+        ) from error
+
+
+def _contiguous(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Prepare tensors for safetensors, which refuses views."""
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+
+
+def _digest(path: Path) -> str:
+    """xxh3_128 of a file, read in pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """Bytes of a manifest with its own digest inside: reading compares every byte."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    return json.dumps({**manifest, "manifest_xxh3_128": digest}, indent=1, sort_keys=True).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest and check it against its own digest."""
+    file = path / MANIFEST
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{file} is missing: {path} is not a finished checkpoint; {_advice(path)}"
+        ) from None
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); {_advice(path)}") from None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint schema {version}, this version reads {SCHEMA_VERSION}; "
+            "use the version of nested-lm that wrote it"
+        )
+    if not isinstance(manifest, dict) or content != _sealed(
+        {key: value for key, value in manifest.items() if key != "manifest_xxh3_128"}
+    ):
+        raise CheckpointError(f"{file} was changed after it was written; {_advice(path)}")
+    return manifest
+
+
+def _advice(path: Path) -> str:
+    """Say what a user can do about a damaged checkpoint."""
+    return f"delete {path.name} to use the one before it, or copy it again from where it came"
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    """List a few names, and how many more there are."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
