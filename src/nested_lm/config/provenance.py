@@ -130,6 +130,8 @@ class Provenance:
             if not prefix and name in {"defaults", "hydra"}:
                 continue
             full = join(prefix, name)
+            if value.value == "???" and full in self.sources:  # asks for a value that an earlier file gave
+                continue
             if isinstance(value, yaml.SequenceNode):  # a list replaces the list before it, whole
                 self._forget_below(full)
             self.sources[full] = f"{shown(path)}:{mark.start_mark.line + 1}"
