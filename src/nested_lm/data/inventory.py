@@ -1,0 +1,123 @@
+"""First pass over a source: which documents are kept, and in which split. Stored, so that it happens once."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nested_lm.config.data import DataConfig
+from nested_lm.data.atomic import write_atomically
+from nested_lm.data.dedup import ExactDuplicates, content_hash
+from nested_lm.data.document import Document, year_of
+from nested_lm.data.source import Corpus
+from nested_lm.data.split import SPLITS, Period, SplitName, assign_split, cut_periods
+from nested_lm.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One kept document. place: its number among all items of the source."""
+
+    place: int
+    id: str
+    split: SplitName
+    date: str | None
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every kept document in the order of the source."""
+
+    entries: list[Entry]
+    duplicates_removed: int
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def of_split(self, split: str) -> list[Entry]:
+        """Documents of one split, in the order of the source."""
+        return [entry for entry in self.entries if entry.split == split]
+
+    def periods(self, period_years: int) -> list[Period]:
+        """Chronological periods from the first dated document of any split to the last."""
+        return cut_periods((year_of(e.date) for e in self.entries if e.date is not None), period_years)
+
+    def texts(self, corpus: Corpus, *, wanted: set[int]) -> Iterator[tuple[Entry, str]]:
+        """Read the source again and yield the documents whose place is `wanted`.
+
+        Raises: DataError when a text is not the one of the first pass.
+        """
+        by_place = {entry.place: entry for entry in self.entries if entry.place in wanted}
+        left = len(by_place)
+        if not left:
+            return
+        for place, document in corpus.documents():
+            entry = by_place.get(place)
+            if entry is None:
+                continue
+            if document.id != entry.id or content_hash(document.text) != entry.sha256:
+                raise _changed(document)
+            yield entry, document.text
+            left -= 1
+            if not left:
+                return
+        raise DataError(f"{corpus.description}: {left} documents went away while they were being read")
+
+    def save(self, path: Path) -> None:
+        """Write to a JSON-lines file."""
+        head = {"duplicates_removed": self.duplicates_removed, "skipped": self.skipped}
+        rows = (asdict(entry) for entry in self.entries)
+        write_atomically(path, ((json.dumps(row) + "\n").encode() for row in [head, *rows]))
+
+    @classmethod
+    def load(cls, path: Path) -> "Inventory":
+        """Read what `save` wrote."""
+        with path.open() as file:
+            head = json.loads(next(file))
+            return cls([Entry(**json.loads(line)) for line in file], **head)
+
+
+def take_inventory(corpus: Corpus, config: DataConfig) -> Inventory:
+    """Read the whole source once: leave out bad documents and duplicates, assign splits.
+
+    Raises: DataError when a document is bad and may not be skipped, or a split with a share gets no document.
+    """
+    skipped: Counter[str] = Counter()
+    duplicates = ExactDuplicates()
+    entries = []
+    for place, document in corpus.documents(skipped):
+        content = content_hash(document.text)
+        if config.deduplicate == "exact" and not duplicates.is_new(content):
+            continue
+        split = assign_split(content, config.split)
+        size = len(document.text.encode())
+        entries.append(Entry(place, document.id, split, document.date, size, content))
+    inventory = Inventory(entries, duplicates.removed, dict(sorted(skipped.items())))
+    _check_splits(inventory, corpus, config)
+    return inventory
+
+
+def _check_splits(inventory: Inventory, corpus: Corpus, config: DataConfig) -> None:
+    count = len(inventory.entries)
+    if not count:
+        reasons = (
+            ", ".join(f"{number} {reason}" for reason, number in inventory.skipped.items()) or "it is empty"
+        )
+        raise DataError(f"{corpus.description}: no document is left ({reasons})\n  Name a source with text.")
+    for split in SPLITS:
+        share = getattr(config.split, split)
+        if share and not inventory.of_split(split):
+            raise DataError(
+                f"split.{split} is {share:g}, but none of the {count} documents of {corpus.description} fell "
+                "into it\n"
+                "  Splits are drawn by document. Cut long texts into documents (one file or JSON line each), "
+                f"raise split.{split}, or set it to 0."
+            )
+
+
+def _changed(document: Document) -> DataError:
+    return DataError(
+        f"{document.position} changed while the data set was being built\n"
+        "  Let nothing write to the source, then run the same command again."
+    )

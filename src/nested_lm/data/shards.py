@@ -1,0 +1,142 @@
+"""Reading a built data set: its documents and their tokens, with every file checked against the manifest."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nested_lm.data.manifest import Manifest, ShardRecord, read_manifest
+from nested_lm.data.split import SPLITS, Period
+from nested_lm.errors import DataError
+
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRow:
+    """One line of `documents.jsonl`.
+
+    period: index into the data set's periods, None when undated. bytes: UTF-8 bytes of the text. tokens:
+    without start and end token. shard: index among the split's shards. offset: tokens before it in the shard.
+    """
+
+    id: str
+    split: str
+    date: str | None
+    period: int | None
+    bytes: int
+    tokens: int
+    shard: int
+    offset: int
+    sha256: str  # of the normalised text, see `content_hash`
+
+    def to_json(self) -> str:
+        """The line of `documents.jsonl`, without its line end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Type of the tokens in a shard, little-endian: two bytes where the vocabulary allows it."""
+    return np.dtype("<u2") if vocab_size < 65536 else np.dtype("<u4")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file. Within a process a file is read again only if its size or time of change differs."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=65536)
+def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TokenDataset:
+    """One split of a data set. Tokens stay on disk (memory map); the list of documents is in memory."""
+
+    def __init__(self, folder: Path, split: str, manifest: Manifest, documents: list[DocumentRow]) -> None:
+        self.folder = folder
+        self.split = split
+        self.documents = documents
+        self.periods = [Period(p.label, p.first_year, p.last_year) for p in manifest.periods]
+        self.data_hash = manifest.data_hash
+        self.tokenizer_hash = manifest.tokenizer.sha256
+        self.vocab_size = manifest.tokenizer.vocab_size
+        self.num_tokens = sum(row.tokens for row in documents)
+        dtype = token_dtype(self.vocab_size)
+        self._shards = [
+            np.memmap(folder / shard.file, dtype=dtype, mode="r") for shard in manifest.splits[split].shards
+        ]
+
+    @classmethod
+    def open(cls, folder: Path, split: str, *, verify: bool = True) -> "TokenDataset":
+        """Open the `train`, `validation` or `test` split of the data set in `folder`.
+
+        verify: compare the sha256 of every shard and of the tokenizer; sizes are compared in any case.
+
+        Raises: DataError when there is no such data set or split, or a file is missing, cut short or changed.
+        """
+        assert split in SPLITS, split
+        manifest = read_manifest(folder)
+        name = manifest.name
+        documents_path = folder / manifest.documents.file
+        check_file(documents_path, manifest.documents.sha256, name)
+        tokenizer_path = folder / manifest.tokenizer.file
+        if verify:
+            check_file(tokenizer_path, manifest.tokenizer.sha256, name)
+        for shard in manifest.splits[split].shards:
+            check_shard(folder, shard, manifest.tokenizer.vocab_size, name, verify=verify)
+        with documents_path.open(encoding="utf-8") as file:
+            rows = [DocumentRow(**json.loads(line)) for line in file]
+        return cls(folder, split, manifest, [row for row in rows if row.split == split])
+
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `start` to `stop` of one document as int64, without start and end token."""
+        row = self.documents[index]
+        stop = row.tokens if stop is None else stop
+        assert 0 <= start <= stop <= row.tokens, (start, stop, row.tokens)
+        return self._shards[row.shard][row.offset + start : row.offset + stop].astype(np.int64)
+
+
+def check_shard(folder: Path, shard: ShardRecord, vocab_size: int, name: str, *, verify: bool) -> None:
+    """Compare a shard's size, and with `verify` its sha256, with its record. Raises DataError."""
+    path = folder / shard.file
+    expected = shard.tokens * token_dtype(vocab_size).itemsize
+    found = path.stat().st_size if path.is_file() else None
+    if found is None or found != expected:
+        state = "is missing" if found is None else "does not match its manifest"
+        size = "no file" if found is None else f"{found} bytes"
+        raise _mismatch(path, state, f"expected {expected} bytes, found {size}", name)
+    if verify:
+        check_file(path, shard.sha256, name)
+
+
+def check_file(path: Path, expected: str, name: str) -> None:
+    """Compare a file's sha256 with the one its manifest gives. Raises DataError naming the file."""
+    try:
+        found = file_sha256(path)
+    except FileNotFoundError as error:
+        raise _mismatch(path, "is missing", f"expected sha256 {expected}, found no file", name) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if found != expected:
+        raise _mismatch(
+            path, "does not match its manifest", f"expected sha256 {expected}, found {found}", name
+        )
+
+
+def _mismatch(path: Path, state: str, found: str, name: str) -> DataError:
+    return DataError(
+        f"{path} {state}\n"
+        f"  {found}\n"
+        "  The file was changed, cut short or removed after `nested-lm data` wrote it.\n"
+        f"  Rerun `nested-lm data` with the preset of data set {name!r}: whole files are kept, "
+        "this one is rebuilt."
+    )

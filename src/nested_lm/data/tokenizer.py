@@ -1,0 +1,129 @@
+"""Byte-level BPE: train, load, hash, encode. Every text comes back from its tokens byte for byte."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nested_lm.data.atomic import write_atomically
+from nested_lm.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# A border of two pre-tokens whatever stands around it: before the line break that ends a run of white space,
+# or before a single space between two words. Cutting there leaves every token as it was.
+_BORDER = re.compile(r"\n(?=\S)|(?<=\S) (?=\S)")
+_PIECE_CHARACTERS = 1 << 16
+
+_PROBE = "Aé漢🙂  \r\n\t\x00 1234'll <|endoftext|>_ﬁ\u00a0e\u0301 ."
+
+
+class TextTokenizer:
+    """Text to token ids and back. Id 0 is `<|endoftext|>`, which no text encodes to."""
+
+    end_of_text = 0
+
+    def __init__(self, tokenizer: Tokenizer, file_hash: str) -> None:
+        self._tokenizer = tokenizer
+        self.hash = file_hash  # sha256 of tokenizer.json
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        byte_level = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+        self._can_cut = byte_level and tokenizer.pre_tokenizer.use_regex and tokenizer.normalizer is None
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Read a `tokenizer.json`.
+
+        Raises: DataError when the file is missing or damaged, token 0 is not `<|endoftext|>`, or texts do not
+        survive the round trip (a normaliser that changes them would falsify bits per byte).
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise DataError(
+                f"{path} is not a Hugging Face tokenizer.json: {error}\n"
+                "  The file was changed or cut short. Build the data set again, or restore the file."
+            ) from error
+        if tokenizer.id_to_token(0) != END_OF_TEXT:
+            raise DataError(
+                f"{path}: token 0 is {tokenizer.id_to_token(0)!r}, expected {END_OF_TEXT!r}\n"
+                "  Token 0 starts and ends every document here. Use a tokenizer with that token first, or "
+                "let tokenizer.kind=byte_bpe train one."
+            )
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        loaded = cls(tokenizer, hashlib.sha256(content).hexdigest())
+        if (found := loaded.decode(loaded.encode(_PROBE))) != _PROBE:
+            raise DataError(
+                f"{path} changes texts: {_PROBE!r} comes back as {found!r}\n"
+                "  Bits per byte need a lossless tokenizer: byte-level, without normaliser."
+            )
+        return loaded
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without start or end token."""
+        return self.encode_many([text])[0].tolist()
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of several texts, int64, on all cores. Long texts are encoded piece by piece."""
+        pieces: list[str] = []
+        ends = []
+        for text in texts:
+            pieces.extend(cut(text, _PIECE_CHARACTERS) if self._can_cut else [text])
+            ends.append(len(pieces))
+        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = [np.array(piece.ids, dtype=np.int64) for piece in encoded]
+        starts = [0, *ends[:-1]]
+        return [np.concatenate(ids[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids. Token 0 shows as `<|endoftext|>`; bytes that are no UTF-8 show as U+FFFD."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def cut(text: str, characters: int) -> Iterator[str]:
+    """Pieces of about `characters` or a little more that byte-level BPE encodes as it encodes the whole."""
+    start = 0
+    while len(text) - start > characters:
+        border = _BORDER.search(text, start + characters)
+        if border is None:
+            break
+        yield text[start : border.start()]
+        start = border.start()
+    yield text[start:]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> TextTokenizer:
+    """Train a byte-level BPE of exactly `vocab_size` tokens and write it to `path`.
+
+    Deterministic: the same texts give the same file. Reads the texts once, as a stream.
+
+    Raises: DataError when the texts hold too few different words for the vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    pieces = (piece for text in texts for piece in cut(text, _PIECE_CHARACTERS))
+    tokenizer.train_from_iterator(pieces, trainer=trainer)
+    found = tokenizer.get_vocab_size()
+    if found != vocab_size:
+        raise DataError(
+            f"the training text gives a vocabulary of {found} tokens, tokenizer.vocab_size is {vocab_size}\n"
+            f"  Set tokenizer.vocab_size={found} or less, or add text."
+        )
+    write_atomically(path, tokenizer.to_str().encode())
+    return TextTokenizer.load(path)
