@@ -1,1 +1,1 @@
-"""The training loop."""
+"""Trains a run: one loop, checkpoints that continue bit for bit, metrics, clean stops."""

@@ -1,0 +1,159 @@
+"""The run folder: identity, resolved configuration, and whether a run may go on in it."""
+
+import json
+import platform
+import subprocess
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from nested_lm.config.load import config_hash, dump_resolved
+from nested_lm.config.run import RunConfig
+from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import CheckpointError, ConfigError
+
+RESOLVED = "config.resolved.yaml"
+IDENTITY = "run.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
+
+
+def open_run_folder(
+    config: RunConfig,
+    dataset: TokenDataset,
+    *,
+    resume: Literal["auto", "never"],
+    device: str,
+    parameters: int,
+) -> dict[str, Any]:
+    """Create the folder of a run, or check that the run in it is this one; return its identity.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or any run when `resume` is `never`.
+        CheckpointError: the data set or tokenizer changed since the run began.
+    """
+    folder = Path(config.output_dir)
+    identity_file = folder / IDENTITY
+    if not identity_file.exists():
+        return _create(config, dataset, device=device, parameters=parameters)
+    identity = _read_identity(identity_file)
+    if identity["config_hash"] != config_hash(config):
+        raise ConfigError(
+            f"{folder} holds a run of another configuration; these fields differ (there -> now):\n"
+            + "\n".join(f"  {line}" for line in _differences(folder, config))
+            + "\n  Choose another output_dir, or start with the stored configuration."
+        )
+    if resume == "never":
+        raise ConfigError(
+            f"{folder} already holds run {identity['run_id']}; use --resume auto to continue it, "
+            "or choose another output_dir"
+        )
+    for field, found in (("data_hash", dataset.data_hash), ("tokenizer_hash", dataset.tokenizer_hash)):
+        if identity[field] != found:
+            raise CheckpointError(
+                f"{folder} was begun with {field} {identity[field][:16]}, the data set in {dataset.folder} "
+                f"has {found[:16]}; restore that data set, or choose another output_dir"
+            )
+    return identity
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a small JSON file so that it is whole or not there."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(json.dumps(document, indent=2) + "\n")
+    aside.replace(path)
+
+
+def current_commit() -> str | None:
+    """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _create(config: RunConfig, dataset: TokenDataset, *, device: str, parameters: int) -> dict[str, Any]:
+    """Write configuration and identity of a new run; the identity comes last and makes the folder a run."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_resolved(config, folder / RESOLVED)
+        identity = {
+            "run_id": f"{config.name}-{uuid.uuid4().hex[:8]}",
+            "name": config.name,
+            "config_hash": config_hash(config),
+            "data_hash": dataset.data_hash,
+            "tokenizer_hash": dataset.tokenizer_hash,
+            "commit": current_commit(),
+            "seed": config.seed,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "nested-lm": version("nested-lm"),
+                "python": platform.python_version(),
+                **{package: version(package) for package in _PACKAGES},
+            },
+            "device": device,
+            "parameters": parameters,
+        }
+        write_json(folder / IDENTITY, identity)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {folder} cannot be written: {error}; choose a folder this user may write to"
+        ) from error
+    return identity
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        ConfigError: it is not what a run writes.
+    """
+    try:
+        identity = json.loads(path.read_text())
+        missing = {"run_id", "name", "config_hash", "data_hash", "tokenizer_hash"} - set(identity)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or choose another output_dir") from None
+    if missing:
+        raise ConfigError(f"{path} lacks {sorted(missing)}; restore it, or choose another output_dir")
+    return identity
+
+
+def _differences(folder: Path, config: RunConfig) -> list[str]:
+    """List the fields that differ from the stored configuration, as `path: there -> now`."""
+    stored = folder / RESOLVED
+    if not stored.exists():
+        return [f"{RESOLVED} is missing, so the fields cannot be compared"]
+    there = _flat(OmegaConf.to_container(OmegaConf.load(stored)))
+    now = _flat(config.model_dump(mode="json"))
+    absent = "(absent)"
+    return [
+        f"{path}: {there.get(path, absent)} -> {now.get(path, absent)}"
+        for path in sorted(set(there) | set(now))
+        if there.get(path, absent) != now.get(path, absent)
+    ]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of a configuration by dotted path."""
+    if isinstance(value, dict):
+        pairs = [(f"{path}.{key}" if path else str(key), child) for key, child in value.items()]
+    elif isinstance(value, list):
+        pairs = [(f"{path}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        return {path: value}
+    return {name: leaf for key, child in pairs for name, leaf in _flat(child, key).items()}

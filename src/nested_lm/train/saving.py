@@ -1,0 +1,140 @@
+"""Saves and restores everything a run needs to continue bit for bit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_lm.checkpoint import (
+    check_tokenizer,
+    folder_name,
+    list_checkpoints,
+    load_weights,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_document,
+    read_tensors,
+    remove_stale,
+    write_checkpoint,
+)
+from nested_lm.config.run import RunConfig
+from nested_lm.config.secrets import redact
+from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import CheckpointError
+from nested_lm.nn.model import LanguageModel
+from nested_lm.optim.clocked import ClockedOptimizer
+from nested_lm.train.stability import NonFiniteWatch, check_weights
+from nested_lm.train.state import STATE_VERSION, Progress, random_state, set_random_state
+from nested_lm.train.strategy import Strategy
+from nested_lm.train.stream import TrainingStream
+from nested_lm.train.update_norms import UpdateNorms
+
+
+@dataclass
+class RunState:
+    """All objects of a run that change while it trains. A new stateful part joins by adding a field here."""
+
+    model: LanguageModel
+    optimizer: ClockedOptimizer
+    stream: TrainingStream
+    watch: NonFiniteWatch
+    update_norms: UpdateNorms
+    progress: Progress
+
+
+class CheckpointKeeper:
+    """The checkpoints of one run folder.
+
+    newest: the newest valid one; None before the first.
+    notes: sentences about damaged or stale folders found on opening.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: RunConfig,
+        dataset: TokenDataset,
+        strategy: Strategy,
+        *,
+        identity: dict[str, Any],
+    ) -> None:
+        self.notes: list[str] = [f"removed unfinished {name}" for name in remove_stale(root)]
+        self.newest = newest_checkpoint(root, report=self.notes.append)
+        self._root, self._config, self._dataset = root, config, dataset
+        self._strategy, self._identity = strategy, identity
+        if self.newest is None and list_checkpoints(root):
+            damaged = "\n  ".join(self.notes)
+            raise CheckpointError(
+                f"no checkpoint in {root} is whole:\n  {damaged}\n"
+                "  Restore one of them, or delete them all to start from the beginning."
+            )
+
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return None if self.newest is None else read_document(self.newest, "train_state.json")["step"]
+
+    def save(self, state: RunState) -> Path:
+        """Write the checkpoint of the current step, then delete the ones that retention no longer keeps.
+
+        Raises:
+            NumericsError: a weight is not finite; nothing is written.
+            CheckpointError: it cannot be written; older ones are kept.
+        """
+        step = state.progress.step
+        weights = self._strategy.gather(state.model.state_dict())
+        check_weights(weights, step=step, last_good=self.newest)
+        folder = self._root / folder_name(step)
+        write_checkpoint(
+            folder,
+            tensors={"model": weights, "optimizer": self._strategy.gather(state.optimizer.state_tensors())},
+            documents={
+                "train_state.json": {
+                    "schema_version": STATE_VERSION,
+                    **state.progress.as_document(),
+                    "stream": state.stream.state_dict(),
+                    "watch": state.watch.state_dict(),
+                    "update_norms": state.update_norms.pending,
+                    "random": random_state(),
+                },
+                "config.json": redact(self._config.model_dump(mode="json")),
+                "run.json": self._identity,
+            },
+            extra_files={"tokenizer.json": self._dataset.folder / "tokenizer.json"},
+            config_hash=self._identity["config_hash"],
+            milestone=state.stream.milestone(step),
+        )
+        self.newest = folder
+        prune_checkpoints(self._root, keep=self._config.train.checkpoints.keep)
+        return folder
+
+    def restore(self, state: RunState) -> None:
+        """Put a freshly made run where its newest checkpoint was taken.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another configuration, model or tokenizer.
+            DataError: its position belongs to another data set.
+        """
+        path = self.newest
+        assert path is not None
+        identity = read_document(path, "run.json")
+        if identity["config_hash"] != self._identity["config_hash"]:
+            raise CheckpointError(
+                f"{path} was written with configuration {identity['config_hash']}, this run has "
+                f"{self._identity['config_hash']}; move it to the run folder it came from"
+            )
+        check_tokenizer(path, identity, self._dataset.tokenizer_hash)
+        document = read_document(path, "train_state.json")
+        if document["schema_version"] != STATE_VERSION:
+            raise CheckpointError(
+                f"{path}/train_state.json has schema {document['schema_version']}, this version reads "
+                f"{STATE_VERSION}; continue with the version of nested-lm that wrote it"
+            )
+        load_weights(state.model, read_tensors(path, "model"), where=path)
+        try:
+            state.optimizer.load_state_tensors(read_tensors(path, "optimizer"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}/optimizer.safetensors does not fit the run: {error}") from error
+        state.stream.load_state_dict(document["stream"])
+        state.watch.load_state_dict(document["watch"])
+        state.update_norms.pending = dict(document["update_norms"])
+        state.progress = Progress(document["step"], document["tokens"], document["seconds"])
+        set_random_state(document["random"])

@@ -1,0 +1,97 @@
+"""Watch for values that are not finite: each one is named, counted, and limited in a row."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nested_lm.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Where the first value that is not finite was found.
+
+    tensor: `loss`, or `gradient of <parameter>`.
+    micro_batch, row, position: of the token whose loss it is; None for gradients, which belong to all tokens.
+    """
+
+    tensor: str
+    micro_batch: int | None = None
+    row: int | None = None
+    position: int | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Fields for the metrics log."""
+        return asdict(self)
+
+
+class NonFiniteWatch:
+    """Counts skipped steps and ends a run that skips too many in a row. Part of the checkpoint state."""
+
+    def __init__(self, *, limit: int) -> None:
+        self.limit = limit
+        self.total = 0
+        self.in_a_row = 0
+
+    def passed(self) -> None:
+        """Note a step whose values were all finite."""
+        self.in_a_row = 0
+
+    def skipped(self, found: NonFinite, *, step: int, last_good: Path | None) -> None:
+        """Note a step that was skipped.
+
+        Raises:
+            NumericsError: more than `limit` in a row.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.limit:
+            raise NumericsError(
+                f"step {step}: {found.tensor} is not finite, and {self.in_a_row} steps in a row were not "
+                f"(train.max_nonfinite_steps allows {self.limit}); "
+                f"last good checkpoint: {last_good or 'none yet'}. "
+                "Lower the learning rate or train.clip_norm, or look at the batches named in metrics.jsonl"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts so far."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting."""
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+
+def first_nonfinite_loss(losses: Tensor, *, micro_batch: int) -> NonFinite | None:
+    """Find the first token, in reading order, whose loss (B, T) is not finite."""
+    bad = (~torch.isfinite(losses)).nonzero()
+    if not len(bad):
+        return None
+    row, position = bad[0].tolist()
+    return NonFinite("loss", micro_batch, row, position)
+
+
+def first_nonfinite_gradient(parameters: Mapping[str, nn.Parameter]) -> NonFinite | None:
+    """Find the first parameter whose gradient is not finite."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return NonFinite(f"gradient of {name}")
+    return None
+
+
+def check_weights(tensors: Mapping[str, Tensor], *, step: int, last_good: Path | None) -> None:
+    """Refuse to save weights that are not finite, so that retention never drops the last good checkpoint.
+
+    Raises:
+        NumericsError: names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(
+                f"step {step}: weight {name} is not finite, so no checkpoint was written; "
+                f"last good checkpoint: {last_good or 'none yet'}. Lower the learning rate"
+            )

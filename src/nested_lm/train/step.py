@@ -1,0 +1,86 @@
+"""One optimizer step: gradients of all micro-batches, weighted by scored tokens, and whether they are finite.
+
+Shapes: B batch, T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch
+from nested_lm.nn.model import token_losses
+from nested_lm.train.stability import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
+from nested_lm.train.strategy import Strategy
+
+
+class Gradients(NamedTuple):
+    """Outcome of the backward passes of one step; the gradients themselves are in `.grad`, unclipped.
+
+    loss: nats per scored token over all micro-batches.
+    norm: global gradient norm.
+    scored_tokens: targets that count.
+    stats: model statistics, mean over micro-batches, on the device.
+    nonfinite: the first value that is not finite, None when the step may be taken.
+    """
+
+    loss: float
+    norm: Tensor
+    scored_tokens: int
+    stats: dict[str, Tensor]
+    nonfinite: NonFinite | None
+
+
+class GradientComputer:
+    """Runs a model forward and backward over the micro-batches of a step.
+
+    model: called as `model(inputs, resets=...)`; compiled or not.
+    parameters: of that model, by name.
+    precision: `bfloat16` runs the forward pass under autocast.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], strategy: Strategy, *, precision: str
+    ) -> None:
+        self._model, self._parameters, self._strategy = model, parameters, strategy
+        self._is_autocast = precision == "bfloat16"
+
+    def run(self, batches: Sequence[Batch]) -> Gradients:
+        """Compute the gradients of the mean loss over the scored tokens of all micro-batches."""
+        scored = [int((batch.targets != IGNORED_TARGET).sum()) for batch in batches]
+        total = sum(scored)
+        assert total > 0, "a step without a scored token; the loader never packs one"
+        sums: list[Tensor] = []
+        stats: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            with self._strategy.accumulate(is_last=index == len(batches) - 1):
+                losses, found = self.losses(batch)
+                sums.append(losses.detach().sum())
+                self._strategy.backward(losses.sum() / total)
+            for name, value in found.items():
+                stats[name] = stats[name] + value if name in stats else value
+        norm = self._strategy.gradient_norm(self._parameters.values())
+        # The one point where the host waits for the device: nothing may be updated before this is known.
+        *loss_sums, norm_value = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
+        loss = sum(loss_sums) / total
+        nonfinite = None
+        if not torch.isfinite(torch.tensor([*loss_sums, norm_value])).all():
+            nonfinite = self._locate(batches)
+        mean_stats = {name: value / len(batches) for name, value in stats.items()}
+        return Gradients(loss, norm, total, mean_stats, nonfinite)
+
+    def losses(self, batch: Batch | EvaluationBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B, T) of a micro-batch in nats, 0 where not scored, and the model's statistics."""
+        device = self._strategy.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
+            output = self._model(batch.inputs.to(device), resets=batch.resets.to(device))
+        return token_losses(output.logits, batch.targets.to(device)), output.stats
+
+    @torch.no_grad()
+    def _locate(self, batches: Sequence[Batch]) -> NonFinite:
+        """Name the first value that is not finite; the forward passes are run again to find its token."""
+        for index, batch in enumerate(batches):
+            if found := first_nonfinite_loss(self.losses(batch)[0], micro_batch=index):
+                return found
+        return first_nonfinite_gradient(self._parameters) or NonFinite("gradient norm")

@@ -1,0 +1,344 @@
+"""The training loop: batch, forward, backward, clip, step, log, evaluate, save."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from nested_lm.config.model import ContinuumMemory
+from nested_lm.config.run import RunConfig
+from nested_lm.config.secrets import redact
+from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import ConfigError
+from nested_lm.levels import LevelClock
+from nested_lm.nn.model import LanguageModel
+from nested_lm.optim.clocked import ClockedOptimizer
+from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.schedule import rate_multiplier
+from nested_lm.train.console import TrainConsole
+from nested_lm.train.metrics import MetricsLog, open_sinks, read_records
+from nested_lm.train.recorder import Recorder
+from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, open_run_folder
+from nested_lm.train.saving import CheckpointKeeper, RunState
+from nested_lm.train.signals import StopRequest
+from nested_lm.train.stability import NonFinite, NonFiniteWatch
+from nested_lm.train.state import Progress, seed_everything
+from nested_lm.train.step import GradientComputer, Gradients
+from nested_lm.train.strategy import SingleDevice, Strategy, choose_device, peak_memory_mb
+from nested_lm.train.stream import TrainingStream
+from nested_lm.train.update_norms import UpdateNorms
+from nested_lm.train.validation import Validator, open_validator
+
+Evaluator = Callable[[LanguageModel, int], Mapping[str, float]]
+"""Measures more at each evaluation: given the model and the step, returns fields for the eval record."""
+
+EXIT_CODES = {None: 0, "SIGTERM": 143, "SIGINT": 130}
+"""What a process that trained exits with, by the signal that stopped it (128 + its number)."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a call of `train` ended.
+
+    stopped_by: `SIGTERM` or `SIGINT` when the run was asked to stop; None when it reached its budget.
+    checkpoint: the newest one.
+    """
+
+    folder: Path
+    step: int
+    tokens: int
+    stopped_by: str | None
+    checkpoint: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process: 0, or 143 (SIGTERM) or 130 (Ctrl-C) after a clean stop."""
+        return EXIT_CODES[self.stopped_by]
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    evaluators: Sequence[Evaluator] = (),
+    console: Console | None = None,
+) -> TrainSummary:
+    """Train a run to its budget, or go on with it.
+
+    Seeds are set before the model is made. With `resume="auto"` a run folder that holds checkpoints of the
+    same configuration continues from the newest valid one, bit for bit on a CPU; a finished run says so and
+    returns. SIGTERM or Ctrl-C finish the current step, save, and return with `stopped_by` set.
+
+    Args:
+        config: what to train and where.
+        resume: `never` refuses a folder that already holds a run.
+        evaluators: called at each evaluation.
+        console: where progress is shown; the standard output when None.
+
+    Raises:
+        ConfigError: a device, package or folder that cannot be used, or a folder with another run.
+        DataError: the data set is missing or damaged.
+        CheckpointError: damaged or foreign checkpoints, or no space for a new one.
+        NumericsError: too many steps in a row that are not finite.
+    """
+    with StopRequest() as stop:
+        device = choose_device(config.train.device)
+        torch.set_float32_matmul_precision(config.train.matmul_precision)
+        seed_everything(config.seed)
+        dataset = TokenDataset.open(Path(config.data.output_dir), "train")
+        if config.model.vocab_size < dataset.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size {config.model.vocab_size} is smaller than the {dataset.vocab_size} tokens "
+                f"of {dataset.folder}; set model.vocab_size={dataset.vocab_size}"
+            )
+        model = LanguageModel(config.model, recompute=config.train.recompute)
+        model.initialise(config.seed)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        identity = open_run_folder(config, dataset, resume=resume, device=str(device), parameters=size)
+        trainer = Trainer(config, model, dataset, SingleDevice(device), identity=identity)
+        return trainer.run(stop, evaluators, console=console or Console())
+
+
+class Trainer:
+    """One run in this process.
+
+    strategy: how the model is spread over devices.
+    identity: of the run, as in `run.json`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LanguageModel,
+        dataset: TokenDataset,
+        strategy: Strategy,
+        *,
+        identity: dict[str, Any],
+    ) -> None:
+        settings = config.train
+        self._config, self._settings, self._strategy, self._identity = config, settings, strategy, identity
+        self._folder = Path(config.output_dir)
+        strategy.wrap(model)
+        self._state = _make_state(config, model, dataset, strategy)
+        called: nn.Module = torch.compile(model) if settings.compile else model
+        self._gradients = GradientComputer(
+            called, self._state.optimizer.parameters, strategy, precision=settings.precision
+        )
+        self._total_steps = self._state.stream.total_steps
+        self._budget_tokens = self._total_steps * settings.step_tokens
+        self._validator: Validator = open_validator(config)
+        self._keeper = CheckpointKeeper(
+            self._folder / CHECKPOINTS, config, dataset, strategy, identity=identity
+        )
+
+    def run(self, stop: StopRequest, evaluators: Sequence[Evaluator], *, console: Console) -> TrainSummary:
+        """Restore the newest checkpoint, then train to the end of the budget or until asked to stop."""
+        for note in self._keeper.notes:
+            console.print(note, markup=False, highlight=False)
+        is_resumed = self._keeper.newest is not None
+        if is_resumed:
+            self._keeper.restore(self._state)
+            if self._is_finished():
+                console.print(
+                    f"{self._folder}: finished at step {self._total_steps}, nothing to do", markup=False
+                )
+                return self._summary(None)
+        self._recorder = self._open_recorder(
+            console, resume_step=self._state.progress.step if is_resumed else -1
+        )
+        try:
+            self._start(is_resumed=is_resumed)
+            self._loop(stop, evaluators)
+            return self._finish(stop)
+        finally:
+            self._recorder.close()
+
+    def _loop(self, stop: StopRequest, evaluators: Sequence[Evaluator]) -> None:
+        """Steps, checkpoints and evaluations, each when it is due; every wait polls for a stop request."""
+        progress = self._state.progress
+        self._evaluate_if_due(stop, evaluators)  # a run that was ended between checkpoint and evaluation
+        while progress.step < self._total_steps and stop.name is None:
+            self._step()
+            if self._is_due(self._settings.checkpoints.every_tokens) or self._milestone() is not None:
+                self._save()
+            self._evaluate_if_due(stop, evaluators)
+
+    def _step(self) -> None:
+        """Take one optimizer step, or skip it when a value is not finite."""
+        state, began = self._state, time.perf_counter()
+        position = state.stream.state_dict()
+        gradients = self._gradients.run(state.stream.next_step())
+        progress = state.progress
+        progress.step += 1
+        progress.tokens += self._settings.step_tokens
+        multiplier = rate_multiplier(
+            self._settings.schedule, progress.tokens, budget_tokens=self._budget_tokens
+        )
+        if gradients.nonfinite is None:
+            self._strategy.clip(
+                state.optimizer.parameters.values(), self._settings.clip_norm, norm=gradients.norm
+            )
+            before = state.update_norms.before(progress.step)
+            state.optimizer.step(progress.tokens, multiplier)
+            state.update_norms.after(before)
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        if gradients.nonfinite is None:
+            state.watch.passed()
+            self._recorder.event("step", progress, self._step_fields(gradients, multiplier, seconds))
+        else:
+            self._skip(gradients.nonfinite, position)
+
+    def _skip(self, found: NonFinite, position: dict[str, Any]) -> None:
+        """Record a step whose values are not finite; its record stands in for the step record."""
+        state = self._state
+        state.optimizer.skip()
+        self._recorder.event(
+            "nonfinite",
+            state.progress,
+            {**found.as_record(), "stream": position},
+            note=f"step {state.progress.step} skipped: {found.tensor} is not finite",
+        )
+        state.watch.skipped(found, step=state.progress.step, last_good=self._keeper.newest)
+
+    def _step_fields(self, gradients: Gradients, multiplier: float, seconds: float) -> dict[str, Any]:
+        """Fields of a step record; statistics and update norms come once per logging interval."""
+        progress = self._state.progress
+        fields: dict[str, Any] = {
+            "loss": gradients.loss,
+            "rate": self._settings.optimizer.rate * multiplier,
+            "grad_norm": gradients.norm.item(),
+            "scored_tokens": gradients.scored_tokens,
+            "tokens_per_s": self._settings.step_tokens / seconds,
+            "seconds": progress.seconds,
+            "memory_mb": peak_memory_mb(self._strategy.device),
+        }
+        if progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps:
+            fields |= self._state.update_norms.take()
+            fields |= {name: value.item() for name, value in gradients.stats.items()}
+        return fields
+
+    def _evaluate_if_due(self, stop: StopRequest, evaluators: Sequence[Evaluator]) -> None:
+        """Score the validation batches when due and not done; given up when asked to stop on the way."""
+        state, progress = self._state, self._state.progress
+        if not self._is_due(self._settings.evaluate_every_tokens) or self._recorder.was_evaluated(
+            progress.step
+        ):
+            return
+        devices = [self._strategy.device] if self._strategy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # an evaluation that is repeated or left out changes no training
+            scores = self._validator.run(
+                state.model, self._gradients, is_stopped=lambda: stop.name is not None
+            )
+            if scores is None:
+                return
+            for evaluator in evaluators:
+                scores |= evaluator(state.model, progress.step)
+        note = f"step {progress.step}: validation {scores['validation_bpb']:.4f} bits per byte"
+        self._recorder.event("eval", progress, {"seconds": progress.seconds, **scores}, note=note)
+
+    def _save(self) -> None:
+        """Write a checkpoint of the current step."""
+        progress, began = self._state.progress, time.perf_counter()
+        self._recorder.sync()
+        folder = self._keeper.save(self._state)
+        fields = {
+            "folder": folder.name,
+            "milestone": self._milestone(),
+            "write_seconds": time.perf_counter() - began,
+        }
+        self._recorder.event("checkpoint", progress, fields)
+
+    def _start(self, *, is_resumed: bool) -> None:
+        """Record how the run begins; a chronological run keeps the model that has seen no period."""
+        progress = self._state.progress
+        if is_resumed:
+            fields = {"commit": current_commit(), "folder": self._keeper.newest.name}
+            self._recorder.event("resume", progress, fields, note=f"continuing after step {progress.step}")
+        elif self._milestone() is not None:
+            self._save()
+
+    def _finish(self, stop: StopRequest) -> TrainSummary:
+        """Save and record the end, or the stop."""
+        progress = self._state.progress
+        is_complete = progress.step == self._total_steps and self._recorder.was_evaluated(progress.step)
+        saved = self._keeper.newest_step()
+        if saved != progress.step:
+            self._save()
+        if is_complete:
+            fields = {"nonfinite_steps": self._state.watch.total, "seconds": progress.seconds}
+            self._recorder.event("done", progress, fields, note=f"done: {self._folder}")
+            return self._summary(None)
+        note = f"stopped by {stop.name} after step {progress.step}; `--resume auto` continues from here"
+        self._recorder.event("stop", progress, {"signal": stop.name}, note=note)
+        return self._summary(stop.name)
+
+    def _is_due(self, every_tokens: int) -> bool:
+        """Whether the last step passed a multiple of `every_tokens`, or was the last of all."""
+        progress = self._state.progress
+        if progress.step == 0:
+            return False
+        passed = progress.tokens // every_tokens
+        return passed > (progress.tokens - self._settings.step_tokens) // every_tokens or (
+            progress.step == self._total_steps
+        )
+
+    def _milestone(self) -> str | None:
+        """Border of the stream that the current step lies on."""
+        return self._state.stream.milestone(self._state.progress.step)
+
+    def _is_finished(self) -> bool:
+        """Whether the run reached its end in an earlier call."""
+        if self._state.progress.step != self._total_steps:
+            return False
+        return any(record["event"] == "done" for record in read_records(self._folder / METRICS))
+
+    def _open_recorder(self, console: Console, *, resume_step: int) -> Recorder:
+        """Open the log, the sinks that are asked for, and the console."""
+        sinks = open_sinks(
+            self._settings.logging,
+            self._folder,
+            resume_step=resume_step,
+            identity=self._identity,
+            resolved=redact(self._config.model_dump(mode="json")),
+        )
+        live = TrainConsole(
+            self._config.name,
+            total_steps=self._total_steps,
+            done_steps=max(0, resume_step),
+            every_steps=self._settings.logging.every_steps,
+            console=console,
+        )
+        return Recorder(MetricsLog(self._folder / METRICS, resume_step=resume_step), sinks, live)
+
+    def _summary(self, stopped_by: str | None) -> TrainSummary:
+        """Describe how the call ended."""
+        progress = self._state.progress
+        return TrainSummary(self._folder, progress.step, progress.tokens, stopped_by, self._keeper.newest)
+
+
+def _make_state(
+    config: RunConfig, model: LanguageModel, dataset: TokenDataset, strategy: Strategy
+) -> RunState:
+    """Build everything that changes while the run trains."""
+    settings = config.train
+    parameters = dict(model.named_parameters())
+    groups = plan_groups(parameters, model.parameter_roles(), settings.optimizer)
+    channel = config.model.channel
+    levels = channel.levels if isinstance(channel, ContinuumMemory) else ()
+    clock = LevelClock(tuple(level.period_tokens for level in levels))
+    optimizer = ClockedOptimizer(parameters, groups, clock, settings.optimizer)
+    stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
+    norms = UpdateNorms(
+        optimizer,
+        every_steps=settings.logging.every_steps,
+        step_tokens=settings.step_tokens,
+        total_steps=stream.total_steps,
+    )
+    watch = NonFiniteWatch(limit=settings.max_nonfinite_steps)
+    return RunState(model, optimizer, stream, watch, norms, Progress())

@@ -1,0 +1,80 @@
+"""How far each group of parameters moves in an update, relative to its size: per role, level and memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nested_lm.ops.memory import MEMORIES
+from nested_lm.optim.clocked import ClockedOptimizer
+
+Part = tuple[str, int | None]
+"""A parameter's name, and for stacked memory starts the index of the memory along dimension 1."""
+
+
+class UpdateNorms:
+    """Measures norm(update) / norm(weights) of every group once per logging interval.
+
+    A group's weights are copied only at the step that is measured: the last one within the interval at which
+    the group's level is due. A level that is not due within an interval is absent from its record. Values
+    wait for the record in `pending`, which is part of the checkpoint state.
+    """
+
+    def __init__(
+        self, optimizer: ClockedOptimizer, *, every_steps: int, step_tokens: int, total_steps: int
+    ) -> None:
+        self.pending: dict[str, float] = {}
+        self._parameters = optimizer.parameters
+        self._every, self._total = every_steps, total_steps
+        self._parts: dict[str, list[Part]] = {}
+        self._period_steps: dict[str, int] = {}
+        for group in optimizer.groups:
+            period = 1 if group.level is None else optimizer.clock.periods[group.level] // step_tokens
+            for label, parts in _split(group.label, group.names, optimizer.parameters).items():
+                self._parts[label] = parts
+                self._period_steps[label] = period
+
+    def before(self, step: int) -> dict[str, list[Tensor]]:
+        """Copy the weights of the groups that are measured at this step, by label."""
+        logged = min(-(-step // self._every) * self._every, self._total)
+        return {
+            label: [tensor.detach().clone() for tensor in self._tensors(label)]
+            for label, period in self._period_steps.items()
+            if logged // period * period == step
+        }
+
+    def after(self, before: Mapping[str, list[Tensor]]) -> None:
+        """Compare with the copies that `before` made."""
+        for label, old in before.items():
+            new = self._tensors(label)
+            change = _norm([a.detach() - b for a, b in zip(new, old, strict=True)])
+            size = _norm(old)
+            self.pending[label] = (change / size if size else change).item()
+
+    def take(self) -> dict[str, float]:
+        """Fields for the record of this interval; forgets them."""
+        found = {f"update_norm/{label}": value for label, value in sorted(self.pending.items())}
+        self.pending = {}
+        return found
+
+    def _tensors(self, label: str) -> list[Tensor]:
+        """Parameters, or slices of them, that a label stands for."""
+        return [
+            self._parameters[name] if memory is None else self._parameters[name][:, memory]
+            for name, memory in self._parts[label]
+        ]
+
+
+def _split(
+    label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, list[Part]]:
+    """Split the starts of the memories by memory; other groups stay whole."""
+    if label != "memory":
+        return {label: [(name, None) for name in names]}
+    assert all(parameters[name].shape[1] == len(MEMORIES) for name in names)
+    return {f"memory/{memory}": [(name, index) for name in names] for index, memory in enumerate(MEMORIES)}
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Norm over all tensors together."""
+    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).norm()

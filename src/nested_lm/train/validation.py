@@ -1,0 +1,98 @@
+"""Loss on a fixed set of held-out batches while a run trains."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+
+from nested_lm.config.run import RunConfig
+from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch, evaluation_batches
+from nested_lm.data.shards import TokenDataset
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.errors import DataError
+from nested_lm.train.step import GradientComputer
+
+
+class Validator:
+    """Scores the same validation batches every time.
+
+    Bits per byte divides by the bytes of exactly the tokens that were scored; the end of a document is scored
+    but has no bytes of its own, so that documents of any length compare.
+
+    batches: fixed, on the CPU.
+    token_bytes: bytes that each token id stands for, 0 for the end of text.
+    """
+
+    def __init__(self, batches: Sequence[Batch | EvaluationBatch], token_bytes: np.ndarray) -> None:
+        scored = [batch.targets[batch.targets != IGNORED_TARGET].numpy() for batch in batches]
+        self._batches = list(batches)
+        self.num_tokens = sum(len(targets) for targets in scored)
+        self.num_bytes = int(sum(token_bytes[targets].sum() for targets in scored))
+
+    def run(
+        self, model: nn.Module, computer: GradientComputer, *, is_stopped: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Score all batches; None when asked to stop on the way.
+
+        Returns:
+            `validation_loss` in nats per token and `validation_bpb` in bits per byte.
+        """
+        total = 0.0
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in self._batches:
+                    if is_stopped():
+                        return None
+                    total += computer.losses(batch)[0].sum(dtype=torch.float64).item()
+        finally:
+            model.train(was_training)
+        return {
+            "validation_loss": total / self.num_tokens,
+            "validation_bpb": total / math.log(2) / self.num_bytes,
+        }
+
+
+def open_validator(config: RunConfig) -> Validator:
+    """Choose the validation batches of a run: about `evaluate_tokens`, spread evenly over the split.
+
+    They depend on the data set and the configuration only, so that every resume scores the same.
+
+    Raises:
+        DataError: there is no validation text, or its bytes cannot be told from its tokens.
+    """
+    train = config.train
+    dataset = TokenDataset.open(Path(config.data.output_dir), "validation")
+    batches = evaluation_batches(
+        dataset, train.context_length, train.batch_size, config.document_alignment, train.evaluate_tokens
+    )
+    return Validator(list(batches), bytes_per_token(dataset))
+
+
+def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
+    """UTF-8 bytes that each token id stands for; 0 for the end of text.
+
+    Raises:
+        DataError: the sums over the documents are not their sizes, so the tokenizer is not byte-level.
+    """
+    tokenizer = Tokenizer.from_file(str(dataset.folder / "tokenizer.json"))
+    alphabet = set(ByteLevel.alphabet())  # one character a byte
+    lengths = np.zeros(dataset.vocab_size, dtype=np.int64)
+    for index in range(dataset.vocab_size):
+        text = tokenizer.id_to_token(index) or ""
+        lengths[index] = len(text) if alphabet.issuperset(text) else len(text.encode())
+    lengths[TextTokenizer.end_of_text] = 0
+    for index, row in enumerate(dataset.documents):
+        found = int(lengths[dataset.tokens(index)].sum())
+        if found != row.bytes:
+            raise DataError(
+                f"{dataset.folder}: the tokens of document {row.id!r} stand for {found} bytes, its text has "
+                f"{row.bytes}; bits per byte need a byte-level tokenizer such as tokenizer.kind=byte_bpe"
+            )
+    return lengths
