@@ -3,7 +3,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from nested_lm.errors import NumericsError, ReportError
+from nested_lm.errors import DataError, NumericsError, ReportError
 from nested_lm.eval.results import (
     comparable,
     content_digest,
@@ -111,8 +111,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(written, make_result, m
     def no_space(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nested_lm.eval.results.os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("nested_lm.data.atomic.os.fsync", no_space)
+    with pytest.raises(DataError, match="no space left"):
         write_result(written, make_result(seed=5))
     assert written.read_bytes() == before
     assert [entry.name for entry in written.parent.iterdir()] == ["sampling.json"]

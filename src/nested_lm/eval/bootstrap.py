@@ -1,7 +1,7 @@
 """Intervals: document bootstrap of ratios, means and paired differences; Wilson for shares.
 
-All intervals are 95 %. The same seed draws the same documents, so intervals do not move when a file is written
-again and two models are resampled on the same documents.
+All intervals are 95 %. The same seed draws the same documents, so intervals do not move when a file is
+written again, and two models are resampled on the same documents.
 """
 
 import math
@@ -68,7 +68,7 @@ class Bootstrap:
         return self.ratio(_finite(a, "a") - _finite(b, "b"), denominator, scale=scale)
 
     def percentile(self, value: float, resampled: np.ndarray, n: int) -> Interval:
-        """Percentile interval from resampled statistics (samples,) around `value`; no width known for n = 1."""
+        """Percentile interval of resampled statistics (samples,) around `value`; one document has none."""
         if n == 1:
             return Interval(value=value, low=None, high=None, n=1, method="none: one document")
         low, high = np.percentile(resampled, [50 * (1 - _LEVEL), 50 * (1 + _LEVEL)])

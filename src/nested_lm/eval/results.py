@@ -1,7 +1,6 @@
 """Write, read and compare result files. A file edited after it was written is refused."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import xxhash
 from pydantic import ValidationError
 
+from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import NumericsError, ReportError
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 
@@ -33,27 +33,21 @@ def content_digest(document: dict[str, Any]) -> str:
 
 
 def write_result(path: Path, result: ResultFile) -> None:
-    """Write a result file atomically: aside, flushed to the disk, then renamed over `path`."""
+    """Write a result file with its digest. A crash leaves the old file, the new one or none.
+
+    Raises DataError when the disk is full or the folder cannot be written.
+    """
     document = result.model_dump(mode="json")
     document["digest"] = content_digest(document)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
 
 
 def load_result(path: Path) -> ResultFile:
     """Read a result file.
 
-    Raises ReportError when it is missing, is not JSON, was changed after it was written, was written by another
-    schema version or does not fit the schema.
+    Raises ReportError when it is missing, is not JSON, was changed after it was written, was written by
+    another schema version or does not fit the schema.
     """
     again = f"Run `nested-lm eval {path.parent.parent}` to write it again."
     try:
@@ -138,7 +132,7 @@ def require_comparable(results: Sequence[ResultFile]) -> None:
             if found:
                 lines = "\n".join(f"  {line}" for line in found)
                 raise ReportError(
-                    f"results of {first.identity.name!r} and {second.identity.name!r} may not share a table:\n"
-                    f"{lines}\n  Rows may differ in configuration, seed and commit only. Evaluate both runs on "
-                    "the same data with the same settings, or report them apart."
+                    f"results of {first.identity.name!r} and {second.identity.name!r} may not share a table\n"
+                    f"{lines}\n  Rows may differ in configuration, seed and commit only. Evaluate both runs "
+                    "on the same data with the same settings, or report them apart."
                 )

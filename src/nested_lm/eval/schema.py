@@ -20,8 +20,8 @@ Row = tuple[float, ...]
 class Interval(Section):
     """A number and its 95 % interval.
 
-    `low` and `high` are null where no interval can be had: a bootstrap over one document has no spread, and to
-    print a width of zero there would claim certainty.
+    `low` and `high` are null where no interval can be had: a bootstrap over one document has no spread, and
+    to print a width of zero there would claim certainty.
     """
 
     value: float
@@ -48,7 +48,7 @@ class RunIdentity(Section):
     config_hash: str
     data_hash: str
     tokenizer_hash: str
-    commit: str
+    commit: str | None  # null: not run from a git checkout
     seed: Natural
     parameters: Count
     tokens: Natural  # training tokens seen
@@ -88,7 +88,7 @@ class PeriodScore(Section):
 
 
 class PositionScore(Section):
-    """Tokens at positions `first` to `last`, counted from 0 at the last fresh state; null where there is none."""
+    """Tokens at positions `first` to `last`, counted from 0 at the last fresh state; null where none."""
 
     first: Natural
     last: Natural
