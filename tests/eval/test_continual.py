@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from nested_lm.errors import NumericsError
+from nested_lm.eval import continual
+from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.continual import SegmentDocuments
+
+# Rows: untrained, after segment 1, 2, 3. Columns: segments 1, 2, 3. Lower is better.
+LOSSES = np.array(
+    [
+        [8.0, 8.0, 9.0],
+        [4.0, 6.0, 7.0],
+        [3.5, 3.0, 5.0],
+        [5.0, 4.0, 2.0],
+    ]
+)
+
+
+def test_forgetting_by_hand():
+    expected = [
+        [0.0, np.nan, np.nan],
+        [0.0, 0.0, np.nan],  # segment 1 went on getting better while segment 2 was read
+        [1.5, 1.0, 0.0],  # against its best, 3.5, not against 4.0
+    ]
+    np.testing.assert_array_equal(continual.forgetting(LOSSES), expected)
+
+
+def test_a_best_before_the_segment_was_read_is_not_forgotten():
+    losses = np.array([[5.0, 1.0], [4.0, 0.5], [4.0, 2.0]])  # column 2 was best before segment 2
+    np.testing.assert_array_equal(continual.forgetting(losses), [[0.0, np.nan], [0.0, 0.0]])
+
+
+def test_transfer_and_level_by_hand():
+    assert continual.backward_transfer(LOSSES) == pytest.approx(-((5.0 - 4.0) + (4.0 - 3.0)) / 2)
+    assert continual.forward_transfer(LOSSES) == pytest.approx(-((6.0 - 8.0) + (5.0 - 9.0)) / 2)
+    assert continual.plasticity(LOSSES) == pytest.approx((4.0 + 3.0 + 2.0) / 3)
+    assert continual.accuracy(LOSSES) == pytest.approx((5.0 + 4.0 + 2.0) / 3)
+
+
+def test_signs_lower_is_better():
+    helped = LOSSES.copy()
+    helped[-1, :2] = 1.0
+    assert continual.backward_transfer(helped) > 0
+    hindered = LOSSES.copy()
+    hindered[1, 1], hindered[2, 2] = 9.0, 10.0
+    assert continual.forward_transfer(hindered) < 0
+
+
+def test_metrics_work_on_a_stack_of_resamples():
+    stack = np.stack([LOSSES, LOSSES + 1, 2 * LOSSES])
+    for metric in (
+        continual.forgetting,
+        continual.backward_transfer,
+        continual.forward_transfer,
+        continual.plasticity,
+        continual.accuracy,
+    ):
+        np.testing.assert_array_equal(metric(stack)[2], metric(stack[2]))
+
+
+def summary(nats, *, documents=4):
+    """Every document of a segment has 100 bytes and 50 tokens."""
+    segments = [SegmentDocuments((s,), ([],), np.full(documents, 100.0)) for s in range(nats[0].shape[0])]
+    return continual.summarise(
+        [list(row) for row in nats],
+        [np.full(documents, 50)] * len(segments),
+        segments,
+        labels=[f"period {s}" for s in range(len(segments))],
+        trained_tokens=[1000 * (s + 1) for s in range(len(segments))],
+        bootstrap=Bootstrap(samples=200),
+    )
+
+
+def test_summary_reports_bits_per_byte_and_nats_per_token():
+    noise = np.array([0.9, 1.0, 1.0, 1.1])
+    nats = [row[:, None] * 100 * np.log(2) * noise for row in LOSSES]  # bits per byte equal LOSSES
+    metrics = summary(nats)
+    values = [[cell.value for cell in row] for row in metrics.bits_per_byte]
+    np.testing.assert_allclose(values, LOSSES, rtol=1e-12)
+    assert metrics.nats_per_token[1][0].value == pytest.approx(4.0 * 2 * np.log(2))
+    assert metrics.forgetting[2][0].value == pytest.approx(1.5)
+    assert metrics.forgetting[0][1] is None
+    assert metrics.backward_transfer.value == pytest.approx(-1.0)
+    assert metrics.backward_transfer.low < -1.0 < metrics.backward_transfer.high
+    assert metrics.backward_transfer.n == 12
+    assert metrics.segments[1].trained_tokens == 2000
+    # All checkpoints are resampled on the same documents, so noise they share leaves the differences alone.
+    width = metrics.backward_transfer.high - metrics.backward_transfer.low
+    assert width < metrics.accuracy.high - metrics.accuracy.low
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    nats = [np.full((2, 4), 5.0) for _ in range(3)]
+    nats[1][0, 2] = np.nan
+    with pytest.raises(NumericsError, match="not finite"):
+        summary(nats)
