@@ -74,7 +74,7 @@ class Manifest(Section):
     licence: str
     source: SourceRecord
     created_from: str  # config_hash of the DataConfig
-    recipe: dict[str, Any]  # the DataConfig without its output folder
+    recipe: dict[str, Any]  # the DataConfig without paths
     fingerprint: str  # of recipe, source and tokenizer file: what a rerun compares
     tokenizer: TokenizerRecord
     documents: DocumentsRecord

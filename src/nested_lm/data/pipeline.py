@@ -35,6 +35,8 @@ from nested_lm.errors import DataError
 
 _FORMAT = 1  # of everything a build writes; part of the fingerprint
 _BATCH_CHARACTERS = 1 << 22  # tokenised at once
+# Where things lie is no part of what a data set is: digests say what was read there.
+_PLACES: Any = {"output_dir": True, "source": {"path"}, "tokenizer": {"path"}}
 
 Report = Callable[[str], None]
 
@@ -70,7 +72,7 @@ def build(config: DataConfig, *, report: Report) -> Path:
     folder = Path(config.output_dir)
     work = folder / ".build"
     corpus = open_corpus(config.source, work / "source.json")
-    recipe = config.model_dump(mode="json", exclude={"output_dir"})
+    recipe = config.model_dump(mode="json", exclude=_PLACES)
     this = _Build(config, folder, corpus, recipe, _fingerprint(config, recipe, corpus), report)
     if (folder / MANIFEST).exists():
         _refuse_another(this, read_manifest(folder))

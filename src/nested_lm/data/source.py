@@ -69,7 +69,7 @@ def open_corpus(source: Source, digests: Path) -> Corpus:
         )
     files, ignored = _find(source)
     return Corpus(
-        description=f"{len(files)} files in {source.path}",
+        description=f"{source.path} ({len(files)} files)",
         licence=source.licence,
         digest=_digest(files, digests),
         ignored=ignored,
