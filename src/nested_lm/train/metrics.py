@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nested_lm.config.train import Logging
+from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import ConfigError, DataError
 
 Record = Mapping[str, Any]
+
+_FREE_SPACE = "free some space or mend the disk, then run again with --resume auto"
 
 
 class Sink(Protocol):
@@ -35,16 +38,23 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self.path = path
         kept = [record for record in read_records(path) if record["step"] <= resume_step]
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        aside.replace(path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.evaluated_steps = {record["step"] for record in kept if record["event"] == "eval"}
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        """Append one record and hand it to the operating system."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one record and hand it to the operating system.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written: {error.strerror}; {_FREE_SPACE}") from error
+        if written != len(line):
+            raise DataError(f"{self.path}: only {written} of {len(line)} bytes were written; {_FREE_SPACE}")
         if record["event"] == "eval":
             self.evaluated_steps.add(record["step"])
 

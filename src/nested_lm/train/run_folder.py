@@ -4,7 +4,6 @@ import json
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from nested_lm.config.load import config_hash, dump_resolved
 from nested_lm.config.run import RunConfig
+from nested_lm.data.atomic import write_atomically
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 
@@ -63,13 +63,6 @@ def open_run_folder(
     return identity
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a small JSON file so that it is whole or not there."""
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(document, indent=2) + "\n")
-    aside.replace(path)
-
-
 def current_commit() -> str | None:
     """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout."""
     try:
@@ -109,7 +102,7 @@ def _create(config: RunConfig, dataset: TokenDataset, *, device: str, parameters
             "device": device,
             "parameters": parameters,
         }
-        write_json(folder / IDENTITY, identity)
+        write_atomically(folder / IDENTITY, json.dumps(identity, indent=2).encode() + b"\n")
     except OSError as error:
         raise ConfigError(
             f"output_dir {folder} cannot be written: {error}; choose a folder this user may write to"
