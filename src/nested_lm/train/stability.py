@@ -1,5 +1,6 @@
 """Watch for values that are not finite: each one is named, counted, and limited in a row."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,4 +95,18 @@ def check_weights(tensors: Mapping[str, Tensor], *, step: int, last_good: Path |
             raise NumericsError(
                 f"step {step}: weight {name} is not finite, so no checkpoint was written; "
                 f"last good checkpoint: {last_good or 'none yet'}. Lower the learning rate"
+            )
+
+
+def check_scores(scores: Mapping[str, float], *, step: int, last_good: Path | None) -> None:
+    """Refuse to record an evaluation that is not finite.
+
+    Raises:
+        NumericsError: names the first such score.
+    """
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"step {step}: {name} of the evaluation is not finite, though the training loss is; "
+                f"last checkpoint: {last_good or 'none yet'}. Look for overflow on longer or unseen documents"
             )

@@ -1,5 +1,6 @@
 """The training loop: batch, forward, backward, clip, step, log, evaluate, save."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from nested_lm.train.recorder import Recorder
 from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, open_run_folder
 from nested_lm.train.saving import CheckpointKeeper, RunState
 from nested_lm.train.signals import StopRequest
-from nested_lm.train.stability import NonFinite, NonFiniteWatch
+from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
 from nested_lm.train.state import Progress, seed_everything
 from nested_lm.train.step import GradientComputer, Gradients
 from nested_lm.train.strategy import SingleDevice, Strategy, choose_device, peak_memory_mb
@@ -221,7 +222,8 @@ class Trainer:
         if progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps:
             fields |= self._state.update_norms.take()
             fields |= {name: value.item() for name, value in gradients.stats.items()}
-        return fields
+        # A statistic may overflow while the loss is finite; JSON has no word for that but null.
+        return {name: value if math.isfinite(value) else None for name, value in fields.items()}
 
     def _evaluate_if_due(self, stop: StopRequest, evaluators: Sequence[Evaluator]) -> None:
         """Score the validation batches when due and not done; given up when asked to stop on the way."""
@@ -239,6 +241,7 @@ class Trainer:
                 return
             for evaluator in evaluators:
                 scores |= evaluator(state.model, progress.step)
+        check_scores(scores, step=progress.step, last_good=self._keeper.newest)
         note = f"step {progress.step}: validation {scores['validation_bpb']:.4f} bits per byte"
         self._recorder.event("eval", progress, {"seconds": progress.seconds, **scores}, note=note)
 
