@@ -1,0 +1,349 @@
+"""Evaluate one run: load its newest checkpoint once, run its tasks, write one result file a task."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from nested_lm.checkpoint import (
+    MANIFEST,
+    LoadedCheckpoint,
+    list_checkpoints,
+    load_model,
+    newest_checkpoint,
+    verify_checkpoint,
+)
+from nested_lm.config.run import RunConfig
+from nested_lm.config.train import Chronological
+from nested_lm.data.loader import period_plan
+from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
+from nested_lm.eval import continual, language_modelling, needle, sampling
+from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.language_modelling import Reading
+from nested_lm.eval.results import load_result, write_result
+from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
+
+_CHECKPOINTS = "checkpoints"
+
+
+def evaluate_run(
+    run_dir: Path,
+    tasks: tuple[str, ...] | None = None,
+    *,
+    report: Callable[[str], None] = print,
+) -> list[Path]:
+    """Run evaluations on the newest checkpoint of a run and return the paths of their result files.
+
+    A result of the same checkpoint, configuration and task version is kept. A GPU is used when there is one,
+    unless the run was configured for the CPU.
+
+    Args:
+        run_dir: run folder.
+        tasks: names; None: all the run's configuration asks for.
+        report: told one line a task.
+
+    Raises:
+        ConfigError: a task that does not exist or that the run's configuration leaves out.
+        CheckpointError: no valid checkpoint, or one of other data.
+        NumericsError: a score is not finite; that task writes nothing.
+    """
+    unknown = [name for name in tasks or () if name not in _TASKS]
+    if unknown:
+        raise ConfigError(f"unknown task {unknown[0]!r}; choices: {', '.join(_TASKS)}")
+    newest = newest_checkpoint(run_dir / _CHECKPOINTS, report=report)
+    if newest is None:
+        raise CheckpointError(
+            f"{run_dir} has no valid checkpoint below {_CHECKPOINTS}/; train the run first: `nested-lm train`"
+        )
+    evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), report)
+    asked = _asked(evaluation.config)
+    for name in tasks or ():
+        if name not in asked:
+            raise ConfigError(
+                f"task {name!r} is not part of run {evaluation.config.name!r}: "
+                f"{_TASKS[name].missing}; its tasks: {', '.join(asked) or 'none'}"
+            )
+    return [evaluation.run(name) for name in tasks or asked]
+
+
+def _asked(config: RunConfig) -> tuple[str, ...]:
+    """Name the tasks of a configuration in the order they run."""
+    names = [
+        name
+        for name in ("language_modelling", "passkey", "sampling")
+        if getattr(config.eval, name) is not None
+    ]
+    if isinstance(config.train.stream, Chronological):
+        names.append("continual")
+    return tuple(names)
+
+
+class _Evaluation:
+    """One checkpoint, its data and the tasks that can be run on them."""
+
+    def __init__(
+        self, run_dir: Path, path: Path, loaded: LoadedCheckpoint, report: Callable[[str], None]
+    ) -> None:
+        self.run_dir = run_dir
+        self.path = path
+        self.loaded = loaded
+        self.config = loaded.config
+        self.report = report
+        self.device = torch.device(
+            "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
+        )
+        loaded.model.to(self.device)
+        self.bootstrap = Bootstrap(samples=self.config.eval.bootstrap_samples)
+        self.reading = Reading(
+            context_length=self.config.train.context_length,
+            batch_size=self.config.eval.batch_size,
+            align=self.config.document_alignment,
+        )
+        self.splits: dict[str, TokenDataset] = {}
+
+    def run(self, name: str) -> Path:
+        """Run one task, unless its result is there already, and write its result."""
+        task = _TASKS[name]
+        path = self.run_dir / "results" / f"{name}.json"
+        started = time.perf_counter()
+        mark = task.mark(self)
+        settings = task.settings(self)
+        if self._is_current(path, task.version, settings, mark):
+            self.report(f"{name}: kept, {path} is of this checkpoint already")
+            return path
+        try:
+            metrics = task.measure(self)
+            seconds = time.perf_counter() - started
+            result = ResultFile(
+                schema_version=SCHEMA_VERSION,
+                task=name,
+                task_version=task.version,
+                identity=self.identity,
+                settings=settings,
+                checkpoint=mark,
+                device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                metrics=metrics,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                wall_seconds=seconds,
+            )
+        except NumericsError as error:
+            raise NumericsError(f"{name} on {self.path}: {error}") from error
+        write_result(path, result)
+        self.report(f"{name}: {seconds:.1f} s, {path}")
+        return path
+
+    def _is_current(self, path: Path, version: str, settings: dict[str, Any], mark: CheckpointMark) -> bool:
+        if not path.exists():
+            return False
+        try:
+            old = load_result(path)
+        except ReportError as error:
+            self.report(f"measured again: {error}")
+            return False
+        return (old.task_version, old.settings, old.checkpoint, old.identity) == (
+            version,
+            settings,
+            mark,
+            self.identity,
+        )
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """What the numbers come from. The arm is the kind of mixer and channel memory."""
+        run = self.loaded.identity
+        return RunIdentity(
+            run_id=run["run_id"],
+            name=run["name"],
+            arm=f"{self.config.model.mixer.kind}+{self.config.model.channel.kind}",
+            config_hash=run["config_hash"],
+            data_hash=run["data_hash"],
+            tokenizer_hash=run["tokenizer_hash"],
+            commit=run["commit"],
+            seed=run["seed"],
+            parameters=run["parameters"],
+            tokens=self.loaded.tokens,
+            step=self.loaded.step,
+            context_length=self.config.train.context_length,
+        )
+
+    def split(self, name: Literal["train", "validation", "test"]) -> TokenDataset:
+        """Open a split once.
+
+        Raises:
+            CheckpointError: the data set has another tokenizer than the checkpoint.
+            DataError: it was built again with other content.
+        """
+        if name not in self.splits:
+            found = TokenDataset.open(Path(self.config.data.output_dir), name)
+            if found.tokenizer_hash != self.identity.tokenizer_hash:
+                raise CheckpointError(
+                    f"{self.path} was trained with tokenizer {self.identity.tokenizer_hash[:16]}, "
+                    f"{found.folder} has {found.tokenizer_hash[:16]}; build the data set of the run again"
+                )
+            if found.data_hash != self.identity.data_hash:
+                raise DataError(
+                    f"{found.folder} has data hash {found.data_hash[:16]}, the run was trained on "
+                    f"{self.identity.data_hash[:16]}: test documents may have been trained on. "
+                    "Build the data set of the run again, or train on this one"
+                )
+            self.splits[name] = found
+        return self.splits[name]
+
+
+def _digest(path: Path) -> str:
+    """Digest of a checkpoint: its manifest holds the digests of all its files."""
+    return xxhash.xxh3_128_hexdigest((path / MANIFEST).read_bytes())
+
+
+def _newest_mark(evaluation: _Evaluation) -> CheckpointMark:
+    return CheckpointMark(name=evaluation.path.name, digest=_digest(evaluation.path))
+
+
+def _section_settings(name: str) -> Callable[[_Evaluation], dict[str, Any]]:
+    def settings(evaluation: _Evaluation) -> dict[str, Any]:
+        section = getattr(evaluation.config.eval, name).model_dump(mode="json")
+        return section | {"bootstrap_samples": evaluation.config.eval.bootstrap_samples}
+
+    return settings
+
+
+def _measure_language_modelling(evaluation: _Evaluation) -> Metrics:
+    config = evaluation.config.eval.language_modelling
+    assert config is not None
+    return language_modelling.evaluate(
+        evaluation.loaded.model,
+        evaluation.split(config.split),
+        evaluation.split("train"),
+        config,
+        reading=evaluation.reading,
+        bootstrap=evaluation.bootstrap,
+    )
+
+
+def _measure_passkey(evaluation: _Evaluation) -> Metrics:
+    assert evaluation.config.eval.passkey is not None
+    return needle.evaluate(
+        evaluation.loaded.model,
+        evaluation.loaded.tokenizer,
+        evaluation.config.eval.passkey,
+        reading=evaluation.reading,
+        bootstrap=evaluation.bootstrap,
+    )
+
+
+def _measure_sampling(evaluation: _Evaluation) -> Metrics:
+    assert evaluation.config.eval.sampling is not None
+    return sampling.evaluate(
+        evaluation.loaded.model, evaluation.loaded.tokenizer, evaluation.config.eval.sampling
+    )
+
+
+def _borders(evaluation: _Evaluation) -> list[Path]:
+    """Checkpoints `period-0` to `period-S` of a chronological run, in order.
+
+    Raises CheckpointError when the run has not reached all of them, or one was lost.
+    """
+    stream = evaluation.config.train.stream
+    assert isinstance(stream, Chronological)
+    found = {}
+    for path in list_checkpoints(evaluation.run_dir / _CHECKPOINTS):
+        try:
+            found[verify_checkpoint(path)["milestone"]] = path
+        except CheckpointError as error:
+            evaluation.report(f"skipped damaged checkpoint: {error}")
+    names = [f"period-{period}" for period in range(stream.periods + 1)]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{evaluation.run_dir}: border checkpoints {', '.join(missing)} are missing or damaged; "
+            "forgetting needs all of them. Finish the run with `nested-lm train ... --resume auto`, or train "
+            "it anew"
+        )
+    return [found[name] for name in names]
+
+
+def _border_mark(evaluation: _Evaluation) -> CheckpointMark:
+    borders = _borders(evaluation)
+    joined = xxhash.xxh3_128_hexdigest("".join(map(_digest, borders)).encode())
+    return CheckpointMark(name=f"{borders[0].name} to {borders[-1].name}", digest=joined)
+
+
+def _continual_settings(evaluation: _Evaluation) -> dict[str, Any]:
+    stream = evaluation.config.train.stream
+    assert isinstance(stream, Chronological)
+    return {"periods": stream.periods, "bootstrap_samples": evaluation.config.eval.bootstrap_samples}
+
+
+def _measure_continual(evaluation: _Evaluation) -> Metrics:
+    stream = evaluation.config.train.stream
+    assert isinstance(stream, Chronological)
+    training = evaluation.split("train")
+    splits = (evaluation.split("validation"), evaluation.split("test"))
+    plan = period_plan(training, stream.periods)
+    segments = continual.segment_documents(splits, plan)
+    nats, tokens, trained = [], [], []
+    for path in _borders(evaluation):
+        loaded = load_model(path, device=evaluation.device, tokenizer_hash=training.tokenizer_hash)
+        scored, tokens = continual.score_segments(loaded.model, splits, segments, reading=evaluation.reading)
+        nats.append(scored)
+        trained.append(loaded.tokens)
+    labels = [
+        f"{training.periods[periods[0]].first_year}-{training.periods[periods[-1]].last_year}"
+        for periods in plan
+    ]
+    return continual.summarise(
+        nats,
+        tokens,
+        segments,
+        labels=labels,
+        trained_tokens=trained[1:],
+        bootstrap=evaluation.bootstrap,
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    version: str
+    settings: Callable[[_Evaluation], dict[str, Any]]
+    mark: Callable[[_Evaluation], CheckpointMark]
+    measure: Callable[[_Evaluation], Metrics]
+    missing: str  # why a run may not have it
+
+
+_TASKS = {
+    "language_modelling": _Task(
+        language_modelling.TASK_VERSION,
+        _section_settings("language_modelling"),
+        _newest_mark,
+        _measure_language_modelling,
+        "eval.language_modelling is null",
+    ),
+    "passkey": _Task(
+        needle.TASK_VERSION,
+        _section_settings("passkey"),
+        _newest_mark,
+        _measure_passkey,
+        "eval.passkey is null",
+    ),
+    "sampling": _Task(
+        sampling.TASK_VERSION,
+        _section_settings("sampling"),
+        _newest_mark,
+        _measure_sampling,
+        "eval.sampling is null",
+    ),
+    "continual": _Task(
+        continual.TASK_VERSION,
+        _continual_settings,
+        _border_mark,
+        _measure_continual,
+        "train.stream is not chronological",
+    ),
+}
