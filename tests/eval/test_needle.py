@@ -16,7 +16,7 @@ READING = Reading(context_length=32, batch_size=4, align=4)
 
 
 class Copier(nn.Module):
-    """Predicts what followed the last place where the same three tokens stood; knows nothing else."""
+    """Predicts what followed the last place where the same eight tokens stood; knows nothing else."""
 
     has_constant_state = False
 
@@ -30,8 +30,8 @@ class Copier(nn.Module):
         logits = torch.zeros(*tokens.shape, 300)
         for row, ids in enumerate(tokens.tolist()):
             following = {}
-            for t in range(2, len(ids)):
-                seen = tuple(ids[t - 2 : t + 1])
+            for t in range(7, len(ids)):
+                seen = tuple(ids[t - 7 : t + 1])
                 if seen in following:
                     logits[row, t, following[seen]] = 9.0
                 if t + 1 < len(ids):
