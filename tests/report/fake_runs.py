@@ -41,8 +41,8 @@ PRESETS = {
     "transformer-chronological": "baselines/transformer_demo_chronological",
 }
 HOPE_TEXT = (
-    " and House of Representatives:\n\nI have the honor to transmit to Congress the report of the Secretary of "
-    "the Treasury on the state of the revenue, and of the several treaties which have been made with the "
+    " and House of Representatives:\n\nI have the honor to transmit to Congress the report of the Secretary "
+    "of the Treasury on the state of the revenue, and of the several treaties which have been made with the "
     "Indian tribes upon the frontier. The peace of the country has been so well kept that"
 )
 TRANSFORMER_TEXT = (

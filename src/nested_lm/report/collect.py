@@ -10,7 +10,8 @@ import yaml
 
 from nested_lm.config.load import parse_run
 from nested_lm.config.run import RunConfig
-from nested_lm.data.manifest import Manifest, read_manifest as read_data_manifest
+from nested_lm.data.manifest import Manifest
+from nested_lm.data.manifest import read_manifest as read_data_manifest
 from nested_lm.errors import DataError, ReportError
 from nested_lm.eval.results import differences, load_result
 from nested_lm.eval.schema import ResultFile

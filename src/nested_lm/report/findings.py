@@ -95,10 +95,10 @@ def _verdict(own: str, other: str, difference: Interval) -> str:
         return f"{own} beats {other} by {size} ({how}); the interval excludes 0."
     if difference.low > 0:
         return f"{other} beats {own} by {size} ({how}); the interval excludes 0."
-    signed = f"{difference.value:+.3f} bits per byte (95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
+    signed = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
     return (
-        f"{own} and {other} cannot be told apart: {own} minus {other} is {signed}, paired bootstrap over {n} "
-        "documents); the interval includes 0."
+        f"{own} and {other} cannot be told apart: {own} minus {other} is {difference.value:+.3f} bits per "
+        f"byte ({signed}, paired bootstrap over {n} documents); the interval includes 0."
     )
 
 
@@ -206,15 +206,15 @@ def _scale_limit(campaign: Campaign, runs: tuple[Run, ...]) -> list[str]:
         return []
     text = (
         f"Models of {short_count(max(counts))} parameters trained on {short_count(max(tokens))} tokens "
-        f"({max(tokens) / max(counts):.1f} tokens a parameter): which arm is better at another size or budget "
-        "is a different question."
+        f"({max(tokens) / max(counts):.1f} tokens a parameter): which arm is better at another size "
+        "or budget is a different question."
     )
     found = [text]
     for data in campaign.data:
         train = data.splits["train"]
         found.append(
-            f"One corpus, {data.name} ({train.documents:,} training documents, {short_count(train.tokens)} tokens, "
-            f"{max(tokens) / train.tokens:.2f} epochs): results on other text may differ."
+            f"One corpus, {data.name} ({train.documents:,} training documents, {short_count(train.tokens)} "
+            f"tokens, {max(tokens) / train.tokens:.2f} epochs): results on other text may differ."
         )
     return found
 
@@ -255,8 +255,8 @@ def _continual_limit(campaign: Campaign) -> list[str]:
     metrics = runs[0].results["continual"].metrics
     assert isinstance(metrics, ContinualMetrics)
     found = [
-        f"One order of {len(metrics.segments)} periods: forgetting cannot be told from a change in the difficulty "
-        "of the text."
+        f"One order of {len(metrics.segments)} periods: forgetting cannot be told from a change in the "
+        "difficulty of the text."
     ]
     budgets = {run.config.train.budget_tokens for run in runs}
     if not any(run.config.train.budget_tokens in budgets for run in campaign.runs if not run.chronological):
@@ -269,5 +269,6 @@ def _continual_limit(campaign: Campaign) -> list[str]:
 def _time_limit(runs: tuple[Run, ...]) -> list[str]:
     devices = sorted({str(run.record.get("device")) for run in runs})
     return [
-        f"Times are those of single runs on {'; '.join(devices)}, without repeats; other load on the machine counts."
+        f"Times are those of single runs on {'; '.join(devices)}, without repeats; other load on the machine "
+        "counts."
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from nested_lm.errors import ReportError
 
 WIDTH = 10.0  # inches; the page is as wide
+_FRAME = 0.9  # inches of a panel's height that its title and labels take
 INK = "#1f2328"
 MUTED = "#6b7280"
 GRID = "#e5e7eb"
@@ -108,38 +109,52 @@ def finish(figure: Any, *, name: str, title: str, caption: str) -> Drawing:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
     text = text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    return Drawing(name, title, caption, text.strip() + "\n")
+    return Drawing(name, title, caption.replace("95 %", "95\u00a0%"), text.strip() + "\n")
 
 
-def label_line_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], *, size: float = 9.0) -> None:
+LineEnd = tuple[float, float, str, str]
+"""x and y of a line's last point in data units, its name and its colour."""
+
+
+def label_line_ends(panels: Sequence[tuple[Any, Sequence[LineEnd]]], *, size: float = 9.0) -> None:
     """Write names beside the ends of lines, pushed apart where they would overlap.
 
-    ends: x, y, name and colour of each line's last point; all in data units of the final axis limits.
+    panels: axes of one figure, limits final, each with the ends of its lines.
     """
-    if not ends:
-        return
-    axes.figure.canvas.draw()  # limits are final from here
-    to_pixels, height = axes.transData.transform, axes.get_window_extent().height
-    gap = 1.25 * size * axes.figure.dpi / 72
-    placed = sorted(((to_pixels((x, y))[1], x, name, colour) for x, y, name, colour in ends))
-    heights: list[float] = []
-    for pixel, *_ in placed:
-        heights.append(max(pixel, heights[-1] + gap) if heights else pixel)
-    shift = sum(h - p[0] for h, p in zip(heights, placed, strict=True)) / len(placed)
-    bottom = axes.get_window_extent().y0
-    for pixel, (_, _x, name, colour) in zip(heights, placed, strict=True):
-        axes.annotate(
-            name,
-            xy=(1.0, (pixel - shift - bottom) / height),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left",
-            color=colour,
-            fontsize=size,
-            annotation_clip=False,
-        )
+    for axes, ends in panels:
+        to_fraction = axes.transScale + axes.transLimits  # of the panel's height; needs no layout
+        axes.get_ylim()
+        figure, rows = axes.figure, axes.get_gridspec().nrows
+        panel = figure.get_figheight() / rows - _FRAME  # inches
+        gap = 1.25 * size / 72 / panel
+        placed = sorted((to_fraction.transform((x, y))[1], name, colour) for x, y, name, colour in ends)
+        heights = spread([height for height, _, _ in placed], gap)
+        for height, (_, name, colour) in zip(heights, placed, strict=True):
+            axes.annotate(
+                name,
+                xy=(1.0, height),
+                xycoords="axes fraction",
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left",
+                color=colour,
+                fontsize=size,
+                annotation_clip=False,
+            )
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending places at least `gap` apart, as near to the wanted ones as can be (least squares)."""
+    pools: list[tuple[float, int]] = []  # mean and size of neighbours that push each other
+    for index, value in enumerate(wanted):
+        mean, size = value - index * gap, 1
+        while pools and pools[-1][0] > mean:
+            before, count = pools.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        pools.append((mean, size))
+    flat = [mean for mean, size in pools for _ in range(size)]
+    return [mean + index * gap for index, mean in enumerate(flat)]
 
 
 def thousands(axis: Any) -> None:

@@ -58,15 +58,40 @@ def overview(campaign: Campaign) -> Drawing | None:
         for name, floor in (("unigram", first.unigram), ("bigram", first.bigram)):
             value = floor.bits_per_byte.value
             axis.axvline(value, color=FLOOR_COLOURS[name], linewidth=2)
-            axis.annotate(f"{name} floor {value:.3f}", xy=(value, 1), xycoords=("data", "axes fraction"),
-                          xytext=(0, 4), textcoords="offset points", ha="center", color=MUTED, fontsize=8.8)  # fmt: skip
+            axis.annotate(
+                f"{name} floor {value:.3f}",
+                xy=(value, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                color=MUTED,
+                fontsize=8.8,
+            )
         for y, (_, colour, filled, interval) in enumerate(rows):
             errors = [[side[0]] for side in _errors([interval])]
-            axis.errorbar([interval.value], [y], xerr=errors, fmt="o", color=colour, markersize=7, elinewidth=2,
-                          markerfacecolor=colour if filled else "white", markeredgewidth=1.8)  # fmt: skip
+            axis.errorbar(
+                [interval.value],
+                [y],
+                xerr=errors,
+                fmt="o",
+                color=colour,
+                markersize=7,
+                elinewidth=2,
+                markerfacecolor=colour if filled else "white",
+                markeredgewidth=1.8,
+            )
             edge = interval.value if interval.high is None else interval.high
-            axis.annotate(f"{interval.value:.3f}", xy=(edge, y), xytext=(8, 0), textcoords="offset points",
-                          va="center", color=colour, fontsize=9.5, fontweight="bold")  # fmt: skip
+            axis.annotate(
+                f"{interval.value:.3f}",
+                xy=(edge, y),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontsize=9.5,
+                fontweight="bold",
+            )
         axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
         for text, (_, colour, *_rest) in zip(axis.get_yticklabels(), rows, strict=True):
             text.set(color=colour, fontsize=9.8)
@@ -110,14 +135,14 @@ def loss(campaign: Campaign) -> Drawing | None:
         axes[0][0].set(title="per token read", xlabel="training tokens", ylabel="loss (nats / token)")
         axes[0][1].set(title="per minute spent", xlabel="training time (minutes)")
         thousands(axes[0][0].xaxis)
-        label_line_ends(axes[0][0], by_axis[0])
+        label_line_ends([(axes[0][0], by_axis[0])])
         _label_below_ends(axes[0][1], by_axis[1])
         return finish(
             figure,
             name="loss",
             title="Training loss",
             caption="Lower is better: left, what each token taught; right, what each minute bought on this "
-            "machine. Pale lines are single steps, strong ones their running mean; the first steps are cut off.",
+            "machine. Pale lines are single steps, strong ones running means; the first steps are cut off.",
         )
 
 
@@ -152,7 +177,7 @@ def validation(campaign: Campaign) -> Drawing | None:
         axis.set(xlabel="training tokens", ylabel="validation bits per byte")
         axis.set_xlim(left=0)
         thousands(axis.xaxis)
-        label_line_ends(axis, ends)
+        label_line_ends([(axis, ends)])
         return finish(
             figure,
             name="validation",
@@ -192,9 +217,15 @@ def periods(campaign: Campaign) -> Drawing | None:
             xs = [x + (place - (len(scores) - 1) / 2) * width for x in range(len(shown))]
             colour = arm_colour(campaign, run)
             axis.errorbar(
-                xs, [i.value for i in intervals], yerr=_errors(intervals), fmt="o", color=colour, markersize=5.5,
-                elinewidth=1.4, capsize=0,
-            )  # fmt: skip
+                xs,
+                [i.value for i in intervals],
+                yerr=_errors(intervals),
+                fmt="o",
+                color=colour,
+                markersize=5.5,
+                elinewidth=1.4,
+                capsize=0,
+            )
             ends.append((len(shown) - 1, intervals[-1].value, campaign.label(run), colour))
         by_period = [first.window.by_period[index] for index in shown]
         axis.set_xticks(
@@ -203,7 +234,7 @@ def periods(campaign: Campaign) -> Drawing | None:
         axis.set_xlim(-0.5, len(shown) - 0.5)
         axis.grid(axis="x", visible=False)
         axis.set(ylabel=f"bits per byte, {first.split} split")
-        label_line_ends(axis, ends)
+        label_line_ends([(axis, ends)])
         return finish(
             figure,
             name="periods",
@@ -257,7 +288,7 @@ def positions(campaign: Campaign) -> Drawing | None:
             xlabel="position in the text since the last fresh state (tokens)", ylabel="loss (nats / token)"
         )
         _plain_powers(axis)
-        label_line_ends(axis, ends)
+        label_line_ends([(axis, ends)])
         return finish(
             figure,
             name="positions",
@@ -317,8 +348,16 @@ def passkey(campaign: Campaign) -> Drawing | None:
             left.errorbar(
                 xs, [i.value for i in keyed], yerr=_errors(keyed), color=colour, marker="o", markersize=4.5
             )
-            left.plot(xs, [i.value for i in control], "--", color=colour, linewidth=1.2, marker="o",
-                      markerfacecolor="white", markersize=4.5)  # fmt: skip
+            left.plot(
+                xs,
+                [i.value for i in control],
+                "--",
+                color=colour,
+                linewidth=1.2,
+                marker="o",
+                markerfacecolor="white",
+                markersize=4.5,
+            )
             moved = [x * 2 ** (0.09 * (place - (len(runs) - 1) / 2)) for x in xs]
             right.errorbar(
                 moved, [i.value for i in worth], yerr=_errors(worth), color=colour, fmt="o", markersize=5.5
@@ -328,20 +367,23 @@ def passkey(campaign: Campaign) -> Drawing | None:
         left.set(
             title="loss of the key", xlabel="length of the text (tokens)", ylabel="nats per answer token"
         )
-        right.set(title="what the key in the text saves", xlabel="length of the text (tokens)",
-                  ylabel="nats per answer token saved")  # fmt: skip
+        right.set(
+            title="what the key in the text saves",
+            xlabel="length of the text (tokens)",
+            ylabel="nats per answer token saved",
+        )
         for axis in (left, right):
             axis.set_xscale("log", base=2)
             axis.set_xticks(xs)
             _plain_powers(axis)
-        label_line_ends(left, ends)
+        label_line_ends([(left, ends)])
         return finish(
             figure,
             name="passkey",
             title="Passkey",
-            caption="Left: loss of a five-digit key hidden in the text (filled) and with its sentence taken out "
-            "(open, dashed). Right: the difference with its 95 % interval; a model that remembers the key lies "
-            "above zero.",
+            caption="Left: loss of a five-digit key hidden in the text (filled) and with its sentence "
+            "taken out (open, dashed). Right: the difference with its 95 % interval; a model that remembers "
+            "it lies above zero.",
         )
 
 
@@ -389,9 +431,9 @@ def continual(campaign: Campaign) -> Drawing | None:
             figure,
             name="continual",
             title="Reading history in order",
-            caption="Each row is a model that has read one more period, each column held-out text of one period. "
-            "Top: bits per byte, dark is worse, framed cells are the period just read. Bottom: bits per byte lost "
-            "since the model was at its best on that period; zero is no forgetting.",
+            caption="Each row is a model that has read one more period, each column held-out text of one "
+            "period. Top: bits per byte, dark is worse, framed cells are the period just read. Bottom: bits "
+            "per byte lost since the model was at its best on that period; zero is no forgetting.",
         )
 
 
@@ -416,8 +458,15 @@ def _heat(
         for x, value in enumerate(row):
             if value == value:
                 dark = (value - limits[0]) / span > 0.75
-                axis.text(x, y, text.format(value), ha="center", va="center", fontsize=9,
-                          color="white" if dark else INK)  # fmt: skip
+                axis.text(
+                    x,
+                    y,
+                    text.format(value),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if dark else INK,
+                )
         if y >= extra:
             axis.add_patch(
                 Rectangle((y - extra - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2)

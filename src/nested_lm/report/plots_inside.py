@@ -44,6 +44,7 @@ def gates(campaign: Campaign) -> Drawing | None:
     if not runs:
         return None
     with canvas(len(runs), 2, height=3.3 * len(runs)) as (figure, axes):
+        labels = []
         for row, run in zip(axes, runs, strict=True):
             layers = _layers(run)
             colours = _layer_colours(len(layers))
@@ -57,20 +58,21 @@ def gates(campaign: Campaign) -> Drawing | None:
                 axis.set_xlim(left=0)
                 axis.set(xlabel="training tokens", title=f"{campaign.label(run)}: {gate}")
                 thousands(axis.xaxis)
-                label_line_ends(axis, ends)
+                labels.append((axis, ends))
             row[0].set_ylabel("mean step size of a write")
             row[1].set_ylabel("mean share forgotten a token")
+        label_line_ends(labels)
         return finish(
             figure,
             name="gates",
             title="Gates",
-            caption="How strongly the memories write (left) and forget (right), averaged over tokens and heads: "
+            caption="How strongly the memories write (left) and forget (right), mean over tokens and heads: "
             "a flat line means training left that gate where it started.",
         )
 
 
 def updates(campaign: Campaign) -> Drawing | None:
-    """Size of the optimizer's updates by parameter group: levels and other groups, and the memories' starts."""
+    """Size of the optimizer's updates by parameter group, and apart from them the memories' starts."""
     runs = [run for run in _first_of_each_arm(campaign) if run.steps.keys("update_norm/")]
     if not runs:
         return None
@@ -79,12 +81,12 @@ def updates(campaign: Campaign) -> Drawing | None:
         keys = run.steps.keys("update_norm/")
         memories = [key for key in keys if key.startswith("update_norm/memory")]
         groups = [key for key in keys if key not in memories]
-        panels.append((run, "levels and slow weights", groups))
+        panels.append((run, "parameter groups", groups))
         if memories:
             panels.append((run, "starts of the memories", memories))
     rows = -(-len(panels) // 2)
     with canvas(rows, 2, height=3.3 * rows) as (figure, axes):
-        flat = list(axes.flat)
+        flat, labels = list(axes.flat), []
         for axis, (run, title, keys) in zip(flat, panels, strict=False):
             ends = []
             for index, key in enumerate(keys):
@@ -102,16 +104,17 @@ def updates(campaign: Campaign) -> Drawing | None:
             )
             thousands(axis.xaxis)
             _few_log_ticks(axis)
-            label_line_ends(axis, ends, size=8.5)
+            labels.append((axis, ends))
         for axis in flat[len(panels) :]:
             axis.set_visible(False)
+        label_line_ends(labels, size=8.5)
         return finish(
             figure,
             name="updates",
             title="Update sizes",
-            caption="Norm of one optimizer update over the norm of the weights it changes, by parameter group. "
-            "A level that updates less often takes fewer, larger steps; a group at the floor of the plot is "
-            "not learning.",
+            caption="Norm of one optimizer update over the norm of the weights it changes, by group. "
+            "A line that falls away from the others has "
+            "stopped learning.",
         )
 
 
@@ -133,13 +136,13 @@ def _group_name(key: str) -> str:
 
 
 def _few_log_ticks(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axis.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:.2g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def fast_weights(campaign: Campaign) -> Drawing | None:
@@ -174,14 +177,13 @@ def fast_weights(campaign: Campaign) -> Drawing | None:
                 if place % per_row == 0:
                     axis.set_ylabel("mean Frobenius norm")
                 labels.append((axis, ends))
-        for axis, ends in labels:  # the panels share their scale, which is final only now
-            label_line_ends(axis, ends, size=8.2)
+        label_line_ends(labels, size=8.2)  # the panels share their scale, which is final only now
         return finish(
             figure,
             name="fast_weights",
             title="Fast weights",
-            caption="Size of each memory's fast weights at the end of a training batch: a line that shoots up "
-            "would be a memory losing its balance between writing and forgetting.",
+            caption="Size of each memory's fast weights at the end of a training batch: a line that shoots "
+            "up would be a memory losing its balance between writing and forgetting.",
         )
 
 

@@ -62,8 +62,8 @@ class Page:
 def render_campaign(campaign_dir: Path) -> Path:
     """Render the report of a campaign folder and return the path of `report.html`.
 
-    Figures go into the page, and as files into `figures/` for `report.md`. Without matplotlib both reports are
-    written without figures and say so.
+    Figures go into the page, and as files into `figures/` for `report.md`. Without matplotlib both reports
+    are written without figures and say so.
 
     Raises:
         ReportError: not a campaign folder, damaged files, or results that may not share a table.

@@ -159,8 +159,8 @@ def samples(campaign: Campaign) -> list[Sample]:
         result = run.results["sampling"]
         assert isinstance(result.metrics, SamplingMetrics)
         for sample in result.metrics.samples:
-            settings = result.settings
-            how = f"temperature {settings.get('temperature')}, top-p {settings.get('top_p')}, seed {sample.seed}"
+            temperature, top_p = result.settings.get("temperature"), result.settings.get("top_p")
+            how = f"temperature {temperature}, top-p {top_p}, seed {sample.seed}"
             end = ", ended by itself" if sample.ended else ""
             note = f"{sample.tokens} tokens, {how}{end}"
             found.append(Sample(campaign.label(run), sample.prompt, sample.text, note))
