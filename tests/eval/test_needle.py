@@ -71,6 +71,8 @@ def test_a_model_without_memory_gains_nothing_from_the_key(tokenizer):
     )
     for length in run(model, tokenizer).lengths:
         assert length.worth.value == 0.0
+        assert length.exact.value == 0.0  # all tokens are equally likely: no first choice
+        assert length.median_first_rank == 300
         assert length.nats_per_token.value == pytest.approx(torch.log(torch.tensor(300.0)).item(), rel=1e-6)
 
 

@@ -220,7 +220,8 @@ def score_answers(
         logits = output.logits[row.to(device), column.to(device)].float()  # (answer tokens, V)
         target = wanted[row, column].to(device)[:, None]
         chosen = logits.gather(1, target)
-        rank = ((logits > chosen).sum(dim=1) + 1).cpu().numpy()
+        # Ties count against the model: equal logits for all tokens must not pass for knowing the answer.
+        rank = (logits >= chosen).sum(dim=1).cpu().numpy()
         losses = -logits.log_softmax(dim=1).gather(1, target)[:, 0].double().cpu().numpy()
         at = row.numpy()
         nats += np.bincount(at, weights=losses, minlength=len(prompts))
