@@ -1,4 +1,4 @@
-"""Every backend against the token-by-token reference: outputs, end states and every outer gradient, in float64."""
+"""Every backend against the token-by-token reference: outputs, states and every outer gradient, in float64."""
 
 import itertools
 
@@ -63,8 +63,7 @@ def run(backend, args, **kwargs):
 
 def worst(found, expected):
     return max(
-        ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
-        for a, b in zip(found, expected, strict=True)
+        ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in zip(found, expected, strict=True)
     )
 
 
@@ -72,8 +71,8 @@ def worst(found, expected):
 @pytest.mark.parametrize("erase", ["both", "input", "none"])
 @pytest.mark.parametrize(("chunk", "tokens", "phase"), [(1, 7, 0), (4, 13, 3), (16, 37, 5), (40, 43, 0)])
 def test_chunked_equals_reference(read, erase, chunk, tokens, phase):
-    args = problem(tokens=tokens)
-    kwargs = dict(rule=rule(chunk, erase, read, 0.9, 0.4), phase=phase, resets=None)
+    args = problem(tokens=tokens, width=4, hidden=5)
+    kwargs = {"rule": rule(chunk, erase, read, 0.9, 0.4), "phase": phase, "resets": None}
     expected, expected_gradients = run(memory_reference, args, **kwargs)
     found, gradients = run(memory_chunked, args, **kwargs)
     assert worst(found, expected) < LIMIT
@@ -83,7 +82,7 @@ def test_chunked_equals_reference(read, erase, chunk, tokens, phase):
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (2.0, 0.2), (0.2, 2.0)])
 def test_rates_of_memory_and_generators_are_separate(rates):
     args = problem(tokens=21)
-    kwargs = dict(rule=rule(8, rate_memory=rates[0], rate_generators=rates[1]), phase=0, resets=None)
+    kwargs = {"rule": rule(8, rate_memory=rates[0], rate_generators=rates[1]), "phase": 0, "resets": None}
     expected, expected_gradients = run(memory_reference, args, **kwargs)
     found, gradients = run(memory_chunked, args, **kwargs)
     assert worst(found, expected) < LIMIT
@@ -94,7 +93,7 @@ def test_resets_on_borders_equal_reference():
     args = problem(tokens=24)
     resets = torch.zeros(2, 24, dtype=torch.bool)
     resets[0, 8] = resets[1, 16] = resets[1, 0] = True
-    kwargs = dict(rule=rule(8), phase=0, resets=resets)
+    kwargs = {"rule": rule(8), "phase": 0, "resets": resets}
     expected, expected_gradients = run(memory_reference, args, **kwargs)
     found, gradients = run(memory_chunked, args, **kwargs)
     assert worst(found, expected) < LIMIT
@@ -103,12 +102,10 @@ def test_resets_on_borders_equal_reference():
 
 def test_recomputation_changes_nothing():
     args = problem(tokens=20)
-    kwargs = dict(rule=rule(8), phase=0, resets=None)
+    kwargs = {"rule": rule(8), "phase": 0, "resets": None}
     expected, expected_gradients = run(memory_chunked, args, **kwargs)
     found, gradients = run(memory_chunked, args, **kwargs, recompute=True)
-    for a, b in itertools.chain(
-        zip(found, expected, strict=True), zip(gradients, expected_gradients, strict=True)
-    ):
+    for a, b in itertools.chain(zip(found, expected, strict=True), zip(gradients, expected_gradients, strict=True)):
         assert torch.equal(a, b)
 
 
@@ -151,18 +148,14 @@ class TestEveryBackend:
     @pytest.mark.parametrize("read", ["inclusive", "exclusive"])
     def test_future_tokens_do_not_change_past_reads(self, backend, read):
         inputs, start, readout, state = problem(tokens=19)
-        before = backend.self_modify(
-            inputs, start, readout, state, rule=rule(8, read=read), phase=0, resets=None
-        )
+        before = backend.self_modify(inputs, start, readout, state, rule=rule(8, read=read), phase=0, resets=None)
         changed = MemoryInputs(*(torch.cat([x[:, :10], x[:, 10:] + 0.3], dim=1) for x in inputs))
-        after = backend.self_modify(
-            changed, start, readout, state, rule=rule(8, read=read), phase=0, resets=None
-        )
+        after = backend.self_modify(changed, start, readout, state, rule=rule(8, read=read), phase=0, resets=None)
         assert worst([after.reads[:, :10]], [before.reads[:, :10]]) < 1e-14
         assert not torch.allclose(after.reads[:, 10:], before.reads[:, 10:])
 
     def test_gradient_through_the_writes_is_a_finite_difference(self, backend):
-        inputs, start, readout, state = problem(batch=1, tokens=9, heads=1, width=3, hidden=4)
+        inputs, start, readout, state = problem(batch=1, tokens=6, heads=1, width=2, hidden=3)
 
         def reads(*flat):
             out = backend.self_modify(
@@ -176,7 +169,7 @@ class TestEveryBackend:
             )
             return out.reads
 
-        assert torch.autograd.gradcheck(reads, (*inputs, *start, *readout), atol=1e-7, rtol=1e-5)
+        assert torch.autograd.gradcheck(reads, (*inputs, *start, *readout), fast_mode=True, atol=1e-6, rtol=1e-5)
 
     def test_zero_rate_writes_nothing_and_keeps_the_start(self, backend):
         inputs, start, readout, _ = problem(tokens=11)
@@ -187,23 +180,14 @@ class TestEveryBackend:
 
 
 @pytest.mark.parametrize("stream", ["independent", "repeated"])
-@pytest.mark.parametrize("erase", ["both", "input"])
-def test_memory_is_alive_and_bounded_after_8k_tokens(stream, erase):
-    inputs, start, readout, _ = problem(
-        batch=1, tokens=8192, heads=1, width=16, hidden=16, dtype=torch.float32
-    )
+def test_memory_is_alive_and_bounded_after_8k_tokens(stream):
+    inputs, start, readout, _ = problem(batch=1, tokens=8192, heads=1, width=16, hidden=16, dtype=torch.float32)
     if stream == "repeated":
         inputs = MemoryInputs(*(x[:, :1].expand_as(x) for x in inputs))
     inputs = inputs._replace(decay=torch.full_like(inputs.decay, 7.6))
-    limits = rule(
-        16,
-        erase,
-        rate_memory=1.0 if erase == "both" else 0.1,
-        rate_generators=1.0 if erase == "both" else 0.1,
-    )
     with torch.no_grad():
         out = memory_chunked.self_modify(
-            inputs, start, readout, zero_state(start, 1), rule=limits, phase=0, resets=None
+            inputs, start, readout, zero_state(start, 1), rule=rule(16), phase=0, resets=None
         )
     for tensor in out.state.current:
         norms = tensor.flatten(3).norm(dim=-1)

@@ -49,9 +49,7 @@ class Block(nn.Module):
 def _build_mixer(config: ModelConfig, *, recompute_chunks: bool) -> nn.Module:
     if isinstance(config.mixer, FullAttention):
         return Attention(config.width, config.mixer)
-    return SelfModifyingTitans(
-        config.width, config.mixer, epsilon=config.norm_epsilon, recompute=recompute_chunks
-    )
+    return SelfModifyingTitans(config.width, config.mixer, epsilon=config.norm_epsilon, recompute=recompute_chunks)
 
 
 def _build_channel(config: ModelConfig) -> nn.Module:

@@ -43,9 +43,7 @@ def generate(
     logits, state, _ = model(tokens)
     chosen = []
     for step in range(max_new_tokens):
-        probabilities = next_token_probabilities(
-            logits[:, -1], temperature=temperature, top_p=top_p, top_k=top_k
-        )
+        probabilities = next_token_probabilities(logits[:, -1], temperature=temperature, top_p=top_p, top_k=top_k)
         token = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(tokens.device)  # (B, 1)
         chosen.append(token)
         if step + 1 < max_new_tokens:

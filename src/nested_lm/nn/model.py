@@ -86,36 +86,32 @@ class LanguageModel(nn.Module):
             ValueError: a document starts inside a chunk (checked on CPU only: it would force a GPU to wait).
         """
         state = self.initial_state(tokens.shape[0]) if state is None else state
-        context, packed = self._context(resets, state)
+        context, packed = self._context(resets, state, tokens.shape[1])
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
         for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
             if self.recompute == "block" and torch.is_grad_enabled():
-                x, layer, found = checkpoint(
-                    block, x, context, layer, use_reentrant=False, preserve_rng_state=False
-                )
+                x, layer, found = checkpoint(block, x, context, layer, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer, found = block(x, context, layer)
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in found.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
         logits = functional.linear(self.norm(x), head)
-        return ModelOutput(
-            logits, StreamState(tuple(layers), state.position + tokens.shape[1], packed), stats
-        )
+        return ModelOutput(logits, StreamState(tuple(layers), state.position + tokens.shape[1], packed), stats)
 
-    def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState) -> tuple[StepContext, bool]:
+    def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> tuple[StepContext, bool]:
         """Work out what the blocks need to know about document starts."""
         if resets is not None and not bool(resets.any() if state.position else resets[:, 1:].any()):
             resets = None  # nothing starts here that the state does not already mean
         packed = state.packed or resets is not None
         documents = None
         if packed:
-            documents = self._documents(resets, state)
+            documents = self._documents(resets, state, tokens)
         return StepContext(state.position, resets, documents), packed
 
-    def _documents(self, resets: Bool[Tensor, "B T"] | None, state: StreamState) -> Tensor | None:
+    def _documents(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> Tensor | None:
         """Number the documents of each row, going on from the attention cache; None when no block attends."""
         caches = [layer for layer in state.layers if hasattr(layer, "documents")]
         if not caches:
@@ -123,7 +119,7 @@ class LanguageModel(nn.Module):
         cached = caches[0].documents
         last = cached[:, -1:] if cached.shape[1] else cached.new_zeros(cached.shape[0], 1)
         if resets is None:
-            return last
+            return last.expand(-1, tokens)
         return last + resets.long().cumsum(dim=1)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
@@ -172,8 +168,9 @@ class LanguageModel(nn.Module):
 
 
 def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Negative log-likelihood of each target in nats, in float32; 0 where the target is -100."""
+    """Negative log-likelihood of each target in nats, in at least float32; 0 where the target is -100."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     flat = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+        logits.flatten(0, 1).to(dtype), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
     )
     return flat.view(targets.shape)

@@ -59,9 +59,7 @@ class SelfModifyingTitans(nn.Module):
         hidden = round(config.expansion * head_width)
         self.config = config
         self.recompute = recompute
-        self.rule = WriteRule(
-            config.chunk, config.erase, config.read, config.rates.memory, config.rates.generators
-        )
+        self.rule = WriteRule(config.chunk, config.erase, config.read, config.rates.memory, config.rates.generators)
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
         self.conv = CausalConv(3 * heads * head_width, config.conv_width)
         self.gates = nn.Linear(width, 2 * heads, bias=False)  # slow part of rate and decay
@@ -128,9 +126,7 @@ class SelfModifyingTitans(nn.Module):
     @staticmethod
     @torch.no_grad()
     def _statistics(rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
-        norms = (
-            current.inner.float().square().sum((-2, -1)) + current.outer.float().square().sum((-2, -1))
-        ).sqrt()
+        norms = (current.inner.float().square().sum((-2, -1)) + current.outer.float().square().sum((-2, -1))).sqrt()
         mean = norms.mean(dim=(0, 1))  # over rows and heads
         stats = {"rate": rate.float().mean(), "decay": decay.float().mean()}
         return stats | {f"fast_norm/{name}": mean[index] for index, name in enumerate(MEMORIES)}

@@ -95,7 +95,8 @@ class WriteRule:
 
 def unit(x: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
     """Scale to Euclidean length 1; vectors shorter than NORM_FLOOR stay shorter."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / length.clamp_min(NORM_FLOOR)
 
 
 def zero_state(start: MemoryWeights, batch_size: int) -> MemoryState:
@@ -113,8 +114,9 @@ def outer_write_scale(
     """Split the hidden activations into a direction and the factor that scales the error written along it.
 
     The second layer is written by rate * error * hidden / max(1, |hidden|^2): the plain gradient while the
-    activations are shorter than 1, a normalised step beyond, so that repeated keys cannot overshoot (the coefficient of
-    the old content stays in [-1, 1] for rates up to 1). Returned are hidden / |hidden| and |hidden| / max(1, |hidden|^2).
+    activations are shorter than 1, a normalised step beyond, so that repeated keys cannot overshoot (the coefficient
+    of the old content stays in [-1, 1] for rates up to 1). Returned are hidden / |hidden| and
+    |hidden| / max(1, |hidden|^2).
 
     Deviation: eq. 88 with the raw activations is unstable once |hidden| exceeds 1.
     """

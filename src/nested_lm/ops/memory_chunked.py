@@ -1,31 +1,20 @@
-"""The self-modifying memories, a chunk of tokens at a time: the same numbers as the reference, in matrix products.
+"""The self-modifying memories, a chunk of tokens at a time: the numbers of the reference, in matrix products.
 
-Inside a chunk every gradient is taken at the border, so it is known before the chunk starts, and each layer of each
-memory becomes a gated delta rule with rank-one writes. With distances D from the start, unit directions p_t, known
-errors g_t, rates eta_t and retentions alpha_t (gamma_t their running product):
-
-    D_t = alpha_t D_{t-1} - eta_t (g_t + D_{t-1} p_t) p_t^T = gamma_t D_0 + sum_{i<=t} (gamma_t / gamma_i) w_i p_i^T
-
-and the updates w solve one unit lower-triangular system (I + L) W = -eta (G + gamma_{t-1} P D_0^T) with
-L_ti = eta_t (gamma_{t-1} / gamma_i) p_t.p_i for i < t. The first layers of all memories of equal rate share p = k and
-so share the factor. Inner gradients are closed forms; the backward of the solve is written by hand.
+`memory_chunk` has the mathematics of one chunk; here a sequence is cut at the borders, chunks are run one after the
+other (their borders depend on each other) and `memory` is read for all of them at once (reads feed nothing back).
 
 Shapes: B batch, T tokens, S chunks, C tokens of a chunk, H heads, M memories (5), K head width, E hidden width.
-
-Source: arXiv 2512.24695 eqs. 83-91 in the parallel form derived in docs/equations.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from nested_lm.ops.memory import (
     MEMORY,
-    VALUE,
     GateReadout,
     MemoryInputs,
     MemoryOutput,
@@ -33,179 +22,179 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     WriteRule,
     add,
-    outer_write_scale,
     reset_rows,
-    unit,
 )
-from nested_lm.ops.triangular import unit_lower_solve
+from nested_lm.ops.memory_chunk import (
+    Chunk,
+    ChunkInputs,
+    TraceGradients,
+    backward_chunk,
+    forward_chunk,
+)
 
 
-class ChunkInputs(NamedTuple):
-    """Inputs of one chunk, heads before tokens."""
+class Piece(NamedTuple):
+    """Tokens between two cuts: a chunk, or the part of one that lies in this call."""
 
-    key: Float[Tensor, "B H C K"]
-    value: Float[Tensor, "B H C K"]
-    rate: Float[Tensor, "B H C"]
-    decay: Float[Tensor, "B H C"]
-
-
-class Generated(NamedTuple):
-    """What the memories generate for one chunk from the border."""
-
-    key: Float[Tensor, "B H C K"]
-    value: Float[Tensor, "B H C K"]
-    rate: Float[Tensor, "B H C"]  # before scaling by the largest rate
-    log_decay: Float[Tensor, "B H C"]
+    begin: int
+    end: int
+    at_border: bool  # begins on a border
+    to_border: bool  # ends on one
 
 
-class ChunkTrace(NamedTuple):
-    """What a read of `memory` inside a chunk needs: its weights before the chunk and every write in it."""
+class Trace(NamedTuple):
+    """What reads of `memory` need: its weights before each piece and every write."""
 
-    inner: Float[Tensor, "B H E K"]
-    outer: Float[Tensor, "B H K E"]
-    inner_key: Float[Tensor, "B H C K"]
-    inner_write: Float[Tensor, "B H C E"]
-    outer_key: Float[Tensor, "B H C E"]
-    outer_write: Float[Tensor, "B H C K"]
-    log_kept: Float[Tensor, "B H C"]  # log gamma_t
-
-
-class ChunkResult(NamedTuple):
-    """Weights after a chunk, what reads need, and the gates."""
-
-    current: MemoryWeights
-    trace: ChunkTrace
-    rate: Float[Tensor, "B H C"]
-    decay: Float[Tensor, "B H C"]
+    inner_key: Float[Tensor, "B H T K"]
+    inner_write: Float[Tensor, "B H T E"]
+    outer_key: Float[Tensor, "B H T E"]
+    outer_write: Float[Tensor, "B H T K"]
+    log_kept: Float[Tensor, "B H T"]  # log of the retention since the piece began
+    rate: Float[Tensor, "B H T"]
+    decay: Float[Tensor, "B H T"]
+    inner: Float[Tensor, "B H S E K"]
+    outer: Float[Tensor, "B H S K E"]
 
 
-def generate(inputs: ChunkInputs, anchor: MemoryWeights, readout: GateReadout) -> Generated:
-    """Let the memories generate keys, values, rates and retentions from the border weights (eq. 83)."""
-    x = inputs.key[:, :, None]
-    hidden = functional.silu(x @ anchor.inner[:, :, :VALUE].mT)  # (B, H, 3, C, E)
-    out = x + hidden @ anchor.outer[:, :, :VALUE].mT  # k, eta, alpha
-    key, rate, decay = out.unbind(dim=2)
-    hidden = functional.silu(inputs.value @ anchor.inner[:, :, VALUE].mT)
-    value = inputs.value + hidden @ anchor.outer[:, :, VALUE].mT
-    rate_logit = inputs.rate + (rate * readout.rate[:, None]).sum(-1)
-    decay_logit = inputs.decay + (decay * readout.decay[:, None]).sum(-1)
-    return Generated(unit(key), unit(value), torch.sigmoid(rate_logit), functional.logsigmoid(decay_logit))
+class Plan(NamedTuple):
+    """How a call is computed: no tensors that need a gradient."""
+
+    rule: WriteRule
+    pieces: tuple[Piece, ...]
+    keep: Float[Tensor, "S B"] | None  # 0 where a row's document starts with the piece
+    recompute: bool
+    operands: torch.dtype | None
 
 
-class InnerErrors(NamedTuple):
-    """Closed-form inner gradients: rank one per token, as (error, direction) of each layer of each memory."""
-
-    inner: Float[Tensor, "B H M C E"]  # times the key
-    outer: Float[Tensor, "B H M C K"]  # times `direction`
-    direction: Float[Tensor, "B H M C E"]  # unit hidden activations
-
-
-def inner_errors(made: Generated, anchor: MemoryWeights) -> InnerErrors:
-    """Gradient of half |M(k) - v_hat|^2 at the border, with v_hat = M(v), for every memory and token (eqs. 84-85)."""
-    tokens = made.key.shape[2]
-    both = torch.cat([made.key, made.value], dim=2)[:, :, None]  # (B, H, 1, 2C, K)
-    pre = both @ anchor.inner.mT  # (B, H, M, 2C, E)
-    gate = torch.sigmoid(pre)
-    hidden = pre * gate
-    at_key = hidden[..., :tokens, :]
-    error = (made.key - made.value)[:, :, None] + (at_key - hidden[..., tokens:, :]) @ anchor.outer.mT
-    gate, pre = gate[..., :tokens, :], pre[..., :tokens, :]
-    slope = gate * (1 + pre * (1 - gate))
-    direction, scale = outer_write_scale(at_key)
-    return InnerErrors(slope * (error @ anchor.outer), error * scale, direction)
+def cut(tokens: int, phase: int, chunk: int) -> tuple[Piece, ...]:
+    """Cut a call of `tokens` tokens, `phase` tokens after a border, at every border."""
+    pieces = []
+    begin = 0
+    while begin < tokens:
+        end = min(begin + chunk - (phase + begin) % chunk, tokens)
+        pieces.append(Piece(begin, end, (phase + begin) % chunk == 0, (phase + end) % chunk == 0))
+        begin = end
+    return tuple(pieces)
 
 
-def delta_writes(
-    error: Float[Tensor, "B H M C X"],
-    direction: Float[Tensor, "B H N C Y"],
-    before: Float[Tensor, "B H M X Y"],
-    rate: Float[Tensor, "B H M C 1"],
-    log_kept: Float[Tensor, "B H C"],
-    log_decay: Float[Tensor, "B H C"],
-) -> Float[Tensor, "B H M C X"]:
-    """Solve for the writes w of one layer of M memories. N is 1 when they share their directions and rates."""
-    log_before = log_kept - log_decay  # log gamma_{t-1}
-    ratio = (log_before[..., :, None] - log_kept[..., None, :]).tril(-1).exp()[:, :, None]
-    factor = rate[:, :, : direction.shape[2]] * ratio * (direction @ direction.mT)
-    faded = log_before.exp()[:, :, None, :, None] * (direction @ before.mT)
-    return unit_lower_solve(factor, -rate * (error + faded))
+def _slice(inputs: ChunkInputs, piece: Piece) -> ChunkInputs:
+    return ChunkInputs(*(x[:, :, piece.begin : piece.end] for x in inputs))
 
 
-def end_of_chunk(
-    before: Float[Tensor, "B H M X Y"],
-    writes: Float[Tensor, "B H M C X"],
-    direction: Float[Tensor, "B H N C Y"],
-    log_kept: Float[Tensor, "B H C"],
-) -> Float[Tensor, "B H M X Y"]:
-    """Weights after the last token of a chunk."""
-    last = log_kept[..., -1:]
-    kept = (last - log_kept).exp()[:, :, None, :, None]
-    return last.exp()[..., None, None] * before + (writes * kept).mT @ direction
-
-
-def write_chunk(
-    inputs: ChunkInputs,
-    start: MemoryWeights,
-    readout: GateReadout,
-    border: MemoryWeights,
-    current: MemoryWeights,
-    rule: WriteRule,
-) -> ChunkResult:
-    """Write up to a chunk of tokens, none of them beyond the next border, into all memories."""
-    anchor = add(start, border)
-    made = generate(inputs, anchor, readout)
-    errors = inner_errors(made, anchor)
-    log_kept = made.log_decay.cumsum(dim=-1)
-    key = made.key[:, :, None]
-    rate = made.rate[:, :, None, :, None]
-    generators, memory = rate * rule.rate_generators, rate * rule.rate_memory
-    if rule.rate_generators == rule.rate_memory:
-        groups = [(slice(None), memory)]
-    else:
-        groups = [(slice(0, MEMORY), generators), (slice(MEMORY, None), memory)]
-    inner_parts, outer_parts = [], []
-    for members, step in groups:
-        width = errors.inner[:, :, members].shape[2]
-        step = step.expand(-1, -1, width, -1, -1)
-        error, old = errors.inner[:, :, members], current.inner[:, :, members]
-        if rule.erase == "none":
-            inner_parts.append(-step * error)
-        else:
-            inner_parts.append(delta_writes(error, key, old, step, log_kept, made.log_decay))
-        error, old = errors.outer[:, :, members], current.outer[:, :, members]
-        if rule.erase == "both":
-            direction = errors.direction[:, :, members]
-            outer_parts.append(delta_writes(error, direction, old, step, log_kept, made.log_decay))
-        else:
-            outer_parts.append(-step * error)
-    inner_write = torch.cat(inner_parts, dim=2) if len(inner_parts) > 1 else inner_parts[0]
-    outer_write = torch.cat(outer_parts, dim=2) if len(outer_parts) > 1 else outer_parts[0]
-    after = MemoryWeights(
-        end_of_chunk(current.inner, inner_write, key, log_kept),
-        end_of_chunk(current.outer, outer_write, errors.direction, log_kept),
-    )
-    trace = ChunkTrace(
-        current.inner[:, :, MEMORY],
-        current.outer[:, :, MEMORY],
+def _trace_of(chunk: Chunk, rule: WriteRule) -> tuple[Tensor, ...]:
+    """Per-token part of a piece's trace, in the order of `Trace`."""
+    made = chunk.made
+    return (
         made.key,
-        inner_write[:, :, MEMORY],
-        errors.direction[:, :, MEMORY],
-        outer_write[:, :, MEMORY],
-        log_kept,
+        chunk.inner[-1].write[:, :, -1],
+        chunk.errors.direction[:, :, MEMORY],
+        chunk.outer[-1].write[:, :, -1],
+        chunk.decays.log_kept,
+        made.rate * rule.rate_memory,
+        made.log_decay.exp(),
     )
-    return ChunkResult(after, trace, made.rate * rule.rate_memory, made.log_decay.exp())
+
+
+class _WriteSequence(torch.autograd.Function):
+    """All writes of a call. Backward goes through the pieces in reverse with hand-written gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, start, readout, state = _unflatten(tensors)
+        border, current = state
+        weights, kept, chunks, traces = [], [], [], []
+        for index, piece in enumerate(plan.pieces):
+            if piece.at_border:
+                if plan.keep is not None:
+                    current = reset_rows(current, plan.keep[index])
+                border = current
+            chunk = forward_chunk(
+                _slice(inputs, piece),
+                add(start, border),
+                current,
+                readout,
+                rule=plan.rule,
+                operands=plan.operands,
+            )
+            traces.append(_trace_of(chunk, plan.rule))
+            weights.append((current.inner[:, :, MEMORY], current.outer[:, :, MEMORY]))
+            kept.append(MemoryState(border, current))
+            chunks.append(None if plan.recompute else chunk)
+            current = chunk.after
+            if piece.to_border:
+                border = current
+        ctx.plan, ctx.chunks, ctx.kept = plan, chunks, kept
+        ctx.save_for_backward(*tensors)
+        trace = [torch.cat(parts, dim=2) for parts in zip(*traces, strict=True)]
+        trace += [torch.stack(parts, dim=2) for parts in zip(*weights, strict=True)]
+        # An output must not be an input, and the two states must not be one tensor.
+        return (*trace, *(x.clone() for x in border), *(x.clone() for x in current))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
+        inputs, start, readout, _ = _unflatten(ctx.saved_tensors)
+        trace = Trace(*grads[:9])
+        border, current = MemoryWeights(*grads[9:11]), MemoryWeights(*grads[11:13])
+        # Gradients that wait for the border each piece was anchored at. `border` starts with what later calls sent.
+        total_start = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
+        total_readout = GateReadout(torch.zeros_like(readout.rate), torch.zeros_like(readout.decay))
+        pieces_of_inputs: list[ChunkInputs] = []
+        for index in reversed(range(len(plan.pieces))):
+            piece, kept = plan.pieces[index], ctx.kept[index]
+            if piece.to_border:  # border after the piece is current after the piece
+                current = add(current, border)
+                border = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
+            anchor = add(start, kept.border)
+            part = _slice(inputs, piece)
+            common = (plan.rule, plan.operands)
+            chunk = ctx.chunks[index] or forward_chunk(part, anchor, kept.current, readout, *common)
+            ctx.chunks[index] = None  # free it
+            found = backward_chunk(
+                current, _trace_gradients(trace, piece), part, anchor, kept.current, readout, chunk, *common
+            )
+            pieces_of_inputs.append(found.inputs)
+            for total, part_of_total in zip(total_readout, found.readout, strict=True):
+                total += part_of_total
+            for total, gradient in zip(total_start, found.anchor, strict=True):
+                total += gradient
+            current = found.current
+            current.inner[:, :, MEMORY] += trace.inner[:, :, index]
+            current.outer[:, :, MEMORY] += trace.outer[:, :, index]
+            border = add(border, found.anchor)
+            if piece.at_border:  # border is current before the piece
+                current = add(current, border)
+                border = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
+                if plan.keep is not None:
+                    current = reset_rows(current, plan.keep[index])
+        grad_inputs = [torch.cat(parts[::-1], dim=2) for parts in zip(*pieces_of_inputs, strict=True)]
+        grad_start = [total.sum(0) for total in total_start]
+        return (None, *grad_inputs, *grad_start, *total_readout, *border, *current)
+
+
+def _unflatten(tensors: tuple[Tensor, ...]) -> tuple[ChunkInputs, MemoryWeights, GateReadout, MemoryState]:
+    return (
+        ChunkInputs(*tensors[:4]),
+        MemoryWeights(*tensors[4:6]),
+        GateReadout(*tensors[6:8]),
+        MemoryState(MemoryWeights(*tensors[8:10]), MemoryWeights(*tensors[10:12])),
+    )
+
+
+def _trace_gradients(trace: Trace, piece: Piece) -> TraceGradients:
+    return TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:7]))
 
 
 def read_chunks(
     query: Float[Tensor, "B H S C K"],
     start_inner: Float[Tensor, "H E K"],
     start_outer: Float[Tensor, "H K E"],
-    trace: ChunkTrace,
+    trace: Trace,
     rule: WriteRule,
 ) -> Float[Tensor, "B H S C K"]:
-    """Read `memory` at every token of every chunk, each at its own moment. Nothing here is sequential.
+    """Read `memory` at every token of every piece, each at its own moment.
 
-    trace: as in `ChunkTrace`, with a chunk dimension S after the heads.
+    trace: its per-token members with the tokens split into (S, C).
     """
     log_kept = trace.log_kept
     if rule.read == "inclusive":
@@ -220,6 +209,37 @@ def read_chunks(
 
     hidden = functional.silu(layer(query, start_inner, trace.inner, trace.inner_key, trace.inner_write))
     return query + layer(hidden, start_outer, trace.outer, trace.outer_key, trace.outer_write)
+
+
+def read_pieces(
+    query: Float[Tensor, "B H T K"],
+    start: MemoryWeights,
+    trace: Trace,
+    pieces: tuple[Piece, ...],
+    rule: WriteRule,
+) -> Float[Tensor, "B H T K"]:
+    """Read all pieces, neighbours of equal length in one go."""
+    start_inner, start_outer = start.inner[:, MEMORY], start.outer[:, MEMORY]
+    reads = []
+    first = 0
+    while first < len(pieces):
+        length = pieces[first].end - pieces[first].begin
+        stop = first + 1
+        while stop < len(pieces) and pieces[stop].end - pieces[stop].begin == length:
+            stop += 1
+        begin, end, shape = pieces[first].begin, pieces[stop - 1].end, (stop - first, length)
+        per_token = [x[:, :, begin:end].reshape(*x.shape[:2], *shape, *x.shape[3:]) for x in trace[:7]]
+        per_piece = [x[:, :, first:stop] for x in trace[7:]]
+        part = Trace(*per_token, *per_piece)
+        queries = query[:, :, begin:end].reshape(*query.shape[:2], *shape, query.shape[3])
+        reads.append(read_chunks(queries, start_inner, start_outer, part, rule).flatten(2, 3))
+        first = stop
+    return reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
+
+
+def _operand_dtype(x: Tensor) -> torch.dtype | None:
+    """Under autocast the products round their operands; the state and the solve stay in float32."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def self_modify(
@@ -240,62 +260,23 @@ def self_modify(
     resets: only those on a border count; the caller guarantees that there are no others.
     recompute: keep only the border states for backward and compute each chunk again.
     """
-    tokens = inputs.key.shape[1]
-    key, value, query = (x.transpose(1, 2) for x in inputs[:3])  # (B, H, T, K)
-    rate, decay = inputs.rate.transpose(1, 2), inputs.decay.transpose(1, 2)
-    border, current = state
-    results: list[ChunkResult] = []
-    begin = 0
-    while begin < tokens:
-        end = min(begin + rule.chunk - (phase + begin) % rule.chunk, tokens)
-        if resets is not None and (phase + begin) % rule.chunk == 0:
-            current = reset_rows(current, (~resets[:, begin]).to(current.inner.dtype))
-            border = current
-        piece = ChunkInputs(
-            key[:, :, begin:end], value[:, :, begin:end], rate[:, :, begin:end], decay[:, :, begin:end]
+    pieces = cut(inputs.key.shape[1], phase, rule.chunk)
+    operands = _operand_dtype(inputs.key)
+    dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
+    key, value, query, rate, decay = (x.to(dtype).transpose(1, 2) for x in inputs)  # (B, H, T, ...)
+    keep = None
+    if resets is not None:
+        keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
+    plan = Plan(rule, pieces, keep, recompute, operands)
+    with torch.autocast(key.device.type, enabled=False):
+        results: tuple[Tensor, ...] = _WriteSequence.apply(  # type: ignore[no-untyped-call]
+            plan, key, value, rate, decay, *start, *readout, *state.border, *state.current
         )
-        if recompute and torch.is_grad_enabled():
-            result = checkpoint(
-                write_chunk,
-                piece,
-                start,
-                readout,
-                border,
-                current,
-                rule,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        else:
-            result = write_chunk(piece, start, readout, border, current, rule)
-        results.append(result)
-        current = result.current
-        if (phase + end) % rule.chunk == 0:
-            border = current
-        begin = end
-    reads = _read_all(query, start, [result.trace for result in results], rule)
+        trace = Trace(*results[:9])
+        reads = read_pieces(query, start, trace, pieces, rule)
     return MemoryOutput(
         reads.transpose(1, 2),
-        MemoryState(border, current),
-        torch.cat([result.rate for result in results], dim=2).transpose(1, 2),
-        torch.cat([result.decay for result in results], dim=2).transpose(1, 2),
+        MemoryState(MemoryWeights(*results[9:11]), MemoryWeights(*results[11:13])),
+        trace.rate.transpose(1, 2),
+        trace.decay.transpose(1, 2),
     )
-
-
-def _read_all(
-    query: Float[Tensor, "B H T K"], start: MemoryWeights, traces: list[ChunkTrace], rule: WriteRule
-) -> Float[Tensor, "B H T K"]:
-    """Read all chunks, those of equal length in one go."""
-    start_inner, start_outer = start.inner[:, MEMORY], start.outer[:, MEMORY]
-    reads, begin, index = [], 0, 0
-    while index < len(traces):
-        length = traces[index].inner_key.shape[2]
-        stop = index
-        while stop < len(traces) and traces[stop].inner_key.shape[2] == length:
-            stop += 1
-        stacked = ChunkTrace(*(torch.stack(parts, dim=2) for parts in zip(*traces[index:stop], strict=True)))
-        piece = query[:, :, begin : begin + length * (stop - index)].unflatten(2, (stop - index, length))
-        reads.append(read_chunks(piece, start_inner, start_outer, stacked, rule).flatten(2, 3))
-        begin += length * (stop - index)
-        index = stop
-    return torch.cat(reads, dim=2)

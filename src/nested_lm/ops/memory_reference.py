@@ -135,9 +135,7 @@ def self_modify(
         decay_logit = (apply_memory(anchor, DECAY, inputs.key[:, t]) * readout.decay).sum(-1)
         rate = torch.sigmoid(inputs.rate[:, t] + rate_logit)  # (B, H)
         decay = torch.sigmoid(inputs.decay[:, t] + decay_logit)
-        written = write_token(
-            current, anchor, key, value, rate=rate[..., None] * limits, decay=decay, rule=rule
-        )
+        written = write_token(current, anchor, key, value, rate=rate[..., None] * limits, decay=decay, rule=rule)
         seen = written if rule.read == "inclusive" else current
         reads.append(apply_memory(add(start, seen), MEMORY, inputs.query[:, t]))
         rates.append(rate * rule.rate_memory)
