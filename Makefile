@@ -1,0 +1,42 @@
+# make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, open the report (about 12 minutes on two cores)
+# make test   the test suite            make check   lint, types, import contracts, spelling
+# make bench  timings of the memories   make clean   remove the environment and everything the demo wrote
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export MPLBACKEND := Agg
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.core
+	$(BIN)/nested-lm campaign configs/campaign/demo.yaml
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell src tests docs configs README.md CHANGELOG.md CONTRIBUTING.md
+
+bench: $(VENV)/.core
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) artifacts dist build
+
+# torch goes first: with it in place no other requirement can pull a different build.
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[plot]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	@touch $@

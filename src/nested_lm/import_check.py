@@ -1,0 +1,25 @@
+"""Import every module of the package: proof that nothing optional is needed to do so.
+
+`python -m nested_lm.import_check` is run where only the core is installed.
+"""
+
+import importlib
+import pkgutil
+
+import nested_lm
+
+
+def import_everything() -> list[str]:
+    """Import every module below `nested_lm` but the entry point and this one; return their names."""
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(nested_lm.__path__, prefix="nested_lm.")
+        if not module.name.endswith((".__main__", ".import_check"))
+    ]
+    for name in names:
+        importlib.import_module(name)
+    return names
+
+
+if __name__ == "__main__":
+    print(f"{len(import_everything())} modules import with {nested_lm.__version__}")
