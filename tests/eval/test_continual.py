@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from nested_lm.errors import NumericsError
+from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import DataError, NumericsError
 from nested_lm.eval import continual
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.continual import SegmentDocuments
+from nested_lm.eval.continual import SegmentDocuments, segment_documents
 
 # Rows: untrained, after segment 1, 2, 3. Columns: segments 1, 2, 3. Lower is better.
 LOSSES = np.array(
@@ -95,3 +98,22 @@ def test_a_loss_that_is_not_finite_is_refused():
     nats[1][0, 2] = np.nan
     with pytest.raises(NumericsError, match="not finite"):
         summary(nats)
+
+
+def test_segments_hold_the_dated_held_out_documents(data_config):
+    splits = [TokenDataset.open(Path(data_config.output_dir), name) for name in ("validation", "test")]
+    segments = segment_documents(splits, [(0, 1), (2, 3)], context_length=16, max_pieces=None)
+    for segment in segments:
+        rows = [
+            split.documents[index] for split, chosen in zip(splits, segment.indices, strict=True) for index in chosen
+        ]
+        assert {row.period for row in rows} <= set(segment.periods)
+        assert segment.bytes.tolist() == [row.bytes for row in rows]
+    assert sum(len(segment.bytes) for segment in segments) == sum(len(split.documents) for split in splits)
+
+
+def test_a_segment_without_held_out_documents_is_refused(data_config):
+    splits = [TokenDataset.open(Path(data_config.output_dir), "test")]
+    splits[0].documents = [row for row in splits[0].documents if row.period == 0]
+    with pytest.raises(DataError, match=r"no validation or test document is dated in 1825-1849, 1850-1874"):
+        segment_documents(splits, [(0,), (1, 2)], context_length=16, max_pieces=None)

@@ -40,9 +40,7 @@ def test_hand_worked_bigrams(floors):
 
 def test_hand_worked_document(floors):
     # Stream 0 2 0; unigram counts 0: 2, 1: 3, 2: 1, 3: 0 of 6, add-one over 10.
-    assert floors.unigram_nats(np.array([2])) == pytest.approx(
-        -math.log(2 / 10) - math.log(3 / 10), rel=1e-12
-    )
+    assert floors.unigram_nats(np.array([2])) == pytest.approx(-math.log(2 / 10) - math.log(3 / 10), rel=1e-12)
     expected = -math.log(1 / 3 * CONTINUATION[2]) - math.log((1 - 2 / 3) / 1 + 2 / 3 * CONTINUATION[0])
     assert floors.bigram_nats(np.array([2])) == pytest.approx(expected, rel=1e-12)
 

@@ -66,9 +66,7 @@ def test_a_model_that_copies_finds_every_key_and_only_where_it_stands(tokenizer)
 
 def test_a_model_without_memory_gains_nothing_from_the_key(tokenizer):
     model = Copier()
-    model.forward = lambda tokens, **_: SimpleNamespace(
-        logits=torch.zeros(*tokens.shape, 300), state=None, stats={}
-    )
+    model.forward = lambda tokens, **_: SimpleNamespace(logits=torch.zeros(*tokens.shape, 300), state=None, stats={})
     for length in run(model, tokenizer).lengths:
         assert length.worth.value == 0.0
         assert length.exact.value == 0.0  # all tokens are equally likely: no first choice
@@ -79,9 +77,7 @@ def test_a_model_without_memory_gains_nothing_from_the_key(tokenizer):
 def test_prompts_of_attention_are_read_whole_and_no_more_tokens_at_once_than_elsewhere(tokenizer):
     model = Copier()
     run(model, tokenizer, lengths=(160,))
-    assert all(
-        rows == 1 and tokens >= 160 for rows, tokens in model.shapes
-    )  # 4 x 32 tokens hold no second one
+    assert all(rows == 1 and tokens >= 160 for rows, tokens in model.shapes)  # 4 x 32 tokens hold no second one
 
 
 def test_depths_are_spread_from_start_to_end(tokenizer):

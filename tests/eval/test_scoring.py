@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from nested_lm.eval.scoring import position_edges, score_answers, score_streaming, score_window
+from nested_lm.data.token_bytes import bytes_per_token
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.eval.scoring import position_edges, score_answers, score_streaming, score_window, scored_bytes
 from nested_lm.nn.model import token_losses
 
 CONTEXT = 16
@@ -125,6 +127,31 @@ def tensors_of(state):
     found = []
     state.map(lambda tensor: (found.append(tensor), tensor)[1])
     return found
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_part_of_the_pieces_is_spread_over_the_document_with_its_own_bytes(make_model, held_out, limit):
+    model = make_model("self_modifying")
+    everything = list(range(len(held_out.documents)))
+    options = {"context_length": CONTEXT, "max_pieces": limit}
+    scores = score_window(model, held_out, everything, batch_size=4, align=4, **options)
+    sizes = scored_bytes(held_out, everything, token_bytes=bytes_per_token(held_out), **options)
+    for index, row in enumerate(held_out.documents):
+        stream = [0, *held_out.tokens(index).tolist(), 0]
+        starts = list(range(0, len(stream) - 1, CONTEXT))
+        wanted = sorted({starts[round(at)] for at in np.linspace(0, len(starts) - 1, min(limit, len(starts)))})
+        nats, targets = 0.0, []
+        for start in wanted:
+            part = torch.tensor(stream[start : start + CONTEXT + 1])
+            with torch.no_grad():
+                nats += float(token_losses(model(part[None, :-1]).logits, part[None, 1:]).double().sum())
+            targets += part[1:].tolist()
+        assert scores.nats[index] == pytest.approx(nats, rel=2e-5)
+        assert scores.tokens[index] == len(targets)
+        if len(wanted) == len(starts):
+            assert sizes[index] == row.bytes
+        text = TextTokenizer.load(held_out.folder / "tokenizer.json").decode([t for t in targets if t])
+        assert sizes[index] == len(text.encode())
 
 
 def test_no_graph_is_kept(make_model, held_out):

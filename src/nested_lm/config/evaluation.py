@@ -32,6 +32,12 @@ class Sampling(Section):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
 
 
+class Continual(Section):
+    """Loss on every period after every period; measured on runs with a chronological stream only."""
+
+    pieces_per_document: Count | None = 6  # training contexts scored, spread over the document; null: all
+
+
 class EvalConfig(Section):
     """All evaluations of one run. A task set to null is not run."""
 
@@ -40,3 +46,4 @@ class EvalConfig(Section):
     language_modelling: LanguageModelling | None = LanguageModelling()
     passkey: Passkey | None = None
     sampling: Sampling | None = None
+    continual: Continual = Continual()

@@ -61,9 +61,7 @@ class Bootstrap:
         """Interval of the mean of one value a document or sample."""
         return self.ratio(values, np.ones(len(values)))
 
-    def paired(
-        self, a: np.ndarray, b: np.ndarray, denominator: np.ndarray, *, scale: float = 1.0
-    ) -> Interval:
+    def paired(self, a: np.ndarray, b: np.ndarray, denominator: np.ndarray, *, scale: float = 1.0) -> Interval:
         """Interval of ratio(a) - ratio(b) where both were measured on the same documents, in this order."""
         return self.ratio(_finite(a, "a") - _finite(b, "b"), denominator, scale=scale)
 
@@ -82,9 +80,7 @@ def wilson(successes: int, n: int) -> Interval:
     share = successes / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return Interval(
-        value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n, method="Wilson 95 %"
-    )
+    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n, method="Wilson 95 %")
 
 
 def _finite(values: np.ndarray, name: str) -> np.ndarray:

@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Float
 
 from nested_lm.data.shards import TokenDataset
+from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.errors import DataError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.language_modelling import BITS, Reading
 from nested_lm.eval.schema import ContinualMetrics, Interval, Segment
-from nested_lm.eval.scoring import score_window
+from nested_lm.eval.scoring import score_window, scored_bytes
 from nested_lm.nn.model import LanguageModel
 
 TASK_VERSION = "1"
@@ -63,7 +64,7 @@ def _diagonal(losses: Losses) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SegmentDocuments:
-    """Held-out documents of one segment: indices into each held-out split, and their bytes."""
+    """Held-out documents of one segment: indices into each held-out split, and the bytes scored of each."""
 
     periods: tuple[int, ...]
     indices: tuple[list[int], ...]  # one list a split
@@ -71,28 +72,35 @@ class SegmentDocuments:
 
 
 def segment_documents(
-    splits: Sequence[TokenDataset], plan: Sequence[tuple[int, ...]]
+    splits: Sequence[TokenDataset],
+    plan: Sequence[tuple[int, ...]],
+    *,
+    context_length: int,
+    max_pieces: int | None,
 ) -> list[SegmentDocuments]:
-    """Collect the held-out documents of every segment.
+    """Collect the held-out documents of every segment, and the bytes that `score_segments` scores of them.
 
     Raises DataError when a segment has none: its column could not be filled.
     """
+    token_bytes = bytes_per_token(splits[0])
     found = []
     for periods in plan:
         indices = tuple(
             [index for index, row in enumerate(split.documents) if row.period in periods] for split in splits
         )
-        sizes = [
-            split.documents[i].bytes for split, chosen in zip(splits, indices, strict=True) for i in chosen
-        ]
-        if not sizes:
+        if not any(indices):
             labels = [splits[0].periods[period].label for period in periods]
             raise DataError(
                 f"{splits[0].folder}: no validation or test document is dated in {', '.join(labels)}, so "
                 "forgetting cannot be measured there; use fewer train.stream.periods or larger held-out "
                 "shares (data.split)"
             )
-        found.append(SegmentDocuments(periods, indices, np.array(sizes, dtype=np.float64)))
+        sizes = [
+            scored_bytes(split, chosen, context_length=context_length, max_pieces=max_pieces, token_bytes=token_bytes)
+            for split, chosen in zip(splits, indices, strict=True)
+            if chosen
+        ]
+        found.append(SegmentDocuments(periods, indices, np.concatenate(sizes)))
     return found
 
 
@@ -102,6 +110,7 @@ def score_segments(
     segments: Sequence[SegmentDocuments],
     *,
     reading: Reading,
+    max_pieces: int | None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Nats and tokens of each held-out document of each segment under one checkpoint, window protocol."""
     nats, tokens = [], []
@@ -114,6 +123,7 @@ def score_segments(
                 context_length=reading.context_length,
                 batch_size=reading.batch_size,
                 align=reading.align,
+                max_pieces=max_pieces,
             )
             for split, chosen in zip(splits, segment.indices, strict=True)
             if chosen
@@ -175,9 +185,7 @@ def summarise(
         nats_per_token=_matrix(columns, tokens, bootstrap, 1.0),
         forgetting=tuple(
             tuple(
-                interval(forgotten[t, s], forgotten_drawn[:, t, s], len(segments[s].bytes))
-                if s <= t
-                else None
+                interval(forgotten[t, s], forgotten_drawn[:, t, s], len(segments[s].bytes)) if s <= t else None
                 for s in range(size)
             )
             for t in range(size)

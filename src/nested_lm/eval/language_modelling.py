@@ -73,9 +73,7 @@ def evaluate(
     )
     streaming = None
     if config.streaming and model.has_constant_state:
-        streaming = score_streaming(
-            model, texts, segment_length=reading.context_length, batch_size=reading.batch_size
-        )
+        streaming = score_streaming(model, texts, segment_length=reading.context_length, batch_size=reading.batch_size)
     counted = (training.tokens(index) for index in range(len(training.documents)))
     floors = NgramFloors.count(counted, vocab_size=training.vocab_size)
     unigram = np.array([floors.unigram_nats(text) for text in texts])

@@ -46,8 +46,7 @@ def evaluate(
         kind="passkey",
         reading="segments" if model.has_constant_state else "whole",
         lengths=tuple(
-            _score_length(model, tokenizer, length, config.samples, reading, bootstrap)
-            for length in config.lengths
+            _score_length(model, tokenizer, length, config.samples, reading, bootstrap) for length in config.lengths
         ),
     )
 

@@ -60,9 +60,7 @@ def load_result(path: Path) -> ResultFile:
         raise ReportError(f"{path}: expected a JSON object, found {type(document).__name__}\n  {again}")
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ReportError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}\n  {again}"
-        )
+        raise ReportError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}\n  {again}")
     _check_digest(path, document, again)
     content = {key: value for key, value in document.items() if key != "digest"}
     try:

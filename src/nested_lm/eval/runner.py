@@ -75,11 +75,7 @@ def evaluate_run(
 
 def _asked(config: RunConfig) -> tuple[str, ...]:
     """Name the tasks of a configuration in the order they run."""
-    names = [
-        name
-        for name in ("language_modelling", "passkey", "sampling")
-        if getattr(config.eval, name) is not None
-    ]
+    names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(config.eval, name) is not None]
     if isinstance(config.train.stream, Chronological):
         names.append("continual")
     return tuple(names)
@@ -88,17 +84,13 @@ def _asked(config: RunConfig) -> tuple[str, ...]:
 class _Evaluation:
     """One checkpoint, its data and the tasks that can be run on them."""
 
-    def __init__(
-        self, run_dir: Path, path: Path, loaded: LoadedCheckpoint, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run_dir: Path, path: Path, loaded: LoadedCheckpoint, report: Callable[[str], None]) -> None:
         self.run_dir = run_dir
         self.path = path
         self.loaded = loaded
         self.config = loaded.config
         self.report = report
-        self.device = torch.device(
-            "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
-        )
+        self.device = torch.device("cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu")
         loaded.model.to(self.device)
         self.bootstrap = Bootstrap(samples=self.config.eval.bootstrap_samples)
         self.reading = Reading(
@@ -240,9 +232,7 @@ def _measure_passkey(evaluation: _Evaluation) -> Metrics:
 
 def _measure_sampling(evaluation: _Evaluation) -> Metrics:
     assert evaluation.config.eval.sampling is not None
-    return sampling.evaluate(
-        evaluation.loaded.model, evaluation.loaded.tokenizer, evaluation.config.eval.sampling
-    )
+    return sampling.evaluate(evaluation.loaded.model, evaluation.loaded.tokenizer, evaluation.config.eval.sampling)
 
 
 def _borders(evaluation: _Evaluation) -> list[Path]:
@@ -278,7 +268,11 @@ def _border_mark(evaluation: _Evaluation) -> CheckpointMark:
 def _continual_settings(evaluation: _Evaluation) -> dict[str, Any]:
     stream = evaluation.config.train.stream
     assert isinstance(stream, Chronological)
-    return {"periods": stream.periods, "bootstrap_samples": evaluation.config.eval.bootstrap_samples}
+    section = evaluation.config.eval.continual.model_dump(mode="json")
+    return section | {
+        "periods": stream.periods,
+        "bootstrap_samples": evaluation.config.eval.bootstrap_samples,
+    }
 
 
 def _measure_continual(evaluation: _Evaluation) -> Metrics:
@@ -287,16 +281,20 @@ def _measure_continual(evaluation: _Evaluation) -> Metrics:
     training = evaluation.split("train")
     splits = (evaluation.split("validation"), evaluation.split("test"))
     plan = period_plan(training, stream.periods)
-    segments = continual.segment_documents(splits, plan)
+    max_pieces = evaluation.config.eval.continual.pieces_per_document
+    segments = continual.segment_documents(
+        splits, plan, context_length=evaluation.reading.context_length, max_pieces=max_pieces
+    )
     nats, tokens, trained = [], [], []
     for path in _borders(evaluation):
         loaded = load_model(path, device=evaluation.device, tokenizer_hash=training.tokenizer_hash)
-        scored, tokens = continual.score_segments(loaded.model, splits, segments, reading=evaluation.reading)
+        scored, tokens = continual.score_segments(
+            loaded.model, splits, segments, reading=evaluation.reading, max_pieces=max_pieces
+        )
         nats.append(scored)
         trained.append(loaded.tokens)
     labels = [
-        f"{training.periods[periods[0]].first_year}-{training.periods[periods[-1]].last_year}"
-        for periods in plan
+        f"{training.periods[periods[0]].first_year}-{training.periods[periods[-1]].last_year}" for periods in plan
     ]
     return continual.summarise(
         nats,

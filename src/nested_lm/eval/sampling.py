@@ -33,9 +33,7 @@ def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -
         )[0].tolist()
         ended = tokenizer.end_of_text in drawn
         kept = drawn[: drawn.index(tokenizer.end_of_text)] if ended else drawn
-        samples.append(
-            TextSample(prompt=prompt, text=tokenizer.decode(kept), tokens=len(kept), ended=ended, seed=seed)
-        )
+        samples.append(TextSample(prompt=prompt, text=tokenizer.decode(kept), tokens=len(kept), ended=ended, seed=seed))
     seconds = time.perf_counter() - started
     return SamplingMetrics(
         kind="sampling",

@@ -183,7 +183,7 @@ class SamplingMetrics(Section):
 
 
 class Segment(Section):
-    """One stretch of the training stream and its held-out documents."""
+    """One stretch of the training stream and its held-out documents; bytes and tokens are the scored ones."""
 
     label: str
     periods: tuple[Natural, ...]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nested_lm.data.packing import IGNORED_TARGET, Pieces, fill, pack
+from nested_lm.data.packing import IGNORED_TARGET, Pieces, Placed, fill, pack
 from nested_lm.data.shards import TokenDataset
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.state import StreamState
@@ -87,17 +87,23 @@ def score_window(
     context_length: int,
     batch_size: int,
     align: int,
+    max_pieces: int | None = None,
 ) -> DocumentScores:
     """Score documents in pieces of `context_length` tokens, each from a fresh state, packed into rows.
 
     Args:
         documents: indices into the data set.
         align: pieces start at multiples of it, as in training.
+        max_pieces: score this many pieces of a document, spread evenly over it; None: all.
     """
     device = next(model.parameters()).device
     pieces = Pieces.of(dataset, np.asarray(documents, dtype=np.int64), context_length)
-    lengths = pieces.locate(np.arange(pieces.count))[2]
-    rows = pack(lengths, context_length, align)
+    numbers = spread_pieces(pieces, max_pieces)
+    lengths = pieces.locate(numbers)[2]
+    rows = [
+        [Placed(int(numbers[placed.piece]), placed.column) for placed in row]
+        for row in pack(lengths, context_length, align)
+    ]
     place = np.full(len(dataset.documents), -1)
     place[pieces.documents] = np.arange(len(documents))
     sums = _Sums(len(documents), int(lengths.max()))
@@ -112,6 +118,36 @@ def score_window(
         scored = batch.targets != IGNORED_TARGET
         sums.add(losses[scored], place[batch.documents[scored]], (column - fresh)[scored])
     return sums.finish()
+
+
+def spread_pieces(pieces: Pieces, limit: int | None) -> np.ndarray:
+    """Numbers of at most `limit` pieces of each document, spread evenly from its first to its last; None: all."""
+    if limit is None:
+        return np.arange(pieces.count)
+    counts = np.diff(pieces.first)
+    chosen = [
+        first + np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
+        for first, count in zip(pieces.first, counts, strict=False)
+    ]
+    return np.concatenate(chosen)
+
+
+def scored_bytes(
+    dataset: TokenDataset,
+    documents: Sequence[int],
+    *,
+    context_length: int,
+    max_pieces: int | None,
+    token_bytes: np.ndarray,
+) -> np.ndarray:
+    """Bytes of text that `score_window` scores of each document, (n,). token_bytes: (V,) bytes of each token."""
+    pieces = Pieces.of(dataset, np.asarray(documents, dtype=np.int64), context_length)
+    located = pieces.locate(spread_pieces(pieces, max_pieces))
+    found = dict.fromkeys(documents, 0)
+    for document, start, length in zip(*(column.tolist() for column in located), strict=True):
+        stop = min(start + length, dataset.documents[document].tokens)  # the end of text has no bytes
+        found[document] += int(token_bytes[dataset.tokens(document, start, stop)].sum())
+    return np.array([found[document] for document in documents], dtype=np.float64)
 
 
 @torch.no_grad()

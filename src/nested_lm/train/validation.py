@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
 from nested_lm.config.run import RunConfig
 from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch, evaluation_batches
 from nested_lm.data.shards import TokenDataset
-from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.errors import DataError
+from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.train.step import GradientComputer
 
 
@@ -73,26 +70,3 @@ def open_validator(config: RunConfig) -> Validator:
         dataset, train.context_length, train.batch_size, config.document_alignment, train.evaluate_tokens
     )
     return Validator(list(batches), bytes_per_token(dataset))
-
-
-def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
-    """UTF-8 bytes that each token id stands for; 0 for the end of text.
-
-    Raises:
-        DataError: the sums over the documents are not their sizes, so the tokenizer is not byte-level.
-    """
-    tokenizer = Tokenizer.from_file(str(dataset.folder / "tokenizer.json"))
-    alphabet = set(ByteLevel.alphabet())  # one character a byte
-    lengths = np.zeros(dataset.vocab_size, dtype=np.int64)
-    for index in range(dataset.vocab_size):
-        text = tokenizer.id_to_token(index) or ""
-        lengths[index] = len(text) if alphabet.issuperset(text) else len(text.encode())
-    lengths[TextTokenizer.end_of_text] = 0
-    for index, row in enumerate(dataset.documents):
-        found = int(lengths[dataset.tokens(index)].sum())
-        if found != row.bytes:
-            raise DataError(
-                f"{dataset.folder}: the tokens of document {row.id!r} stand for {found} bytes, its text has "
-                f"{row.bytes}; bits per byte need a byte-level tokenizer such as tokenizer.kind=byte_bpe"
-            )
-    return lengths

@@ -1,0 +1,32 @@
+"""How many bytes of text each token stands for, so that a part of a document can be given in bits per byte."""
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from nested_lm.data.shards import TokenDataset
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.errors import DataError
+
+
+def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
+    """UTF-8 bytes that each token id stands for; 0 for the end of text.
+
+    Raises:
+        DataError: the sums over the documents are not their sizes, so the tokenizer is not byte-level.
+    """
+    tokenizer = Tokenizer.from_file(str(dataset.folder / "tokenizer.json"))
+    alphabet = set(ByteLevel.alphabet())  # one character a byte
+    lengths = np.zeros(dataset.vocab_size, dtype=np.int64)
+    for index in range(dataset.vocab_size):
+        text = tokenizer.id_to_token(index) or ""
+        lengths[index] = len(text) if alphabet.issuperset(text) else len(text.encode())
+    lengths[TextTokenizer.end_of_text] = 0
+    for index, row in enumerate(dataset.documents):
+        found = int(lengths[dataset.tokens(index)].sum())
+        if found != row.bytes:
+            raise DataError(
+                f"{dataset.folder}: the tokens of document {row.id!r} stand for {found} bytes, its text has "
+                f"{row.bytes}; bits per byte need a byte-level tokenizer such as tokenizer.kind=byte_bpe"
+            )
+    return lengths
