@@ -278,9 +278,7 @@ class LoadedCheckpoint:
     milestone: str | None
 
 
-def load_model(
-    path: Path, *, device: torch.device | str, tokenizer_hash: str | None = None
-) -> LoadedCheckpoint:
+def load_model(path: Path, *, device: torch.device | str, tokenizer_hash: str | None = None) -> LoadedCheckpoint:
     """Verify a checkpoint and load its model in evaluation mode.
 
     Args:
@@ -324,9 +322,7 @@ def check_tokenizer(path: Path, identity: Mapping[str, Any], tokenizer_hash: str
         )
 
 
-def _check_space(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], extra_files: Mapping[str, Path]
-) -> None:
+def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], extra_files: Mapping[str, Path]) -> None:
     """Refuse before writing when the disk cannot hold the checkpoint."""
     size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
     size += sum(path.stat().st_size for path in extra_files.values())
@@ -379,9 +375,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{file} is missing: {path} is not a finished checkpoint; {_advice(path)}"
-        ) from None
+        raise CheckpointError(f"{file} is missing: {path} is not a finished checkpoint; {_advice(path)}") from None
     try:
         manifest = json.loads(content)
     except ValueError as error:

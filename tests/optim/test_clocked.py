@@ -132,9 +132,7 @@ def test_equals_plain_torch_when_every_period_is_one_step(kind):
     if kind == "adamw":
         matrices = torch.optim.AdamW(decayed, weight_decay=0.1, **adamw)
     else:
-        matrices = torch.optim.Muon(
-            decayed, lr=0.5e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
+        matrices = torch.optim.Muon(decayed, lr=0.5e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(1, 6):
         set_gradients(optimizer, step)
         for name, parameter in optimizer.parameters.items():

@@ -98,9 +98,7 @@ def test_ctrl_c_stops_cleanly_too(make_config, signal_after, records):
     assert load_model(summary.checkpoint, device="cpu").step == 2
 
 
-def test_a_stop_during_an_evaluation_is_made_up_for(
-    make_config, monkeypatch, records, comparable, final_bytes
-):
+def test_a_stop_during_an_evaluation_is_made_up_for(make_config, monkeypatch, records, comparable, final_bytes):
     whole, config = make_config(folder="whole"), make_config(folder="stopped")
     train(whole)
     original = Validator.run

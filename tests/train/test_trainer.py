@@ -174,8 +174,7 @@ class TestLearning:
 
     def test_the_same_seed_gives_the_same_run_and_another_does_not(self, make_config, final_bytes):
         folders = [
-            train(make_config(folder=name, seed=seed)).folder
-            for name, seed in zip("abc", (1, 1, 2), strict=True)
+            train(make_config(folder=name, seed=seed)).folder for name, seed in zip("abc", (1, 1, 2), strict=True)
         ]
         first, second, third = map(final_bytes, folders)
         assert first == second

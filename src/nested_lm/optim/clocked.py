@@ -116,8 +116,7 @@ class ClockedOptimizer:
             shape = self.parameters[name].shape
             if tensor.ndim and tensor.shape != shape:
                 raise ValueError(
-                    f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, "
-                    f"its parameter {tuple(shape)}"
+                    f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}"
                 )
             copy = tensor.to(self.parameters[name].device, copy=True)
             if kind == _PENDING:

@@ -14,9 +14,7 @@ class TrainConsole:
     every `every_steps` steps, so that logs stay readable.
     """
 
-    def __init__(
-        self, name: str, *, total_steps: int, done_steps: int, every_steps: int, console: Console
-    ) -> None:
+    def __init__(self, name: str, *, total_steps: int, done_steps: int, every_steps: int, console: Console) -> None:
         self._console = console
         self._total, self._every = total_steps, every_steps
         self._progress: Progress | None = None

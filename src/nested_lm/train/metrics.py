@@ -118,9 +118,7 @@ class WandbSink:
     redacted one; command line, code and environment are not sent.
     """
 
-    def __init__(
-        self, folder: Path, *, project: str, identity: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, *, project: str, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         wandb = _require("wandb", extra="wandb", setting="train.logging.wandb_project")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key(wandb) else "offline")
         self._run = wandb.init(
@@ -131,9 +129,7 @@ class WandbSink:
             dir=str(folder),
             mode=mode,
             config={**config, "identity": dict(identity)},
-            settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True
-            ),
+            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True),
         )
 
     def write(self, record: Record) -> None:

@@ -14,9 +14,7 @@ class Recorder:
     def __init__(self, log: MetricsLog, sinks: Sequence[Sink], console: TrainConsole) -> None:
         self._log, self._sinks, self._console = log, sinks, console
 
-    def event(
-        self, name: str, progress: Progress, fields: Mapping[str, Any], *, note: str | None = None
-    ) -> None:
+    def event(self, name: str, progress: Progress, fields: Mapping[str, Any], *, note: str | None = None) -> None:
         """Record an event; `note` is what a person is told about it."""
         record = {"event": name, "step": progress.step, "tokens": progress.tokens, **fields}
         self._log.write(record)

@@ -127,15 +127,14 @@ class Trainer:
         strategy.wrap(model)
         self._state = _make_state(config, model, dataset, strategy)
         called: nn.Module = torch.compile(model) if settings.compile else model
-        self._gradients = GradientComputer(
-            called, self._state.optimizer.parameters, strategy, precision=settings.precision
-        )
+        parameters = self._state.optimizer.parameters
+        self._gradients = GradientComputer(called, parameters, strategy, precision=settings.precision)
+        # Evaluation runs the plain model: its shapes and modes would each be compiled again for a few batches.
+        self._scoring = GradientComputer(model, parameters, strategy, precision=settings.precision)
         self._total_steps = self._state.stream.total_steps
         self._budget_tokens = self._total_steps * settings.step_tokens
         self._validator: Validator = open_validator(config)
-        self._keeper = CheckpointKeeper(
-            self._folder / CHECKPOINTS, config, dataset, strategy, identity=identity
-        )
+        self._keeper = CheckpointKeeper(self._folder / CHECKPOINTS, config, dataset, strategy, identity=identity)
 
     def run(self, stop: StopRequest, evaluators: Sequence[Evaluator], *, console: Console) -> TrainSummary:
         """Restore the newest checkpoint, then train to the end of the budget or until asked to stop."""
@@ -145,13 +144,9 @@ class Trainer:
         if is_resumed:
             self._keeper.restore(self._state)
             if self._is_finished():
-                console.print(
-                    f"{self._folder}: finished at step {self._total_steps}, nothing to do", markup=False
-                )
+                console.print(f"{self._folder}: finished at step {self._total_steps}, nothing to do", markup=False)
                 return self._summary(None)
-        self._recorder = self._open_recorder(
-            console, resume_step=self._state.progress.step if is_resumed else -1
-        )
+        self._recorder = self._open_recorder(console, resume_step=self._state.progress.step if is_resumed else -1)
         try:
             self._start(is_resumed=is_resumed)
             self._loop(stop, evaluators)
@@ -177,13 +172,9 @@ class Trainer:
         progress = state.progress
         progress.step += 1
         progress.tokens += self._settings.step_tokens
-        multiplier = rate_multiplier(
-            self._settings.schedule, progress.tokens, budget_tokens=self._budget_tokens
-        )
+        multiplier = rate_multiplier(self._settings.schedule, progress.tokens, budget_tokens=self._budget_tokens)
         if gradients.nonfinite is None:
-            self._strategy.clip(
-                state.optimizer.parameters.values(), self._settings.clip_norm, norm=gradients.norm
-            )
+            self._strategy.clip(state.optimizer.parameters.values(), self._settings.clip_norm, norm=gradients.norm)
             before = state.update_norms.before(progress.step)
             state.optimizer.step(progress.tokens, multiplier)
             state.update_norms.after(before)
@@ -228,15 +219,11 @@ class Trainer:
     def _evaluate_if_due(self, stop: StopRequest, evaluators: Sequence[Evaluator]) -> None:
         """Score the validation batches when due and not done; given up when asked to stop on the way."""
         state, progress = self._state, self._state.progress
-        if not self._is_due(self._settings.evaluate_every_tokens) or self._recorder.was_evaluated(
-            progress.step
-        ):
+        if not self._is_due(self._settings.evaluate_every_tokens) or self._recorder.was_evaluated(progress.step):
             return
         devices = [self._strategy.device] if self._strategy.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # an evaluation that is repeated or left out changes no training
-            scores = self._validator.run(
-                state.model, self._gradients, is_stopped=lambda: stop.name is not None
-            )
+            scores = self._validator.run(state.model, self._scoring, is_stopped=lambda: stop.name is not None)
             if scores is None:
                 return
             for evaluator in evaluators:
@@ -325,9 +312,7 @@ class Trainer:
         return TrainSummary(self._folder, progress.step, progress.tokens, stopped_by, self._keeper.newest)
 
 
-def _make_state(
-    config: RunConfig, model: LanguageModel, dataset: TokenDataset, strategy: Strategy
-) -> RunState:
+def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, strategy: Strategy) -> RunState:
     """Build everything that changes while the run trains."""
     settings = config.train
     parameters = dict(model.named_parameters())

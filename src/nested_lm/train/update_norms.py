@@ -20,9 +20,7 @@ class UpdateNorms:
     wait for the record in `pending`, which is part of the checkpoint state.
     """
 
-    def __init__(
-        self, optimizer: ClockedOptimizer, *, every_steps: int, step_tokens: int, total_steps: int
-    ) -> None:
+    def __init__(self, optimizer: ClockedOptimizer, *, every_steps: int, step_tokens: int, total_steps: int) -> None:
         self.pending: dict[str, float] = {}
         self._parameters = optimizer.parameters
         self._every, self._total = every_steps, total_steps
@@ -65,9 +63,7 @@ class UpdateNorms:
         ]
 
 
-def _split(
-    label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter]
-) -> dict[str, list[Part]]:
+def _split(label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
     """Split the starts of the memories by memory; other groups stay whole."""
     if label != "memory":
         return {label: [(name, None) for name in names]}
