@@ -25,7 +25,8 @@ settings.register_profile("suite", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("suite")
 
 VOCABULARY = """the union of these states shall keep its army and navy in peace while congress reads this
-message on the revenue and the commerce of nations with which our citizens trade under treaties that honor both"""
+message on the revenue and the commerce of nations with which our citizens trade under treaties that honor
+both"""
 
 
 class TinyData(NamedTuple):

@@ -61,9 +61,7 @@ def year_of(date: str) -> int:
     return int(date[:4])
 
 
-def judge(
-    *, identity: str, text: object, date: str | None, position: str, max_bytes: int
-) -> Document | BadDocument:
+def judge(*, identity: str, text: object, date: str | None, position: str, max_bytes: int) -> Document | BadDocument:
     """Accept a text, or say why it cannot be trained on: not text, not Unicode, empty, too large."""
     if not isinstance(text, str):
         return BadDocument(position, "not_text", f"the text is of type {type(text).__name__}")

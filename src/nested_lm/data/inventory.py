@@ -101,9 +101,7 @@ def take_inventory(corpus: Corpus, config: DataConfig) -> Inventory:
 def _check_splits(inventory: Inventory, corpus: Corpus, config: DataConfig) -> None:
     count = len(inventory.entries)
     if not count:
-        reasons = (
-            ", ".join(f"{number} {reason}" for reason, number in inventory.skipped.items()) or "it is empty"
-        )
+        reasons = ", ".join(f"{number} {reason}" for reason, number in inventory.skipped.items()) or "it is empty"
         raise DataError(f"{corpus.description}: no document is left ({reasons})\n  Name a source with text.")
     for split in SPLITS:
         share = getattr(config.split, split)

@@ -107,9 +107,7 @@ class PackedLoader:
             if first <= index < first + self._batch_size:
                 mine.append(row)
         arrays = fill(self._dataset, self._pieces, mine)
-        return Batch(
-            torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets), torch.from_numpy(arrays.resets)
-        )
+        return Batch(torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets), torch.from_numpy(arrays.resets))
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the next global row, with the identity of the order it is a position in. JSON-able."""
@@ -228,9 +226,7 @@ def _packed(pieces: Pieces, numbers: np.ndarray, align: int) -> list[list[Placed
 
 def _chosen(dataset: TokenDataset, periods: tuple[int, ...] | None) -> np.ndarray:
     """Indices of the documents of these periods."""
-    chosen = [
-        index for index, row in enumerate(dataset.documents) if periods is None or row.period in periods
-    ]
+    chosen = [index for index, row in enumerate(dataset.documents) if periods is None or row.period in periods]
     if not chosen:
         labels = "" if periods is None else f" of the periods {list(periods)}"
         raise DataError(

@@ -29,7 +29,7 @@ from nested_lm.data.manifest import (
 from nested_lm.data.shard_writer import Marker, SplitWriter
 from nested_lm.data.shards import DocumentRow, check_file, check_shard, file_sha256
 from nested_lm.data.source import Corpus, open_corpus
-from nested_lm.data.split import SPLITS, Period, period_of
+from nested_lm.data.split import SPLITS, Period, SplitName, period_of
 from nested_lm.data.tokenizer import TextTokenizer, train_tokenizer
 from nested_lm.errors import DataError
 
@@ -138,11 +138,7 @@ def _prepare(this: _Build) -> None:
     ours = {".build", "shards", TOKENIZER, DOCUMENTS, MANIFEST}
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output_dir {folder} is a file\n  Name a folder.")
-    found = (
-        {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
-        if folder.exists()
-        else set()
-    )
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")} if folder.exists() else set()
     if found and not state.exists() and not (folder / MANIFEST).exists():
         raise DataError(
             f"output_dir {folder} is not empty and holds no data set: {', '.join(sorted(found)[:5])}\n"
@@ -160,8 +156,9 @@ def _prepare(this: _Build) -> None:
 
 def _read_state(path: Path) -> str | None:
     try:
-        return json.loads(path.read_bytes()).get("fingerprint")
-    except ValueError:
+        fingerprint: str = json.loads(path.read_bytes())["fingerprint"]
+        return fingerprint
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -205,7 +202,7 @@ class _WrittenSplit:
     markers: list[Marker]
 
 
-def _write_shards(this: _Build, inventory: Inventory, tokenizer: TextTokenizer) -> dict[str, _WrittenSplit]:
+def _write_shards(this: _Build, inventory: Inventory, tokenizer: TextTokenizer) -> dict[SplitName, _WrittenSplit]:
     writers = {
         split: SplitWriter(
             this.folder,
@@ -246,7 +243,7 @@ def _write_shards(this: _Build, inventory: Inventory, tokenizer: TextTokenizer) 
 
 
 def _finish(
-    this: _Build, inventory: Inventory, tokenizer: TextTokenizer, written: dict[str, _WrittenSplit]
+    this: _Build, inventory: Inventory, tokenizer: TextTokenizer, written: dict[SplitName, _WrittenSplit]
 ) -> None:
     """Write the list of documents and, last, the manifest."""
     periods = inventory.periods(this.config.period_years)
@@ -279,9 +276,7 @@ def _finish(
     write_manifest(this.folder, manifest)
     for split, record in manifest.splits.items():
         ratio = f"{record.bytes / record.tokens:.3f}" if record.tokens else "no"
-        this.report(
-            f"{split}: {record.documents} documents, {record.tokens:,} tokens, {ratio} bytes per token"
-        )
+        this.report(f"{split}: {record.documents} documents, {record.tokens:,} tokens, {ratio} bytes per token")
     for period in manifest.periods:
         counts = ", ".join(f"{split} {period.documents[split]}" for split in SPLITS)
         this.report(f"period {period.label}: {counts} documents")
@@ -291,9 +286,7 @@ def _finish(
 def _rows(written: _WrittenSplit, periods: list[Period]) -> Iterator[DocumentRow]:
     for marker in written.markers:
         offset = 0
-        for entry, tokens in zip(
-            written.entries[marker.first : marker.end], marker.document_tokens, strict=True
-        ):
+        for entry, tokens in zip(written.entries[marker.first : marker.end], marker.document_tokens, strict=True):
             yield DocumentRow(
                 id=entry.id,
                 split=entry.split,
@@ -308,7 +301,7 @@ def _rows(written: _WrittenSplit, periods: list[Period]) -> Iterator[DocumentRow
             offset += tokens
 
 
-def _period_record(index: int, period: Period, rows: dict[str, list[DocumentRow]]) -> PeriodRecord:
+def _period_record(index: int, period: Period, rows: dict[SplitName, list[DocumentRow]]) -> PeriodRecord:
     tokens = {split: [row.tokens for row in rows[split] if row.period == index] for split in SPLITS}
     return PeriodRecord(
         label=period.label,

@@ -106,9 +106,7 @@ def _from_row(row: dict[str, Any], position: str, identity: str, source: FolderS
             return BadDocument(position, "no_date", f"no field {source.date_field!r}")
         date = parse_date(value)
         if date is None:
-            return BadDocument(
-                position, "bad_date", f"{source.date_field} is {value!r}, not a year or ISO date"
-            )
+            return BadDocument(position, "bad_date", f"{source.date_field} is {value!r}, not a year or ISO date")
     return judge(
         identity=identity,
         text=row[source.text_field],

@@ -106,9 +106,7 @@ class SplitWriter:
         for path in sorted(self._marker_folder.glob(f"{self.split}-*.json")):
             try:
                 marker = Marker(**json.loads(path.read_bytes()))
-                check_shard(
-                    self._folder, self.record(marker), self._tokenizer.vocab_size, self.split, verify=True
-                )
+                check_shard(self._folder, self.record(marker), self._tokenizer.vocab_size, self.split, verify=True)
             except (ValueError, TypeError):
                 self._report(f"marker {path.name} is damaged; its shard is built again")
                 continue
@@ -136,6 +134,4 @@ class SplitWriter:
         write_atomically(self._marker_path(shard), json.dumps(asdict(marker)).encode())
         self._markers.insert(place, marker)
         self._buffer, self._buffer_tokens = [], 0
-        self._report(
-            f"{self._file(shard)}: {len(marker.document_tokens)} documents, {marker.tokens:,} tokens"
-        )
+        self._report(f"{self._file(shard)}: {len(marker.document_tokens)} documents, {marker.tokens:,} tokens")

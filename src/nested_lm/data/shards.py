@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nested_lm.data.manifest import Manifest, ShardRecord, read_manifest
-from nested_lm.data.split import SPLITS, Period
+from nested_lm.data.split import SPLITS, Period, SplitName
 from nested_lm.errors import DataError
 
 _BLOCK_BYTES = 1 << 22
@@ -61,7 +61,7 @@ def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
 class TokenDataset:
     """One split of a data set. Tokens stay on disk (memory map); the list of documents is in memory."""
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, documents: list[DocumentRow]) -> None:
+    def __init__(self, folder: Path, split: SplitName, manifest: Manifest, documents: list[DocumentRow]) -> None:
         self.folder = folder
         self.split = split
         self.documents = documents
@@ -76,7 +76,7 @@ class TokenDataset:
         ]
 
     @classmethod
-    def open(cls, folder: Path, split: str, *, verify: bool = True) -> "TokenDataset":
+    def open(cls, folder: Path, split: SplitName, *, verify: bool = True) -> "TokenDataset":
         """Open the `train`, `validation` or `test` split of the data set in `folder`.
 
         verify: compare the sha256 of every shard and of the tokenizer; sizes are compared in any case.
@@ -127,9 +127,7 @@ def check_file(path: Path, expected: str, name: str) -> None:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if found != expected:
-        raise _mismatch(
-            path, "does not match its manifest", f"expected sha256 {expected}, found {found}", name
-        )
+        raise _mismatch(path, "does not match its manifest", f"expected sha256 {expected}, found {found}", name)
 
 
 def _mismatch(path: Path, state: str, found: str, name: str) -> DataError:

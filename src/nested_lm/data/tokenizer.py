@@ -91,6 +91,7 @@ class TextTokenizer:
 
 def cut(text: str, characters: int) -> Iterator[str]:
     """Pieces of about `characters` or a little more that byte-level BPE encodes as it encodes the whole."""
+    assert characters >= 1, characters
     start = 0
     while len(text) - start > characters:
         border = _BORDER.search(text, start + characters)
