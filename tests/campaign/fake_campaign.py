@@ -14,9 +14,7 @@ def campaign(*, seeds: Sequence[int] = (1, 1)) -> CampaignConfig:
         ("hope", "transformer"), ("hope/demo", "baselines/transformer_demo"), seeds, strict=True
     ):
         overrides = [f"output_dir=out/{name}", f"seed={seed}"]
-        steps.append(
-            {"kind": "train", "id": name, "config": preset, "after": ["data"], "overrides": overrides}
-        )
+        steps.append({"kind": "train", "id": name, "config": preset, "after": ["data"], "overrides": overrides})
     steps += [{"kind": "eval", "id": f"eval-{name}", "run": name} for name in ("hope", "transformer")]
     steps.append({"kind": "report", "id": "report", "after": ["eval-hope", "eval-transformer"]})
     return CampaignConfig.model_validate(

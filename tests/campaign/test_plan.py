@@ -20,9 +20,7 @@ ALL = ["data text", "train hope", "train transformer", "eval hope", "eval transf
 
 
 def behave(**steps: str) -> None:
-    Path("behaviour.json").write_text(
-        json.dumps({key.replace("_", " "): value for key, value in steps.items()})
-    )
+    Path("behaviour.json").write_text(json.dumps({key.replace("_", " "): value for key, value in steps.items()}))
 
 
 def test_first_start_runs_all_and_second_keeps_all(prefix, calls):
@@ -106,9 +104,7 @@ def test_half_a_ledger_line_is_dropped(prefix, calls):
     ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
     run_campaign(campaign(), prefix=prefix)
     assert calls() == ["report out"]
-    assert [attempt.step for attempt in Ledger(ledger).attempts] == [
-        step.id for step in plan_steps(campaign())
-    ]
+    assert [attempt.step for attempt in Ledger(ledger).attempts] == [step.id for step in plan_steps(campaign())]
 
 
 def test_a_damaged_ledger_line_is_named(prefix):
@@ -190,6 +186,8 @@ class TestStopped:
         process = start()
         self.pid_of_step()
         process.send_signal(number)
+        time.sleep(0.05)
+        process.send_signal(number)  # the echo that `timeout` sends to the group
         _, said = process.communicate(timeout=20)
         assert process.returncode == 2
         assert f"interrupted by {signal.Signals(number).name}" in said

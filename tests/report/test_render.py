@@ -7,9 +7,7 @@ from fake_runs import write_campaign
 
 from nested_lm.report.render import markdown_block, markdown_text, render_campaign
 
-HOSTILE = (
-    "</blockquote><script>alert(1)</script> & `````` | {{ 7 * 7 }} <img src=x onerror=alert(2)>\x00\udc80"
-)
+HOSTILE = "</blockquote><script>alert(1)</script> & `````` | {{ 7 * 7 }} <img src=x onerror=alert(2)>\x00\udc80"
 
 
 class Page(HTMLParser):
@@ -27,9 +25,7 @@ class Page(HTMLParser):
 
 
 def test_two_renders_in_two_places_give_the_same_bytes(rendered, tmp_path):
-    copy = shutil.copytree(
-        rendered, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("report.*", "figures")
-    )
+    copy = shutil.copytree(rendered, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("report.*", "figures"))
     render_campaign(copy)
     before, after = (
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}

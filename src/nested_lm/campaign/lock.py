@@ -81,9 +81,7 @@ class CampaignLock:
                 f"{self.path.parent} is in use by a process that did not say which\n"
                 "  Another campaign is just starting, or its step outlived it. Try again in a moment."
             )
-        self._say(
-            f"step {step} (process {step_pid}) outlived its killed campaign; asking it to save and stop"
-        )
+        self._say(f"step {step} (process {step_pid}) outlived its killed campaign; asking it to save and stop")
         deadline = time.monotonic() + self._orphan_timeout_s
         if _is_alive(step_pid):
             os.kill(step_pid, signal.SIGTERM)

@@ -149,9 +149,7 @@ def _run_steps(
     return failed
 
 
-def _describe(
-    steps: Sequence[PlannedStep], ledger: Ledger, prefix: Sequence[str], say: Callable[[str], None]
-) -> None:
+def _describe(steps: Sequence[PlannedStep], ledger: Ledger, prefix: Sequence[str], say: Callable[[str], None]) -> None:
     for number, step in enumerate(steps, start=1):
         state = state_of(step, steps, ledger)
         needs = f" (after {', '.join(step.needs)})" if step.needs else ""
@@ -159,9 +157,7 @@ def _describe(
         say(f"  {shlex.join((*prefix, *step.arguments))}")
 
 
-def _explain(
-    config: CampaignConfig, steps: Sequence[PlannedStep], failed: dict[str, str], folder: Path
-) -> str:
+def _explain(config: CampaignConfig, steps: Sequence[PlannedStep], failed: dict[str, str], folder: Path) -> str:
     lines = [f"campaign {config.name!r}: {len(failed)} of {len(steps)} steps did not succeed"]
     lines += [f"  {step}: {reason}" for step, reason in failed.items()]
     for step in steps:

@@ -13,6 +13,8 @@ from typing import IO, NamedTuple
 
 from nested_lm.errors import CampaignError
 
+_ECHO_S = 0.5  # `timeout` and service managers signal a process and its group: the echo is not a second wish
+
 
 class Outcome(NamedTuple):
     """How a child ended. exit_code is negative when a signal killed it."""
@@ -32,6 +34,7 @@ class SignalRelay:
         self._child: subprocess.Popen[bytes] | None = None
         self._previous: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
 
     def __enter__(self) -> "SignalRelay":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -41,6 +44,8 @@ class SignalRelay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.received is not None:  # the echo must not meet the default handler and end us without a word
+            time.sleep(max(0.0, self._received_at + _ECHO_S - time.monotonic()))
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -51,15 +56,16 @@ class SignalRelay:
             child.send_signal(self.received)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         again = self.received is not None
-        self.received = signal.Signals(number)
+        if again and now - self._received_at < _ECHO_S:
+            return
+        self.received, self._received_at = signal.Signals(number), now
         if self._child is None:
             return
         # send_signal polls first, so a child that has ended meanwhile is not signalled
         self._child.send_signal(signal.SIGKILL if again else self.received)
-        self._say(
-            "stopping at once" if again else "asked the running step to stop; once more stops it at once"
-        )
+        self._say("stopping at once" if again else "asked the running step to stop; once more stops it at once")
 
 
 def run_child(

@@ -128,9 +128,7 @@ def _read_run(root: Path, entry: RunEntry, notes: list[str]) -> Run | None:
     paths = {name: folder / name for name in ("config.resolved.yaml", "run.json", "metrics.jsonl")}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
-        notes.append(
-            f"Run {entry.name} (step {entry.step}) is left out: {entry.folder} has no {', '.join(missing)}."
-        )
+        notes.append(f"Run {entry.name} (step {entry.step}) is left out: {entry.folder} has no {', '.join(missing)}.")
         return None
     events = read_records(paths["metrics.jsonl"])
     record = _read_json(paths["run.json"])
@@ -157,9 +155,7 @@ def _read_config(path: Path) -> RunConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ReportError(
-            f"{path} is not YAML: {error}\n  It was changed after training wrote it."
-        ) from error
+        raise ReportError(f"{path} is not YAML: {error}\n  It was changed after training wrote it.") from error
     return parse_run(content, str(path))
 
 
@@ -192,9 +188,7 @@ def _read_results(folder: Path, record: Mapping[str, Any]) -> dict[str, ResultFi
                 f"  The run was trained again since. Run `nested-lm eval {folder.parent}`."
             )
         if result.task in results:
-            raise ReportError(
-                f"{folder} holds two results of task {result.task!r}; delete the one you do not mean"
-            )
+            raise ReportError(f"{folder} holds two results of task {result.task!r}; delete the one you do not mean")
         results[result.task] = result
     return results
 

@@ -146,9 +146,7 @@ def checks(campaign: Campaign) -> list[Check]:
         found.append(Check(len(values) == 1, f"Same {text} in all runs: {shown}."))
     found.append(_recipe_check(runs))
     unfinished = [campaign.label(run) for run in campaign.runs if not run.finished]
-    text = (
-        f"Unfinished runs: {', '.join(unfinished)}." if unfinished else "All runs reached their token budget."
-    )
+    text = f"Unfinished runs: {', '.join(unfinished)}." if unfinished else "All runs reached their token budget."
     found.append(Check(not unfinished, text))
     skipped = sum(run.nonfinite for run in campaign.runs)
     found.append(Check(skipped == 0, f"Steps skipped because a value was not finite: {skipped}."))
@@ -224,11 +222,7 @@ def _document_limit(runs: tuple[Run, ...]) -> list[str]:
     if not counts:
         return []
     count = min(counts)
-    few = (
-        " That is few: intervals of a percentile bootstrap are then somewhat too narrow."
-        if count < 30
-        else ""
-    )
+    few = " That is few: intervals of a percentile bootstrap are then somewhat too narrow." if count < 30 else ""
     return [f"{count} held-out documents stand behind every overall number.{few}"]
 
 
@@ -260,15 +254,12 @@ def _continual_limit(campaign: Campaign) -> list[str]:
     ]
     budgets = {run.config.train.budget_tokens for run in runs}
     if not any(run.config.train.budget_tokens in budgets for run in campaign.runs if not run.chronological):
-        found.append(
-            "No run read all periods shuffled at the same budget, so the price of the order is unknown."
-        )
+        found.append("No run read all periods shuffled at the same budget, so the price of the order is unknown.")
     return found
 
 
 def _time_limit(runs: tuple[Run, ...]) -> list[str]:
     devices = sorted({str(run.record.get("device")) for run in runs})
     return [
-        f"Times are those of single runs on {'; '.join(devices)}, without repeats; other load on the machine "
-        "counts."
+        f"Times are those of single runs on {'; '.join(devices)}, without repeats; other load on the machine counts."
     ]

@@ -41,9 +41,7 @@ def _shuffled(campaign: Campaign) -> tuple[Run, ...]:
 
 def overview(campaign: Campaign) -> Drawing | None:
     """Held-out bits per byte of every arm with its interval, beside the floors."""
-    runs = campaign.with_result("language_modelling") or campaign.with_result(
-        "language_modelling", chronological=True
-    )
+    runs = campaign.with_result("language_modelling") or campaign.with_result("language_modelling", chronological=True)
     if not runs:
         return None
     rows: list[tuple[str, str, bool, Interval]] = []
@@ -196,9 +194,7 @@ def _errors(intervals: list[Interval]) -> list[list[float]]:
 
 def periods(campaign: Campaign) -> Drawing | None:
     """Bits per byte of each chronological period, with intervals and floors."""
-    runs = campaign.with_result("language_modelling") or campaign.with_result(
-        "language_modelling", chronological=True
-    )
+    runs = campaign.with_result("language_modelling") or campaign.with_result("language_modelling", chronological=True)
     scores = [(run, _language(run)) for run in runs]
     if not scores or not any(score.bits_per_byte for score in scores[0][1].window.by_period):
         return None
@@ -228,9 +224,7 @@ def periods(campaign: Campaign) -> Drawing | None:
             )
             ends.append((len(shown) - 1, intervals[-1].value, campaign.label(run), colour))
         by_period = [first.window.by_period[index] for index in shown]
-        axis.set_xticks(
-            range(len(shown)), [f"{p.first_year}-\n{p.last_year}\nn = {p.documents}" for p in by_period]
-        )
+        axis.set_xticks(range(len(shown)), [f"{p.first_year}-\n{p.last_year}\nn = {p.documents}" for p in by_period])
         axis.set_xlim(-0.5, len(shown) - 0.5)
         axis.grid(axis="x", visible=False)
         axis.set(ylabel=f"bits per byte, {first.split} split")
@@ -256,9 +250,7 @@ def _value(score: PeriodScore) -> float:
 
 def positions(campaign: Campaign) -> Drawing | None:
     """Nats per token by position in the context, with a fresh window and with carried state."""
-    runs = campaign.with_result("language_modelling") or campaign.with_result(
-        "language_modelling", chronological=True
-    )
+    runs = campaign.with_result("language_modelling") or campaign.with_result("language_modelling", chronological=True)
     if not runs:
         return None
     with canvas(1, 1, height=3.9) as (figure, axes):
@@ -284,9 +276,7 @@ def positions(campaign: Campaign) -> Drawing | None:
             axis.set_ylim(bottom, top + 0.08 * (top - bottom))
             axis.set_xlim(left=_FIRST_POSITION)
         _mark_context(axis, runs[0])
-        axis.set(
-            xlabel="position in the text since the last fresh state (tokens)", ylabel="loss (nats / token)"
-        )
+        axis.set(xlabel="position in the text since the last fresh state (tokens)", ylabel="loss (nats / token)")
         _plain_powers(axis)
         label_line_ends([(axis, ends)])
         return finish(
@@ -345,9 +335,7 @@ def passkey(campaign: Campaign) -> Drawing | None:
             keyed = [score.nats_per_token for score in metrics.lengths]
             control = [score.control_nats_per_token for score in metrics.lengths]
             worth = [score.worth for score in metrics.lengths]
-            left.errorbar(
-                xs, [i.value for i in keyed], yerr=_errors(keyed), color=colour, marker="o", markersize=4.5
-            )
+            left.errorbar(xs, [i.value for i in keyed], yerr=_errors(keyed), color=colour, marker="o", markersize=4.5)
             left.plot(
                 xs,
                 [i.value for i in control],
@@ -359,14 +347,10 @@ def passkey(campaign: Campaign) -> Drawing | None:
                 markersize=4.5,
             )
             moved = [x * 2 ** (0.09 * (place - (len(runs) - 1) / 2)) for x in xs]
-            right.errorbar(
-                moved, [i.value for i in worth], yerr=_errors(worth), color=colour, fmt="o", markersize=5.5
-            )
+            right.errorbar(moved, [i.value for i in worth], yerr=_errors(worth), color=colour, fmt="o", markersize=5.5)
             ends.append((xs[-1], keyed[-1].value, label, colour))
         right.axhline(0, color=INK, linewidth=0.9)
-        left.set(
-            title="loss of the key", xlabel="length of the text (tokens)", ylabel="nats per answer token"
-        )
+        left.set(title="loss of the key", xlabel="length of the text (tokens)", ylabel="nats per answer token")
         right.set(
             title="what the key in the text saves",
             xlabel="length of the text (tokens)",
@@ -401,9 +385,7 @@ def continual(campaign: Campaign) -> Drawing | None:
             assert isinstance(metrics, ContinualMetrics)
             losses.append([[cell.value for cell in row] for row in metrics.bits_per_byte])
             nan = float("nan")
-            forgets.append(
-                [[nan if cell is None else cell.value for cell in row] for row in metrics.forgetting]
-            )
+            forgets.append([[nan if cell is None else cell.value for cell in row] for row in metrics.forgetting])
         trained = [value for matrix in losses for row in matrix[1:] for value in row]
         worst = max((v for matrix in forgets for row in matrix for v in row if v == v), default=0.0)
         for column, (run, metrics) in enumerate(found):
@@ -449,9 +431,7 @@ def _heat(
     """A heat map with its values written in; NaN cells stay empty. Values beyond the limits are clipped."""
     from matplotlib.patches import Rectangle
 
-    axis.imshow(
-        values, cmap=colours, vmin=limits[0], vmax=limits[1] + 0.25 * (limits[1] - limits[0]), aspect="auto"
-    )
+    axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1] + 0.25 * (limits[1] - limits[0]), aspect="auto")
     span = limits[1] - limits[0] or 1.0
     extra = len(rows) - len(columns)  # rows before training
     for y, row in enumerate(values):
@@ -468,9 +448,7 @@ def _heat(
                     color="white" if dark else INK,
                 )
         if y >= extra:
-            axis.add_patch(
-                Rectangle((y - extra - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2)
-            )
+            axis.add_patch(Rectangle((y - extra - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2))
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)

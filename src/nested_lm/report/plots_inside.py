@@ -13,6 +13,8 @@ from nested_lm.report.plot_style import (
 )
 
 _LAYER_MAP = "viridis"
+_FIXED = ("k", "v", "eta", "alpha", "memory"), ("embedding", "matrix", "vector", "level 0", "level 1", "level 2")
+"""Memories and parameter groups that have the same colour in every panel."""
 
 
 def _with_stats(campaign: Campaign) -> list[Run]:
@@ -38,6 +40,14 @@ def _layer_colours(count: int) -> list[Any]:
     return [colormaps[_LAYER_MAP](0.82 * (1 - (i + 0.5) / count)) for i in range(count)]
 
 
+def _part_colour(name: str, index: int) -> str:
+    """Colour of a memory or parameter group; one without a fixed colour takes that of its place."""
+    for names in _FIXED:
+        if name in names:
+            return PART_COLOURS[names.index(name)]
+    return PART_COLOURS[-1 - index % len(PART_COLOURS)]
+
+
 def gates(campaign: Campaign) -> Drawing | None:
     """Mean write rate and decay of every layer."""
     runs = _with_stats(campaign)
@@ -60,14 +70,14 @@ def gates(campaign: Campaign) -> Drawing | None:
                 thousands(axis.xaxis)
                 labels.append((axis, ends))
             row[0].set_ylabel("mean step size of a write")
-            row[1].set_ylabel("mean share forgotten a token")
+            row[1].set_ylabel("mean share kept from token to token")
         label_line_ends(labels)
         return finish(
             figure,
             name="gates",
             title="Gates",
-            caption="How strongly the memories write (left) and forget (right), mean over tokens and heads: "
-            "a flat line means training left that gate where it started.",
+            caption="How strongly the memories write (left) and how much of what they hold they keep (right), mean "
+            "over tokens and heads: a flat line means training left that gate where it started.",
         )
 
 
@@ -94,14 +104,12 @@ def updates(campaign: Campaign) -> Drawing | None:
                 pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if y > 0]
                 if not pairs:
                     continue
-                colour = PART_COLOURS[index % len(PART_COLOURS)]
+                colour = _part_colour(_group_name(key), index)
                 axis.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.5)
                 ends.append((*pairs[-1], _group_name(key), colour))
             axis.set_yscale("log")
             axis.set_xlim(left=0)
-            axis.set(
-                title=f"{campaign.label(run)}: {title}", xlabel="training tokens", ylabel="update / weights"
-            )
+            axis.set(title=f"{campaign.label(run)}: {title}", xlabel="training tokens", ylabel="update / weights")
             thousands(axis.xaxis)
             _few_log_ticks(axis)
             labels.append((axis, ends))
@@ -165,7 +173,8 @@ def fast_weights(campaign: Campaign) -> Drawing | None:
                 axis.set_visible(False)
             for place, (axis, layer) in enumerate(zip(cells, layers, strict=False)):
                 ends = []
-                for colour, key in zip(PART_COLOURS, run.steps.keys(f"{layer}/fast_norm/"), strict=False):
+                for number, key in enumerate(run.steps.keys(f"{layer}/fast_norm/")):
+                    colour = _part_colour(key.rsplit("/", 1)[1], number)
                     xs, ys = run.steps.columns("tokens", key)
                     axis.plot(xs, ys, color=colour, linewidth=1.6)
                     ends.append((xs[-1], ys[-1], key.rsplit("/", 1)[1], colour))

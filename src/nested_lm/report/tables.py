@@ -208,9 +208,7 @@ def _versions(run: Run) -> str:
 
 
 def _checkpoint(run: Run) -> tuple[str, str]:
-    marks = {
-        (r.checkpoint.name, r.checkpoint.digest) for task, r in run.results.items() if task != "continual"
-    }
+    marks = {(r.checkpoint.name, r.checkpoint.digest) for task, r in run.results.items() if task != "continual"}
     marks = marks or {(result.checkpoint.name, result.checkpoint.digest) for result in run.results.values()}
     names = ", ".join(sorted(name for name, _ in marks))
     return names or ABSENT, ", ".join(sorted(digest[:12] for _, digest in marks))
