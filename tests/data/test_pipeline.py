@@ -81,8 +81,8 @@ class TestBuild:
 
     def test_duplicates_are_removed_and_counted(self, make_config, source):
         (source / "copy.txt").write_text("  " + (source / "05.txt").read_text().replace(" ", "\n\n"))
-        (source / "composed.txt").write_text("caf\u00e9 au lait, deux fois")
-        (source / "decomposed.txt").write_text("cafe\u0301 au lait, deux fois")
+        (source / "composed.txt").write_text("Zo\u00eb au lait, deux fois")
+        (source / "decomposed.txt").write_text("Zoe\u0308 au lait, deux fois")
         manifest = read_manifest(build(make_config(), report=quiet))
         assert manifest.duplicates_removed == 2
         assert sum(split.documents for split in manifest.splits.values()) == 61
@@ -110,7 +110,7 @@ class TestBuild:
 
     def test_skips_are_in_the_manifest(self, make_config, source):
         (source / "empty.txt").write_text(" ")
-        (source / "latin.txt").write_bytes(b"caf\xe9")
+        (source / "latin.txt").write_bytes(b"ros\xe9")
         assert "empty.txt: empty" in failure(make_config())
         manifest = read_manifest(build(make_config(folder={"on_bad_document": "skip"}), report=quiet))
         assert manifest.skipped == {"empty": 1, "not_utf8": 1}
@@ -280,6 +280,16 @@ class TestRerun:
         damage(folder / "shards" / "test-00000.bin", "changed")
         build(config, report=quiet)
         assert contents_of(folder) == before
+
+    def test_shards_of_another_tokenizer_are_not_kept(self, make_config):
+        folder = build(make_config(), report=quiet)
+        marker = folder / ".build" / "train-00000.json"
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"tokenizer": "0" * 64}))
+        (folder / "manifest.json").unlink()
+        lines = []
+        build(make_config(), report=lines.append)
+        assert "keeping 2 finished shards" in lines
+        assert any(line.startswith("shards/train-00000.bin") for line in lines)
 
     def test_another_configuration_is_refused_by_name(self, make_config):
         folder = build(make_config(), report=quiet)

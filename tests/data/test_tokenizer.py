@@ -10,7 +10,7 @@ from nested_lm.data.tokenizer import TextTokenizer, cut, train_tokenizer
 from nested_lm.errors import DataError
 
 TEXTS = ["The quick brown fox's den, isn't it?\n\n  Twelve  words\tand 1234 more.\r\n"] * 3 + [
-    "caf\u00e9 \u6f22\u5b57 \u00e9tat"
+    "ros\u00e9 \u6f22\u5b57 \u00e9tat"
 ]
 
 

@@ -42,4 +42,5 @@ def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64: every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * _MIX_1
     values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

@@ -70,7 +70,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without start or end token."""
-        return self.encode_many([text])[0].tolist()
+        ids: list[int] = self.encode_many([text])[0].tolist()
+        return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of several texts, int64, on all cores. Long texts are encoded piece by piece."""
