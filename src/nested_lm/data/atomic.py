@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
         if error.errno == errno.ENOSPC:
             raise DataError(
                 f"no space left on the disk while writing {path}\n"
-                "  Free some space and run the same command again: finished shards are kept."
+                "  Free some space and run the same command again: what was finished before is kept."
             ) from error
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from nested_lm.ops.memory import (
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
     rule: WriteRule
     pieces: tuple[Piece, ...]
     keep: Float[Tensor, "S B"] | None  # 0 where a row's document starts with the piece
-    recompute: bool
+    keep_chunks: bool  # for backward; otherwise it computes them again
     operands: torch.dtype | None
 
 
@@ -119,7 +120,7 @@ class _WriteSequence(torch.autograd.Function):
             traces.append(_trace_of(chunk, plan.rule))
             weights.append((current.inner[:, :, MEMORY], current.outer[:, :, MEMORY]))
             kept.append(MemoryState(border, current))
-            chunks.append(None if plan.recompute else chunk)
+            chunks.append(chunk if plan.keep_chunks else None)
             current = chunk.after
             if piece.to_border:
                 border = current
@@ -131,6 +132,7 @@ class _WriteSequence(torch.autograd.Function):
         return (*trace, *(x.clone() for x in border), *(x.clone() for x in current))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
         inputs, start, readout, _ = _unflatten(ctx.saved_tensors)
@@ -267,7 +269,7 @@ def self_modify(
     keep = None
     if resets is not None:
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
-    plan = Plan(rule, pieces, keep, recompute, operands)
+    plan = Plan(rule, pieces, keep, torch.is_grad_enabled() and not recompute, operands)
     with torch.autocast(key.device.type, enabled=False):
         results: tuple[Tensor, ...] = _WriteSequence.apply(  # type: ignore[no-untyped-call]
             plan, key, value, rate, decay, *start, *readout, *state.border, *state.current

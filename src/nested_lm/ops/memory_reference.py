@@ -40,7 +40,7 @@ def inner_gradient(
     """Gradient of half the squared error of one memory with respect to its two layers.
 
     By automatic differentiation, so that the closed forms elsewhere are checked against something independent. The
-    target is a constant here, but the outer gradient flows through it (ruling A4 of the specification).
+    target is a constant here, but the outer gradient flows through it (ruling A4 in docs/equations.md).
     """
     with torch.enable_grad():
         inner = weights.inner[:, :, memory].clone()
@@ -117,7 +117,7 @@ def self_modify(
     Returns:
         Reads of every token, the state after the last token, and the gates.
 
-    Source: arXiv 2512.24695 eqs. 83-90. Deviations: borders are those strictly before the token (ruling A1); decay
+    Source: arXiv 2512.24695 eqs. 83-90. Deviations: borders are those strictly before the token (ruling A1 in docs/equations.md); decay
     and erase act on the distance from the start (A7); the eta and alpha memories are vector-valued like the others,
     read out by a learned vector (A10); inputs, values and queries are unit vectors (A13); see `outer_write_scale` (A6).
     """
