@@ -47,7 +47,7 @@ def memory_problem(batch: int, tokens: int, heads: int, dtype: torch.dtype) -> t
 
 
 def write_rule(chunk: int) -> WriteRule:
-    return WriteRule(chunk, "both", "inclusive", 1.0, 1.0)
+    return WriteRule(chunk, chunk, "both", "inclusive", 1.0, 1.0)
 
 
 def gate() -> float:
@@ -55,7 +55,7 @@ def gate() -> float:
     problem = memory_problem(2, 37, 2, torch.float64)
     found = []
     for backend in (memory_reference, memory_chunked):
-        reads = backend.self_modify(*problem, rule=write_rule(16), phase=0, resets=None).reads
+        reads = backend.self_modify(*problem, rule=write_rule(16), position=0, resets=None).reads
         weight = torch.linspace(-1, 1, reads.numel(), dtype=reads.dtype).view_as(reads)
         found.append([reads, *torch.autograd.grad((reads * weight).sum(), [*problem[0][:3], *problem[1]])])
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*found, strict=True))
@@ -88,7 +88,7 @@ def sides(batch: int, tokens: int, width: int) -> dict[str, tuple[int, Callable[
         rule = write_rule(few)
 
         def call(backend=backend, rule=rule) -> torch.Tensor:
-            return backend.self_modify(*problem, rule=rule, phase=0, resets=None).reads
+            return backend.self_modify(*problem, rule=rule, position=0, resets=None).reads
 
         result[f"memory_only_{name}"] = (few, training_pass(call))
     return result

@@ -123,9 +123,7 @@ def train(
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Sweep: one run for each combination, as in seed=1,2.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")] = False,
 ) -> None:
     """Train a run, or go on with it."""
     from nested_lm.config.load import load_run
@@ -185,16 +183,13 @@ def describe_run(config: "RunConfig") -> list[str]:
         "budget": f"{plan.budget_tokens:,} tokens = {plan.num_steps:,} steps of {plan.step_tokens:,} "
         f"(context {plan.context_length} x batch {plan.batch_size} x accumulation {plan.accumulation})",
         "stream": plan.stream.kind,
-        "optimizer": f"{plan.optimizer.kind}, "
-        + ", ".join(f"{key} {value:g}" for key, value in rates.items()),
+        "optimizer": f"{plan.optimizer.kind}, " + ", ".join(f"{key} {value:g}" for key, value in rates.items()),
         "schedule": f"{schedule.kind}, in tokens: {', '.join(stages)}, to {schedule.final:g} of the peak",
         "precision": f"{plan.precision}, float32 products {plan.matmul_precision}, device {plan.device}",
         "validation": f"every {plan.evaluate_every_tokens:,} tokens, on {plan.evaluate_tokens:,}",
         "checkpoints": f"every {plan.checkpoints.every_tokens:,} tokens, newest {plan.checkpoints.keep} kept",
     }
-    return [f"{label:<12} {text}" for label, text in rows.items()] + [
-        "dry run: nothing was trained or written"
-    ]
+    return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was trained or written"]
 
 
 @app.command("eval")
@@ -208,9 +203,7 @@ def evaluate(
     """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
     names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     if names == ():
-        raise ConfigError(
-            f"--tasks {tasks!r} names no task; write names with commas between, or leave it out"
-        )
+        raise ConfigError(f"--tasks {tasks!r} names no task; write names with commas between, or leave it out")
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
     from nested_lm.eval.runner import evaluate_run
@@ -228,9 +221,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to it.")
-    ] = 0.95,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to it.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="Keep so many likely tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed writes the same text.")] = 1,
     device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
@@ -244,9 +235,7 @@ def generate(
     from nested_lm.nn.generation import generate as sample
 
     if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`"
-        )
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     loaded = load_model(_checkpoint_of(source), device=chosen)
     start = loaded.tokenizer.end_of_text
@@ -283,13 +272,9 @@ def _checkpoint_of(source: Path) -> Path:
 @app.command()
 @_reports_errors
 def campaign(
-    preset: Annotated[
-        str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")
-    ],
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")],
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the steps and their commands; run none.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps and their commands; run none.")] = False,
 ) -> None:
     """Run data, trainings, evaluations and the report. Started again, it continues."""
     from nested_lm.campaign.plan import run_campaign

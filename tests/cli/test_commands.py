@@ -49,9 +49,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
         [sys.executable, "-X", "importtime", "-c", code, "--help"], capture_output=True, text=True, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert all(
-        verb in done.stdout for verb in ("data", "train", "eval", "generate", "campaign", "report", "doctor")
-    )
+    assert all(verb in done.stdout for verb in ("data", "train", "eval", "generate", "campaign", "report", "doctor"))
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & HEAVY
@@ -104,9 +102,7 @@ class TestArguments:
         ]
 
     def test_dry_run_says_what_would_be_trained_and_writes_nothing(self, run, stub, tmp_path):
-        stub(
-            "nested_lm.nn.sizing", count_parameters=lambda model: {"mixer": 2000, "norms": 34, "total": 2034}
-        )
+        stub("nested_lm.nn.sizing", count_parameters=lambda model: {"mixer": 2000, "norms": 34, "total": 2034})
         stub("nested_lm.train.trainer")
         result = run("train", "hope/demo", "--dry-run", "train.budget_tokens=819_200", "name=small")
         assert result.exit_code == 0, result.output
@@ -205,9 +201,7 @@ class TestGenerate:
         assert result.exit_code == 2
         assert "neither a checkpoint nor a run folder" in result.stderr
 
-    @pytest.mark.parametrize(
-        "option", [("--top-p", 0), ("--top-p", 1.5), ("--temperature", -1), ("--device", "tpu")]
-    )
+    @pytest.mark.parametrize("option", [("--top-p", 0), ("--top-p", 1.5), ("--temperature", -1), ("--device", "tpu")])
     def test_impossible_options(self, run, seen, tmp_path, option):
         assert run("generate", tmp_path, "--prompt", "Hi", *option).exit_code == 2
         assert seen == {}

@@ -163,9 +163,7 @@ class TestOverrides:
         assert "one of hope_demo, transformer_demo" in text
         assert "did you mean `hope_demo`?" in text
 
-    @pytest.mark.parametrize(
-        "override", ["model=3", "+seed=3", "~sead", "model.channel.levels.9.expansion=1.0"]
-    )
+    @pytest.mark.parametrize("override", ["model=3", "+seed=3", "~sead", "model.channel.levels.9.expansion=1.0"])
     def test_what_hydra_refuses_is_a_config_error(self, override):
         assert "repair" in mistake("hope/demo", [override])
 

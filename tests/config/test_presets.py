@@ -30,11 +30,7 @@ def test_data_preset_is_what_runs_use(name):
 @pytest.mark.parametrize("name", CAMPAIGNS)
 def test_campaign_steps_load_and_have_folders_of_their_own(name):
     campaign = load_campaign(name)
-    trained = {
-        step.id: load_run(step.config, step.overrides)
-        for step in campaign.steps
-        if isinstance(step, TrainStep)
-    }
+    trained = {step.id: load_run(step.config, step.overrides) for step in campaign.steps if isinstance(step, TrainStep)}
     folders = [run.output_dir for run in trained.values()]
     assert len(set(folders)) == len(folders)
     assert all(folder == f"{campaign.output_dir}/runs/{Path(folder).name}" for folder in folders)

@@ -46,10 +46,7 @@ def test_secret_inside_a_longer_value_or_a_list_is_redacted(tmp_path, monkeypatc
 def test_fields_that_look_like_a_secret_are_redacted_and_counts_are_not(tmp_path):
     values = resolved(Sink(project="p", api_key="a", auth_token="b", budget_tokens=7), tmp_path)
     assert values == {"project": "p", "api_key": REDACTED, "auth_token": REDACTED, "budget_tokens": 7}
-    assert (
-        resolved(Sink(project="p", api_key="a", auth_token=None, budget_tokens=7), tmp_path)["auth_token"]
-        is None
-    )
+    assert resolved(Sink(project="p", api_key="a", auth_token=None, budget_tokens=7), tmp_path)["auth_token"] is None
 
 
 def test_every_field_of_a_run_stays_readable(tmp_path):

@@ -74,8 +74,7 @@ def presets_folder() -> Path:
         if (folder / "hope").is_dir():
             return folder
     raise ConfigError(
-        f"the presets are missing: neither {candidates[0]} nor {candidates[1]} exists; "
-        "install the package again"
+        f"the presets are missing: neither {candidates[0]} nor {candidates[1]} exists; install the package again"
     )
 
 
@@ -121,9 +120,7 @@ def hydra_at(preset: Preset) -> Iterator[None]:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(
-            str(preset.file.parent), job_name="nested-lm", version_base=HYDRA_VERSION_BASE
-        ):
+        with initialize_config_dir(str(preset.file.parent), job_name="nested-lm", version_base=HYDRA_VERSION_BASE):
             yield
     finally:
         GlobalHydra.instance().clear()
@@ -172,9 +169,7 @@ def parse_overrides(preset: Preset, overrides: Sequence[str], *, sweep: bool) ->
 def _bad_override(text: str, error: Exception) -> Issue:
     reason = next((line for line in str(error).splitlines() if line.strip()), "cannot be read")
     allowed = "path.to.field=value, group=option, +new.field=value or ~field"
-    repair = (
-        "write it as path.to.field=value and quote the whole argument where the value has spaces or brackets"
-    )
+    repair = "write it as path.to.field=value and quote the whole argument where the value has spaces or brackets"
     if "[" in text.partition("=")[0]:
         repair = "write a position in a list with a dot: levels.0.period_tokens=..."
     return Issue(text, "command line override", reason, allowed, repair)

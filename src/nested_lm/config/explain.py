@@ -33,11 +33,7 @@ class Kind:
     @property
     def section(self) -> type[Section] | None:
         """The section, where the field holds one that has no variants."""
-        return (
-            self.annotation
-            if isinstance(self.annotation, type) and issubclass(self.annotation, Section)
-            else None
-        )
+        return self.annotation if isinstance(self.annotation, type) and issubclass(self.annotation, Section) else None
 
 
 @dataclass
@@ -140,9 +136,7 @@ def _broken_rule(place: Place, message: str, provenance: Provenance, source: str
             places[word] = provenance.sources[path]
     found, _, repair = message.rpartition("; ")
     where = ", ".join(f"{word} in {where}" for word, where in places.items())
-    return Issue(
-        place.path or "the whole preset", where or source, found or message, "", repair if found else ""
-    )
+    return Issue(place.path or "the whole preset", where or source, found or message, "", repair if found else "")
 
 
 def _unknown_key(place: Place, value: Any, source: str) -> Issue:
@@ -152,9 +146,7 @@ def _unknown_key(place: Place, value: Any, source: str) -> Issue:
     owners = [kind for kind, section in place.siblings.items() if place.name in section.model_fields]
     if owners:
         own = _tag(place.section)
-        found = (
-            f"`{place.name}` = {show(value)}, a key of kind {' and '.join(owners)}; the kind here is {own}"
-        )
+        found = f"`{place.name}` = {show(value)}, a key of kind {' and '.join(owners)}; the kind here is {own}"
         repair = f"delete it (`~{place.path}` on the command line), or set kind: {owners[0]}"
     elif near:
         repair = f"did you mean `{near}`?"
@@ -166,9 +158,7 @@ def _unknown_key(place: Place, value: Any, source: str) -> Issue:
 def _wrong_variant(place: Place, kind: Kind, value: Any, provenance: Provenance, source: str) -> Issue:
     choices = list(kind.variants)
     if not isinstance(value, Mapping):
-        return Issue(
-            place.path, source, show(value), describe(kind), f"write `kind: {choices[0]}` below {place.name}"
-        )
+        return Issue(place.path, source, show(value), describe(kind), f"write `kind: {choices[0]}` below {place.name}")
     path = join(place.path, "kind")
     source = provenance.find(path) or source
     if "kind" not in value:
@@ -218,9 +208,7 @@ def _example(kind: Kind, value: float = 1) -> Any:
         for bound, name, _ in _RANGE_WORDS:
             if isinstance(note, bound):
                 limit = getattr(note, name)
-                step = (
-                    0 if name in {"ge", "le"} else (1 if kind.annotation is int else abs(limit) * 0.1 or 0.1)
-                )
+                step = 0 if name in {"ge", "le"} else (1 if kind.annotation is int else abs(limit) * 0.1 or 0.1)
                 near = max(near, limit + step) if name in {"ge", "gt"} else min(near, limit - step)
     return int(near) if kind.annotation is int else near
 
@@ -245,13 +233,9 @@ def describe(kind: Kind) -> str:
 def _limits(metadata: Iterable[Any]) -> str:
     limits: list[str] = []
     for note in metadata:
-        limits.extend(
-            f"{sign} {getattr(note, name)}" for bound, name, sign in _RANGE_WORDS if isinstance(note, bound)
-        )
+        limits.extend(f"{sign} {getattr(note, name)}" for bound, name, sign in _RANGE_WORDS if isinstance(note, bound))
         if (length := getattr(note, "min_length", None)) is not None:
-            limits.append(
-                f"with at least {length} entry" if length == 1 else f"with at least {length} entries"
-            )
+            limits.append(f"with at least {length} entry" if length == 1 else f"with at least {length} entries")
         if pattern := getattr(note, "pattern", None):
             limits.append(f"that matches {pattern}")
     return (" " + " and ".join(limits)) if limits else ""

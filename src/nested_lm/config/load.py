@@ -48,9 +48,7 @@ def parse_run(data: dict[str, Any], source: str) -> RunConfig:
         ConfigError: it does not fit this version of the program, with every field that does not.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(
-            f"{source} does not hold a configuration but {type(data).__name__}; restore the file"
-        )
+        raise ConfigError(f"{source} does not hold a configuration but {type(data).__name__}; restore the file")
     config, issues = _judge(RunConfig, dict(data), Provenance(), source)
     if config is None:
         raise config_error(source, issues)
@@ -60,9 +58,7 @@ def parse_run(data: dict[str, Any], source: str) -> RunConfig:
 def dump_resolved(config: Section, path: Path) -> None:
     """Write a configuration as YAML that loads again, with every secret replaced by `<redacted>`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        OmegaConf.to_yaml(OmegaConf.create(redact(config.model_dump(mode="json")))), encoding="utf-8"
-    )
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact(config.model_dump(mode="json")))), encoding="utf-8")
 
 
 def config_hash(config: Section) -> str:
@@ -84,9 +80,7 @@ def _load(root: type[S], name_or_path: str, overrides: Sequence[str]) -> S:
     return config
 
 
-def _judge(
-    root: type[S], values: dict[str, Any], provenance: Provenance, source: str
-) -> tuple[S | None, list[Issue]]:
+def _judge(root: type[S], values: dict[str, Any], provenance: Provenance, source: str) -> tuple[S | None, list[Issue]]:
     try:
         return root.model_validate(values), []
     except ValidationError as error:

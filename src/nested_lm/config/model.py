@@ -30,13 +30,30 @@ class SelfModifying(Section):
     num_heads: Count
     head_width: Count = 32  # key and value width of one head
     expansion: PositiveFloat = 1.0  # hidden width of a memory / head_width
-    chunk: Count = 16  # tokens between two border states; gradients are taken at the last border
+    chunk: Count = 16  # tokens between two borders of `memory`; gradients are taken at the last border
+    chunk_generators: Count | None = None  # the same of k, v, eta, alpha; null: as `chunk`
     conv_width: Count = 4  # tokens seen by the causal depthwise convolution
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
     read: Literal["inclusive", "exclusive"] = "inclusive"  # does a token read its own write
     rates: WriteRates = WriteRates()
     rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the largest rate at the start
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
+
+    @property
+    def alignment(self) -> int:
+        """Tokens between two moments that are a border of every memory."""
+        return max(self.chunk, self.chunk_generators or self.chunk)
+
+    @model_validator(mode="after")
+    def _chunks_nest(self) -> "SelfModifying":
+        other = self.chunk_generators or self.chunk
+        if max(self.chunk, other) % min(self.chunk, other):
+            near = max(1, round(other / self.chunk)) * self.chunk
+            raise ValueError(
+                f"chunk {self.chunk} and chunk_generators {other} do not nest: one must be a multiple of the other, so "
+                f"that documents can start on a border of every memory; try chunk_generators={near}"
+            )
+        return self
 
 
 class FullAttention(Section):

@@ -47,9 +47,7 @@ def read_yaml_node(path: Path) -> yaml.Node | None:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {shown(path)}: {error.strerror}; check its name and rights"
-        ) from error
+        raise ConfigError(f"cannot read {shown(path)}: {error.strerror}; check its name and rights") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{shown(path)} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "

@@ -39,15 +39,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _chunks_fit_the_context(self) -> "RunConfig":
         mixer = self.model.mixer
-        if isinstance(mixer, SelfModifying) and self.train.context_length % mixer.chunk:
-            near = max(1, round(self.train.context_length / mixer.chunk)) * mixer.chunk
+        if isinstance(mixer, SelfModifying) and self.train.context_length % mixer.alignment:
+            near = max(1, round(self.train.context_length / mixer.alignment)) * mixer.alignment
             raise ValueError(
-                f"train.context_length {self.train.context_length} is not a multiple of model.mixer.chunk "
-                f"{mixer.chunk}; try {near}"
+                f"train.context_length {self.train.context_length} is not a multiple of {mixer.alignment}, "
+                f"the longer of model.mixer.chunk and chunk_generators; try {near}"
             )
         return self
 
     @property
     def document_alignment(self) -> int:
         """Packed documents start at multiples of this many tokens, so that memory borders never cross one."""
-        return self.model.mixer.chunk if isinstance(self.model.mixer, SelfModifying) else 1
+        return self.model.mixer.alignment if isinstance(self.model.mixer, SelfModifying) else 1

@@ -61,9 +61,7 @@ def run_sweep(name_or_path: str, overrides: Sequence[str], job: Callable[[RunCon
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         with readable_errors(preset):
-            hydra.compose_config(
-                preset.config_name, arguments, RunMode.MULTIRUN, with_log_configuration=False
-            )
+            hydra.compose_config(preset.config_name, arguments, RunMode.MULTIRUN, with_log_configuration=False)
         with hydra_errors(preset):
             hydra.multirun(preset.config_name, task, arguments, with_log_configuration=False)
 

@@ -59,7 +59,14 @@ class SelfModifyingTitans(nn.Module):
         hidden = round(config.expansion * head_width)
         self.config = config
         self.recompute = recompute
-        self.rule = WriteRule(config.chunk, config.erase, config.read, config.rates.memory, config.rates.generators)
+        self.rule = WriteRule(
+            config.chunk,
+            config.chunk_generators or config.chunk,
+            config.erase,
+            config.read,
+            config.rates.memory,
+            config.rates.generators,
+        )
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
         self.conv = CausalConv(3 * heads * head_width, config.conv_width)
         self.gates = nn.Linear(width, 2 * heads, bias=False)  # slow part of rate and decay
@@ -98,7 +105,7 @@ class SelfModifyingTitans(nn.Module):
             GateReadout(self.readout_rate, self.readout_decay),
             state.memory,
             rule=self.rule,
-            phase=context.position % config.chunk,
+            position=context.position,
             resets=context.resets,
             recompute=self.recompute,
         )
@@ -115,12 +122,12 @@ class SelfModifyingTitans(nn.Module):
         if context.resets is None or context.resets.is_cuda:
             return
         position = context.position + torch.arange(context.resets.shape[1])
-        inside = context.resets & (position % self.config.chunk != 0)
+        inside = context.resets & (position % self.rule.alignment != 0)
         if inside.any():
             row, token = (int(index) for index in inside.nonzero()[0])
             raise ValueError(
                 f"row {row} starts a document at token {token} of this call (token {int(position[token])} of the "
-                f"stream), inside a memory chunk of {self.config.chunk}; start documents at multiples of the chunk"
+                f"stream), inside a memory chunk of {self.rule.alignment}; start documents at multiples of the chunk"
             )
 
     @staticmethod

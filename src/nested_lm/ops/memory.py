@@ -36,8 +36,8 @@ class MemoryWeights(NamedTuple):
 class MemoryState(NamedTuple):
     """Fast weights between two calls, as distances from the start.
 
-    border: at the last chunk border; keys, values, rates, decays, targets and gradients come from these.
-    current: after the last token; reads come from these. Equal to `border` exactly at a border.
+    border: of each memory at its own last chunk border; keys, values, rates, decays, targets and gradients come from
+        these. current: after the last token; reads come from these.
     """
 
     border: MemoryWeights
@@ -80,17 +80,25 @@ class MemoryOutput(NamedTuple):
 class WriteRule:
     """The choices the paper leaves open.
 
-    chunk: tokens between two borders. Gradients, keys, values and gates are taken at the last border (eq. 90).
+    chunk, chunk_generators: tokens between two borders of `memory`, and of the four generators (section 8.2 has two
+        sizes). Keys, values and gates come from the generators' last border, and every memory's gradient and
+        target from its own (eq. 90). One of the two divides the other.
     erase: layers whose fast weights also forget along the written direction (the DGD term of eq. 88).
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write.
     rate_memory, rate_generators: largest inner learning rate of `memory` and of the four generators.
     """
 
     chunk: int
+    chunk_generators: int
     erase: Literal["both", "input", "none"]
     read: Literal["inclusive", "exclusive"]
     rate_memory: float
     rate_generators: float
+
+    @property
+    def alignment(self) -> int:
+        """Tokens between two moments that are a border of every memory: where a document may start."""
+        return max(self.chunk, self.chunk_generators)
 
 
 def unit(x: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
@@ -134,6 +142,18 @@ def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeigh
 def add(start: MemoryWeights, distance: MemoryWeights) -> MemoryWeights:
     """Weights at a distance from the start."""
     return MemoryWeights(start.inner + distance.inner, start.outer + distance.outer)
+
+
+def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bool, memory: bool) -> MemoryWeights:
+    """Bring the border of the generators, of `memory`, or of both up to the current weights."""
+    if generators and memory:
+        return current
+    if not generators and not memory:
+        return border
+    newer, older = (current, border) if generators else (border, current)
+    return MemoryWeights(
+        *(torch.cat([a[:, :, :MEMORY], b[:, :, MEMORY:]], dim=2) for a, b in zip(newer, older, strict=True))
+    )
 
 
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:

@@ -23,6 +23,7 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     WriteRule,
     add,
+    move_border,
     reset_rows,
 )
 from nested_lm.ops.memory_chunk import (
@@ -34,13 +35,20 @@ from nested_lm.ops.memory_chunk import (
 )
 
 
+class Borders(NamedTuple):
+    """Which memories have a border at a moment."""
+
+    generators: bool
+    memory: bool
+
+
 class Piece(NamedTuple):
     """Tokens between two cuts: a chunk, or the part of one that lies in this call."""
 
     begin: int
     end: int
-    at_border: bool  # begins on a border
-    to_border: bool  # ends on one
+    after: Borders  # at its end
+    aligned: bool  # begins on a border of every memory
 
 
 class Trace(NamedTuple):
@@ -67,13 +75,15 @@ class Plan(NamedTuple):
     operands: torch.dtype | None
 
 
-def cut(tokens: int, phase: int, chunk: int) -> tuple[Piece, ...]:
-    """Cut a call of `tokens` tokens, `phase` tokens after a border, at every border."""
+def cut(tokens: int, position: int, rule: WriteRule) -> tuple[Piece, ...]:
+    """Cut a call of `tokens` tokens, `position` tokens into the stream, at every border."""
     pieces = []
+    shorter = min(rule.chunk, rule.chunk_generators)
     begin = 0
     while begin < tokens:
-        end = min(begin + chunk - (phase + begin) % chunk, tokens)
-        pieces.append(Piece(begin, end, (phase + begin) % chunk == 0, (phase + end) % chunk == 0))
+        end = min(begin + shorter - (position + begin) % shorter, tokens)
+        after = Borders((position + end) % rule.chunk_generators == 0, (position + end) % rule.chunk == 0)
+        pieces.append(Piece(begin, end, after, (position + begin) % rule.alignment == 0))
         begin = end
     return tuple(pieces)
 
@@ -105,10 +115,8 @@ class _WriteSequence(torch.autograd.Function):
         border, current = state
         weights, kept, chunks, traces = [], [], [], []
         for index, piece in enumerate(plan.pieces):
-            if piece.at_border:
-                if plan.keep is not None:
-                    current = reset_rows(current, plan.keep[index])
-                border = current
+            if piece.aligned and plan.keep is not None:
+                border = current = reset_rows(current, plan.keep[index])
             chunk = forward_chunk(
                 _slice(inputs, piece),
                 add(start, border),
@@ -122,8 +130,7 @@ class _WriteSequence(torch.autograd.Function):
             kept.append(MemoryState(border, current))
             chunks.append(chunk if plan.keep_chunks else None)
             current = chunk.after
-            if piece.to_border:
-                border = current
+            border = move_border(border, current, **piece.after._asdict())
         ctx.plan, ctx.chunks, ctx.kept = plan, chunks, kept
         ctx.save_for_backward(*tensors)
         trace = [torch.cat(parts, dim=2) for parts in zip(*traces, strict=True)]
@@ -144,9 +151,7 @@ class _WriteSequence(torch.autograd.Function):
         pieces_of_inputs: list[ChunkInputs] = []
         for index in reversed(range(len(plan.pieces))):
             piece, kept = plan.pieces[index], ctx.kept[index]
-            if piece.to_border:  # border after the piece is current after the piece
-                current = add(current, border)
-                border = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
+            border, current = _move_border_backward(border, current, piece.after)
             anchor = add(start, kept.border)
             part = _slice(inputs, piece)
             common = (plan.rule, plan.operands)
@@ -164,14 +169,24 @@ class _WriteSequence(torch.autograd.Function):
             current.inner[:, :, MEMORY] += trace.inner[:, :, index]
             current.outer[:, :, MEMORY] += trace.outer[:, :, index]
             border = add(border, found.anchor)
-            if piece.at_border:  # border is current before the piece
-                current = add(current, border)
-                border = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
-                if plan.keep is not None:
-                    current = reset_rows(current, plan.keep[index])
+            if piece.aligned and plan.keep is not None:
+                border, current = _move_border_backward(border, current, Borders(generators=True, memory=True))
+                current = reset_rows(current, plan.keep[index])
         grad_inputs = [torch.cat(parts[::-1], dim=2) for parts in zip(*pieces_of_inputs, strict=True)]
         grad_start = [total.sum(0) for total in total_start]
         return (None, *grad_inputs, *grad_start, *total_readout, *border, *current)
+
+
+def _move_border_backward(
+    border: MemoryWeights, current: MemoryWeights, moved: Borders
+) -> tuple[MemoryWeights, MemoryWeights]:
+    """Backward of `move_border`: what waited for a border that moved goes to the weights it moved to."""
+    new_border, new_current = [], []
+    for waiting, gradient in zip(border, current, strict=True):
+        keep = waiting.new_tensor([not moved.generators] * MEMORY + [not moved.memory]).view(1, 1, -1, 1, 1)
+        new_border.append(waiting * keep)
+        new_current.append(gradient + waiting * (1 - keep))
+    return MemoryWeights(*new_border), MemoryWeights(*new_current)
 
 
 def _unflatten(tensors: tuple[Tensor, ...]) -> tuple[ChunkInputs, MemoryWeights, GateReadout, MemoryState]:
@@ -251,7 +266,7 @@ def self_modify(
     state: MemoryState,
     *,
     rule: WriteRule,
-    phase: int,
+    position: int,
     resets: Bool[Tensor, "B T"] | None,
     recompute: bool = False,
 ) -> MemoryOutput:
@@ -262,7 +277,7 @@ def self_modify(
     resets: only those on a border count; the caller guarantees that there are no others.
     recompute: keep only the border states for backward and compute each chunk again.
     """
-    pieces = cut(inputs.key.shape[1], phase, rule.chunk)
+    pieces = cut(inputs.key.shape[1], position, rule)
     operands = _operand_dtype(inputs.key)
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
     key, value, query, rate, decay = (x.to(dtype).transpose(1, 2) for x in inputs)  # (B, H, T, ...)

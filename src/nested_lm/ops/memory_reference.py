@@ -21,6 +21,7 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     WriteRule,
     add,
+    move_border,
     outer_write_scale,
     rate_limits,
     reset_rows,
@@ -100,7 +101,7 @@ def self_modify(
     state: MemoryState,
     *,
     rule: WriteRule,
-    phase: int,
+    position: int,
     resets: Bool[Tensor, "B T"] | None,
 ) -> MemoryOutput:
     """Write every token into its head's memories and read them. Reference: one token at a time.
@@ -111,15 +112,16 @@ def self_modify(
         readout: turns the outputs of the eta and alpha memories into gate logits.
         state: fast weights before the first token.
         rule: the write rule.
-        phase: tokens since the last border, before the first token; 0 <= phase < rule.chunk.
+        position: tokens of the stream before the first one; says where the borders lie.
         resets: True where a token starts a document: its row's fast weights go back to the start.
 
     Returns:
         Reads of every token, the state after the last token, and the gates.
 
-    Source: arXiv 2512.24695 eqs. 83-90. Deviations: borders are those strictly before the token (ruling A1 in docs/equations.md); decay
-    and erase act on the distance from the start (A7); the eta and alpha memories are vector-valued like the others,
-    read out by a learned vector (A10); inputs, values and queries are unit vectors (A13); see `outer_write_scale` (A6).
+    Source: arXiv 2512.24695 eqs. 83-90. Deviations (rulings in docs/equations.md): borders are those strictly before
+    the token (A1); decay and erase act on the distance from the start (A7); the eta and alpha memories are
+    vector-valued like the others, read out by a learned vector (A10); inputs, values and queries are unit vectors
+    (A13); see `outer_write_scale` (A6).
     """
     border, current = state
     limits = rate_limits(rule, inputs.rate)
@@ -141,8 +143,13 @@ def self_modify(
         rates.append(rate * rule.rate_memory)
         decays.append(decay)
         current = written
-        if (phase + t + 1) % rule.chunk == 0:
-            border = current
+        read_so_far = position + t + 1
+        border = move_border(
+            border,
+            current,
+            generators=read_so_far % rule.chunk_generators == 0,
+            memory=read_so_far % rule.chunk == 0,
+        )
     return MemoryOutput(
         torch.stack(reads, dim=1),
         MemoryState(border, current),
