@@ -26,6 +26,10 @@ NORM_FLOOR = 1e-6
 """Smallest norm a vector is divided by when it is made unit length."""
 
 
+GRADIENT_FLOOR = 1e-12
+"""Added to the squared norm of an inner gradient before dividing by it."""
+
+
 class MemoryWeights(NamedTuple):
     """Both layers of all memories: the learned start (no batch dimension) or a distance from it."""
 
@@ -116,21 +120,23 @@ def zero_state(start: MemoryWeights, batch_size: int) -> MemoryState:
     return MemoryState(zero, zero)
 
 
-def outer_write_scale(
-    hidden: Float[Tensor, "... E"],
-) -> tuple[Float[Tensor, "... E"], Float[Tensor, "... 1"]]:
-    """Split the hidden activations into a direction and the factor that scales the error written along it.
+def damping(
+    moved: Float[Tensor, "... C K"], gradient_squared: Float[Tensor, "... C 1"]
+) -> tuple[Float[Tensor, "... C 1"], Float[Tensor, "... C 1"]]:
+    """Factor that keeps a write from overshooting, and the curvature it comes from.
 
-    The second layer is written by rate * error * hidden / max(1, |hidden|^2): the plain gradient while the
-    activations are shorter than 1, a normalised step beyond, so that repeated keys cannot overshoot (the coefficient
-    of the old content stays in [-1, 1] for rates up to 1). Returned are hidden / |hidden| and
-    |hidden| / max(1, |hidden|^2).
+    The curvature of the inner loss along its own gradient is |dM(k)|^2 / |gradient|^2, where dM(k) is how the memory's
+    answer moves when its weights move by the gradient. The factor is 1 / max(1, curvature): the plain gradient step
+    where that cannot overshoot, a normalised step elsewhere. With the erase term the coefficient of the old content
+    after any number of writes of one key then stays in [-1, 1] for rates up to 1.
 
-    Deviation: eq. 88 with the raw activations is unstable once |hidden| exceeds 1.
+    moved: dM(k). gradient_squared: squared norm of the gradient, over both layers.
+
+    Deviation: eq. 88 takes the plain gradient. Training makes the second layers grow, the curvature passes 1, and the
+    fast weights of the first layers then explode (docs/stability_journal.md).
     """
-    squared = hidden.square().sum(dim=-1, keepdim=True)
-    norm = (squared + NORM_FLOOR**2).sqrt()
-    return hidden / norm, norm / squared.clamp_min(1.0)
+    curvature = moved.square().sum(dim=-1, keepdim=True) / (gradient_squared + GRADIENT_FLOOR)
+    return curvature.clamp_min(1.0).reciprocal(), curvature
 
 
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from nested_lm.ops.memory import (
+    GRADIENT_FLOOR,
     MEMORY,
     NORM_FLOOR,
     VALUE,
     GateReadout,
     MemoryWeights,
     WriteRule,
+    damping,
     rate_limits,
 )
 from nested_lm.ops.triangular import unit_lower_inverse
@@ -67,6 +69,9 @@ class Errors(NamedTuple):
     slope: Float[Tensor, "B H M C E"]  # derivative of silu at k
     squared: Float[Tensor, "B H M C 1"]  # squared length of the hidden activations at k
     direction: Float[Tensor, "B H M C E"]  # the same activations at unit length
+    moved: Float[Tensor, "B H M C K"]  # how M(k) moves along the gradient
+    damped: Float[Tensor, "B H M C 1"]  # factor of the write, see `damping`
+    curvature: Float[Tensor, "B H M C 1"]
 
 
 class Writes(NamedTuple):
@@ -173,7 +178,11 @@ def inner_errors(made: Generated, anchor: MemoryWeights, operands: torch.dtype |
     back = product(error, anchor.outer, operands)
     squared = hidden.square().sum(dim=-1, keepdim=True)
     direction = hidden / (squared + NORM_FLOOR**2).sqrt()
-    return Errors(pre_key, pre_value, difference, error, back, silu_slope(pre_key), squared, direction)
+    slope = silu_slope(pre_key)
+    gradient = slope * back  # of the first layer; times the key, which has unit length
+    moved = product(slope * gradient, anchor.outer.mT, operands) + squared * error
+    size = gradient.square().sum(-1, keepdim=True) + squared * error.square().sum(-1, keepdim=True)
+    return Errors(pre_key, pre_value, difference, error, back, slope, squared, direction, moved, *damping(moved, size))
 
 
 def running_decays(log_decay: Float[Tensor, "B H C"]) -> Decays:
@@ -226,8 +235,9 @@ def forward_chunk(
     errors = inner_errors(made, anchor, operands)
     decays = running_decays(made.log_decay)
     limits = rate_limits(rule, made.rate)
-    scale = errors.squared.add(NORM_FLOOR**2).sqrt() / errors.squared.clamp_min(1.0)
-    inner_error, outer_error = errors.slope * errors.back, errors.error * scale
+    length = errors.squared.add(NORM_FLOOR**2).sqrt()
+    inner_error = errors.damped * (errors.slope * errors.back)
+    outer_error = (errors.damped * length) * errors.error
     key = made.key[:, :, None]
     inner, outer = [], []
     for group in rate_groups(rule):
@@ -339,26 +349,46 @@ def _backward_errors(
 ) -> tuple[Tensor, Tensor, MemoryWeights]:
     """Backward of `inner_errors`: gradients of key, value and anchor."""
     errors, made = chunk.errors, chunk.made
-    squared, direction = errors.squared, errors.direction
+    squared, direction, slope, error, damped = (
+        errors.squared,
+        errors.direction,
+        errors.slope,
+        errors.error,
+        errors.damped,
+    )
     length = squared.add(NORM_FLOOR**2).sqrt()
-    small = squared < 1
-    # second layer: error * length / max(1, squared), along hidden / length
-    grad_error = grad_outer * torch.where(small, length, length / squared.clamp_min(1.0))
-    slope_squared = torch.where(small, 0.5 / length, 0.5 / (length * squared) - length / squared.square())
-    grad_squared = (grad_outer * errors.error).sum(-1, keepdim=True) * slope_squared
+    gradient = slope * errors.back
+    # inner = damped * gradient and outer = damped * length * error
+    along = (grad_outer * error).sum(-1, keepdim=True)
+    grad_damped = (grad_inner * gradient).sum(-1, keepdim=True) + along * length
+    grad_gradient = damped * grad_inner
+    grad_error = (damped * length) * grad_outer
+    # damped = 1 / max(1, curvature), curvature = |moved|^2 / size, size = |gradient|^2 + squared |error|^2
+    error_squared = error.square().sum(-1, keepdim=True)
+    size = gradient.square().sum(-1, keepdim=True) + squared * error_squared + GRADIENT_FLOOR
+    grad_curvature = torch.where(errors.curvature > 1, -grad_damped * damped.square(), 0.0) / size
+    grad_moved = (2 * grad_curvature) * errors.moved
+    grad_size = -grad_curvature * errors.curvature
+    # moved = (slope * gradient) W_out^T + squared * error
+    steep = product(grad_moved, anchor.outer, operands)
+    grad_anchor_outer = product(grad_moved.mT, slope * gradient, operands)
+    grad_gradient = grad_gradient + slope * steep + (2 * grad_size) * gradient
+    grad_error = grad_error + squared * grad_moved + (2 * grad_size * squared) * error
+    grad_squared = grad_size * error_squared + (grad_moved * error).sum(-1, keepdim=True)
+    grad_squared += (0.5 / length) * (damped * along)
     grad_squared -= 0.5 * (grad_direction * direction).sum(-1, keepdim=True) / length.square()
     grad_hidden = grad_direction / length + (2 * length * grad_squared) * direction
-    # first layer: slope * back
-    grad_back = grad_inner * errors.slope
-    grad_slope = grad_inner * errors.back
+    # gradient = slope * (error W_out)
+    grad_back = grad_gradient * slope
+    grad_slope = grad_gradient * errors.back + gradient * steep
     grad_error = grad_error + product(grad_back, anchor.outer.mT, operands)
     grad_difference = product(grad_error, anchor.outer, operands)
-    grad_anchor_outer = product(errors.error.mT, grad_back, operands)
+    grad_anchor_outer += product(error.mT, grad_back, operands)
     grad_anchor_outer += product(grad_error.mT, errors.difference, operands)
     grad_hidden += grad_difference
     gate = torch.sigmoid(errors.pre_key)
     curve = gate * (1 - gate) * (2 + errors.pre_key * (1 - 2 * gate))
-    grad_pre_key = torch.addcmul(grad_hidden * errors.slope, grad_slope, curve)
+    grad_pre_key = torch.addcmul(grad_hidden * slope, grad_slope, curve)
     grad_pre_value = -grad_difference * silu_slope(errors.pre_value)
     grad_anchor_inner = product(grad_pre_key.mT, made.key[:, :, None], operands)
     grad_anchor_inner += product(grad_pre_value.mT, made.value[:, :, None], operands)

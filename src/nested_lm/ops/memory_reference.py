@@ -12,6 +12,7 @@ from nested_lm.ops.memory import (
     DECAY,
     KEY,
     MEMORY,
+    NORM_FLOOR,
     RATE,
     VALUE,
     GateReadout,
@@ -21,8 +22,8 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     WriteRule,
     add,
+    damping,
     move_border,
-    outer_write_scale,
     rate_limits,
     reset_rows,
     unit,
@@ -76,13 +77,21 @@ def write_token(
     for memory in range(current.inner.shape[2]):
         target = apply_memory(anchor, memory, value)  # eq. 84
         grad_inner, grad_outer = inner_gradient(anchor, memory, key, target)
-        hidden = functional.silu(torch.einsum("bhek,bhk->bhe", anchor.inner[:, :, memory], key))
-        direction, _ = outer_write_scale(hidden)
+        pre = torch.einsum("bhek,bhk->bhe", anchor.inner[:, :, memory], key)
+        hidden = functional.silu(pre)
+        direction = hidden / (hidden.square().sum(-1, keepdim=True) + NORM_FLOOR**2).sqrt()
+        # How the answer moves when the weights move by the gradient: the product rule through both layers.
+        gate = torch.sigmoid(pre)
+        slope = gate * (1 + pre * (1 - gate))
+        hidden_moved = slope * torch.einsum("bhek,bhk->bhe", grad_inner, key)
+        moved = torch.einsum("bhke,bhe->bhk", anchor.outer[:, :, memory], hidden_moved)
+        moved = moved + torch.einsum("bhke,bhe->bhk", grad_outer, hidden)
+        squared = grad_inner.square().sum((-2, -1)) + grad_outer.square().sum((-2, -1))
+        damped, _ = damping(moved, squared[..., None])
         inner, outer = current.inner[:, :, memory], current.outer[:, :, memory]
         step = rate[:, :, memory, None, None]
-        grad_outer = grad_outer / hidden.square().sum(-1).clamp_min(1.0)[..., None, None]
-        new_inner = keep * inner - step * grad_inner
-        new_outer = keep * outer - step * grad_outer
+        new_inner = keep * inner - step * damped[..., None] * grad_inner
+        new_outer = keep * outer - step * damped[..., None] * grad_outer
         if rule.erase != "none":
             old = torch.einsum("bhek,bhk->bhe", inner, key)
             new_inner = new_inner - step * torch.einsum("bhe,bhk->bhek", old, key)
@@ -121,7 +130,7 @@ def self_modify(
     Source: arXiv 2512.24695 eqs. 83-90. Deviations (rulings in docs/equations.md): borders are those strictly before
     the token (A1); decay and erase act on the distance from the start (A7); the eta and alpha memories are
     vector-valued like the others, read out by a learned vector (A10); inputs, values and queries are unit vectors
-    (A13); see `outer_write_scale` (A6).
+    (A13); writes are damped where they would overshoot, see `damping` (A6).
     """
     border, current = state
     limits = rate_limits(rule, inputs.rate)
