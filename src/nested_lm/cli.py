@@ -19,7 +19,6 @@ from nested_lm.errors import CheckpointError, ConfigError, NestedLMError
 if TYPE_CHECKING:
     from nested_lm.config.run import RunConfig
 
-USER_ERROR = 2
 INTERRUPTED = 130
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,7 +69,7 @@ def print_error(error: NestedLMError) -> None:
 
 
 def _reports_errors(verb: F) -> F:
-    """Give a verb its exit codes: 2 for what a user can mend, 130 for Ctrl-C."""
+    """Give a verb its exit codes: 2 for what a user can mend, 130 for Ctrl-C, 128 + n for signal n."""
 
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +77,7 @@ def _reports_errors(verb: F) -> F:
             return verb(*args, **kwargs)
         except NestedLMError as error:
             print_error(error)
-            raise typer.Exit(USER_ERROR) from error
+            raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -291,7 +290,7 @@ def report(
     """Render report.md and report.html from the results of a campaign."""
     from nested_lm.report.render import render_campaign
 
-    render_campaign(campaign_dir)
+    typer.echo(f"report in {render_campaign(campaign_dir)}")
 
 
 @app.command()

@@ -2,7 +2,12 @@
 
 
 class NestedLMError(Exception):
-    """Base of every error a user can act on; the command line prints it without a traceback."""
+    """Base of every error a user can act on; the command line prints it without a traceback.
+
+    exit_code: what the command line ends with.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(NestedLMError):
@@ -27,3 +32,11 @@ class ReportError(NestedLMError):
 
 class CampaignError(NestedLMError):
     """A campaign whose steps failed, that was interrupted, or that another process is running."""
+
+
+class CampaignInterruptedError(CampaignError):
+    """A campaign that a signal stopped; `exit_code` is 128 plus the signal's number."""
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -154,7 +154,7 @@ class TestStopped:
                 "from nested_lm.campaign.plan import run_campaign\n"
                 "from nested_lm.errors import NestedLMError\n"
                 "try: run_campaign(campaign(), prefix=sys.argv[2:])\n"
-                "except NestedLMError as error: print(error, file=sys.stderr); sys.exit(2)\n"
+                "except NestedLMError as error: print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
             )
             root = str(Path(__file__).parent)
             Path("ready").unlink(missing_ok=True)
@@ -189,7 +189,7 @@ class TestStopped:
         time.sleep(0.05)
         process.send_signal(number)  # the echo that `timeout` sends to the group
         _, said = process.communicate(timeout=20)
-        assert process.returncode == 2
+        assert process.returncode == 128 + number
         assert f"interrupted by {signal.Signals(number).name}" in said
         assert Path("signals.txt").read_text() == f"{signal.Signals(number).name}\n"
         behave()

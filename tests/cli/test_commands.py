@@ -104,7 +104,10 @@ class TestArguments:
     def test_dry_run_says_what_would_be_trained_and_writes_nothing(self, run, stub, tmp_path):
         stub("nested_lm.nn.sizing", count_parameters=lambda model: {"mixer": 2000, "norms": 34, "total": 2034})
         stub("nested_lm.train.trainer")
-        result = run("train", "hope/demo", "--dry-run", "train.budget_tokens=819_200", "name=small")
+        batch = ["train.context_length=256", "train.batch_size=16", "train.budget_tokens=819_200"]
+        schedule = ["train.schedule.warmup_tokens=40_000", "train.schedule.decay_tokens=500_000"]
+        clocks = ["model.channel.levels.0.period_tokens=4096", "model.channel.levels.1.period_tokens=8192"]
+        result = run("train", "hope/demo", "--dry-run", *batch, *schedule, *clocks, "name=small")
         assert result.exit_code == 0, result.output
         assert "2,034: mixer 2,000, norms 34" in result.stdout
         assert "819,200 tokens = 200 steps of 4,096" in result.stdout

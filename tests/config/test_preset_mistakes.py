@@ -129,9 +129,10 @@ class TestAllAtOnce:
         assert "mine.yaml:5" not in text
 
     def test_a_rule_between_sections_names_all_places(self, preset):
-        text = mistake(preset("train:\n  batch_size: 24\n"))
-        assert "model.channel.levels[0].period_tokens 4096 is not a multiple of the 6144 tokens" in text
-        assert "train.batch_size in mine.yaml:5" in text
+        text = mistake(preset("train:\n  context_length: 256\n  batch_size: 24\n"))
+        period = load_run("hope/demo").model.channel.levels[0].period_tokens
+        assert f"model.channel.levels[0].period_tokens {period} is not a multiple of the 6144 tokens" in text
+        assert "train.batch_size in mine.yaml:6" in text
         assert "model/hope_demo.yaml:14" in text
         assert "repair   try 6144" in text
 

@@ -1,12 +1,14 @@
 import json
 
 import pytest
-from fake_runs import write_campaign
+from fake_runs import preset, write_campaign
 
 from nested_lm.errors import ReportError
 from nested_lm.report.collect import collect, parameter_gap
 
 TWO = ("hope", "transformer")
+STEPS = preset("hope", "x", 1).train.num_steps
+STEP_TOKENS = preset("hope", "x", 1).train.step_tokens
 
 
 def test_reads_runs_results_and_data(complete):
@@ -16,7 +18,7 @@ def test_reads_runs_results_and_data(complete):
         ("Hope", True),
         ("Transformer++", True),
     ]
-    assert complete.runs[0].steps.last("tokens") == 293 * 4096
+    assert complete.runs[0].steps.last("tokens") == STEPS * STEP_TOKENS
     assert set(complete.runs[0].results) == {"language_modelling", "passkey", "sampling"}
     assert set(complete.runs[2].results) == {"continual"}
     assert complete.data[0].licence == "public domain"
@@ -76,7 +78,7 @@ def test_a_repeated_step_counts_once(tmp_path):
     again = json.dumps(json.loads(lines[0]) | {"loss": 99.0}) + "\n"
     metrics.write_text("".join(lines) + again)
     (run,) = collect(tmp_path).runs
-    assert len(run.steps.rows) == 293
+    assert len(run.steps.rows) == STEPS
     assert run.steps.rows[0]["loss"] == 99.0
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from fake_runs import BITS, write_campaign
+from fake_runs import BITS, preset, write_campaign
 
 from nested_lm.eval.schema import Interval
 from nested_lm.report.collect import collect
@@ -80,9 +80,13 @@ def test_unequal_size_is_flagged(tmp_path):
 def test_limits_come_from_the_data(complete):
     text = " ".join(limits(complete))
     assert "One seed for each arm" in text
-    assert "1.21 M parameters trained on 1.2 M tokens (1.0 tokens a parameter)" in text
+    tokens = preset("hope", "x", 1).train.budget_tokens
+    assert (
+        f"1.21 M parameters trained on {tokens / 1000:.0f} k tokens ({tokens / 1_212_416:.1f} tokens a parameter)"
+        in text
+    )
     assert "14 held-out documents" in text
-    assert "0.50 epochs" in text
+    assert f"{tokens / 2_400_000:.2f} epochs" in text
     assert "Hope 0 of 80; Transformer++ 0 of 80" in text
     assert "One order of 4 periods" in text
 

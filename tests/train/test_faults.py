@@ -67,12 +67,14 @@ class TestKilled:
     def test_random_sigkills_lose_nothing(self, make_config, final_bytes, comparable):
         """Five kills at random moments of one run, then it is left to end."""
         whole, config = make_config(folder="whole"), make_config(folder="killed")
+        began = time.monotonic()
         train(whole)
+        duration = time.monotonic() - began
         rng, killed = random.Random(5), 0
         committed = 0
         for _ in range(5):
             pid = fork(lambda: train(config).exit_code)
-            time.sleep(rng.uniform(0.05, 0.6))
+            time.sleep(rng.uniform(0.05, 0.5) * duration)
             os.kill(pid, signal.SIGKILL)
             killed += wait(pid) == -signal.SIGKILL
             newest = newest_checkpoint(_root(config))

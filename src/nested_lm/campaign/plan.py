@@ -12,7 +12,7 @@ from nested_lm.campaign.lock import CampaignLock
 from nested_lm.campaign.process import SignalRelay, run_child
 from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
 from nested_lm.config.campaign import CampaignConfig
-from nested_lm.errors import CampaignError
+from nested_lm.errors import CampaignError, CampaignInterruptedError
 from nested_lm.report.manifest import write_manifest
 
 REPORT_NAMES = ("report.html", "report.md")
@@ -58,9 +58,10 @@ def run_campaign(
         write_manifest(folder, describe(config, steps))
         failed = _run_steps(steps, Ledger(folder / "ledger.jsonl"), folder, prefix, lock, relay, say)
     if relay.received is not None:
-        raise CampaignError(
+        raise CampaignInterruptedError(
             f"campaign {config.name!r} was interrupted by {relay.received.name}; nothing saved is lost\n"
-            "  Start it again with the same command: finished steps are kept, the running one continues."
+            "  Start it again with the same command: finished steps are kept, the running one continues.",
+            signal_number=relay.received.value,
         )
     if failed:
         raise CampaignError(_explain(config, steps, failed, folder))

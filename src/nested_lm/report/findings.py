@@ -142,7 +142,7 @@ def checks(campaign: Campaign) -> list[Check]:
     )
     for key, text in (("data_hash", "data"), ("tokenizer_hash", "tokenizer"), ("commit", "commit")):
         values = sorted({str(run.record.get(key)) for run in campaign.runs})
-        shown = ", ".join(value[:12] for value in values)
+        shown = ", ".join(shortened(value) for value in values)
         found.append(Check(len(values) == 1, f"Same {text} in all runs: {shown}."))
     found.append(_recipe_check(runs))
     unfinished = [campaign.label(run) for run in campaign.runs if not run.finished]
@@ -151,6 +151,12 @@ def checks(campaign: Campaign) -> list[Check]:
     skipped = sum(run.nonfinite for run in campaign.runs)
     found.append(Check(skipped == 0, f"Steps skipped because a value was not finite: {skipped}."))
     return found
+
+
+def shortened(digest: str) -> str:
+    """First digits of a hash or commit, with the mark of a working tree that had uncommitted changes."""
+    head, mark, _ = digest.partition("-dirty")
+    return head[:12] + mark
 
 
 def _recipe_check(runs: tuple[Run, ...]) -> Check:

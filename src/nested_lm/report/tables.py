@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nested_lm.eval.schema import ContinualMetrics, Interval, PasskeyMetrics, SamplingMetrics
 from nested_lm.report.collect import Campaign, Run
-from nested_lm.report.findings import compared_runs, language
+from nested_lm.report.findings import compared_runs, language, shortened
 
 ABSENT = "not measured"
 
@@ -197,7 +197,7 @@ def identity_table(campaign: Campaign) -> Table:
 def _short(key: str, value: object) -> str:
     if value is None:
         return "not recorded"
-    return str(value)[:16] if key.endswith("_hash") or key == "commit" else str(value)
+    return shortened(str(value)) if key.endswith("_hash") or key == "commit" else str(value)
 
 
 def _versions(run: Run) -> str:
