@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nested_lm.eval.results import load_result, require_comparable
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash( run)?\n(.*?)```", README, flags=re.DOTALL)
@@ -54,3 +56,21 @@ def test_links_lead_somewhere():
 def test_make_has_the_targets_the_readme_names():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"demo:", "test:", "check:", "bench:"} <= {line.split(" ")[0] for line in makefile.splitlines()}
+
+
+def test_the_published_numbers_are_those_of_the_committed_results():
+    results = {
+        arm: load_result(ROOT / "eval" / "demo" / f"{arm}-demo" / "language_modelling.json")
+        for arm in ("hope", "transformer")
+    }
+    require_comparable(list(results.values()))
+    text = " ".join(README.split())
+    for arm, label in (("hope", "Hope"), ("transformer", "Transformer++")):
+        found = results[arm].metrics.window.bits_per_byte
+        assert f"{label} **{found.value:.3f}**" in text
+        assert f"({found.low:.3f} to {found.high:.3f})" in text
+        identity = results[arm].identity
+        assert f"{identity.parameters / 1e6:.2f} M parameters and {identity.tokens:,} training tokens" in text
+    floor = results["hope"].metrics.bigram.bits_per_byte
+    assert f"bigram floor {floor.value:.3f} ({floor.low:.3f} to {floor.high:.3f})" in text
+    assert f"{results['hope'].metrics.window.bits_per_byte.n} held-out documents" in text
