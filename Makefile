@@ -1,4 +1,4 @@
-# make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, open the report (about 12 minutes on two cores)
+# make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (about ten minutes on two cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
 # make bench  timings of the memories   make clean   remove the environment and everything the demo wrote
 
@@ -32,6 +32,7 @@ clean:
 
 # torch goes first: with it in place no other requirement can pull a different build.
 $(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[plot]'

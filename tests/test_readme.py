@@ -1,4 +1,4 @@
-"""The README's commands: those in blocks marked `run` are executed, every other one at least parses."""
+"""The README's commands: blocks marked `run` are executed; of the others, trainings are resolved, data sets loaded."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nested_lm.config.load import load_data
 from nested_lm.eval.results import load_result, require_comparable
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,12 @@ def test_a_command_that_is_shown_exists(line):
     assert done.returncode == 0
     options = re.findall(r"(--[a-z-]+|(?<= )-m)\b", line)
     assert all(option in done.stdout for option in options), (options, done.stdout)
+    arguments = shlex.split(line)[2:]
+    if verb == "data":
+        assert load_data(str(ROOT / arguments[0])).name
+    if verb == "train" and "-m" not in arguments:
+        resolved = cli([verb, *arguments, "--dry-run"])
+        assert resolved.returncode == 0, resolved.stderr
 
 
 def test_links_lead_somewhere():

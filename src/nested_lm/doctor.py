@@ -17,15 +17,16 @@ MIN_TORCH = (2, 11)
 MIN_FREE_BYTES = 500 * 10**6  # the demo writes less
 WARN_FREE_BYTES = 5 * 10**9
 
+RESERVED = "reserved: nothing uses it yet"
 EXTRAS = {  # extra of this package: modules it brings, what they are for
     "plot": (("matplotlib",), "figures of the report"),
-    "data": (("pyarrow", "zstandard", "datatrove"), "Parquet and .zst sources, cluster-scale pipelines"),
-    "eval": (("lm_eval", "datasets"), "stock zero-shot tasks"),
+    "data": (("pyarrow", "zstandard"), "Parquet and .zst sources"),
+    "eval": (("lm_eval", "datasets"), RESERVED),
     "wandb": (("wandb",), "metrics in Weights & Biases"),
     "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
-    "deepspeed": (("deepspeed",), "ZeRO strategies"),
-    "gpu": (("fla",), "GPU kernels of the baselines"),
-    "hf": (("transformers", "huggingface_hub"), "Hugging Face models"),
+    "deepspeed": (("deepspeed",), RESERVED),
+    "gpu": (("fla",), RESERVED),
+    "hf": (("transformers", "huggingface_hub"), RESERVED),
 }
 
 
@@ -142,5 +143,6 @@ def _extra(name: str) -> Check:
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         found = f"{purpose}: no {', '.join(absent)}"
-        return Check(f"extra {name}", "absent", found, f"pip install 'nested-lm[{name}]'")
+        fix = "" if purpose == RESERVED else f"pip install 'nested-lm[{name}]'"
+        return Check(f"extra {name}", "absent", found, fix)
     return Check(f"extra {name}", "ok", purpose)

@@ -55,8 +55,12 @@ def test_dry_run_says_steps_commands_and_states_and_writes_nothing(prefix, calls
 def test_a_changed_run_repeats_only_what_depends_on_it(prefix, calls):
     run_campaign(campaign(), prefix=prefix)
     calls()
-    run_campaign(campaign(seeds=(1, 2)), prefix=prefix)
+    said: list[str] = []
+    run_campaign(campaign(seeds=(1, 2)), prefix=prefix, say=said.append)
     assert calls() == ["train transformer", "eval transformer", "report out"]
+    (aside,) = Path("out").glob("transformer.old-*")  # `train` would refuse a folder of other settings
+    assert (aside / "metrics.jsonl").exists()
+    assert any(str(aside) in line for line in said)
 
 
 def test_a_lost_output_is_made_again_with_what_follows(prefix, calls):

@@ -9,6 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from nested_lm.config.campaign import EvalStep, TrainStep
 from nested_lm.config.compose import PARTS, find_preset, hydra_at, preset_names, presets_folder
 from nested_lm.config.load import config_hash, dump_resolved, load_campaign, load_data, load_run
+from nested_lm.eval.results import PARAMETER_TOLERANCE
+from nested_lm.nn.sizing import count_parameters
 
 RUNS = [n for n in preset_names() if n.partition("/")[0] not in {*PARTS, "campaign"}]
 CAMPAIGNS = [n for n in preset_names() if n.startswith("campaign/")]
@@ -49,6 +51,8 @@ def test_baseline_differs_in_the_model_alone(baseline, hope):
     ours, theirs = load_run(hope).model_dump(), load_run(baseline).model_dump()
     different = {key for key in ours if ours[key] != theirs[key]}
     assert different == {"name", "output_dir", "model"}
+    sizes = [count_parameters(load_run(preset).model)["total"] for preset in (baseline, hope)]
+    assert abs(sizes[0] - sizes[1]) <= PARAMETER_TOLERANCE * max(sizes)
 
 
 def test_chronological_preset_differs_in_the_stream_and_its_length_alone():

@@ -120,6 +120,7 @@ def _run_steps(
             continue
         command = (*prefix, *step.arguments)
         say(f"{label}: {state.reason}\n  {shlex.join(command)}")
+        _set_aside(step, ledger, say)
         started = _now()
         outcome = run_child(
             command,
@@ -148,6 +149,21 @@ def _run_steps(
             failed[step.id] = f"stopped before its end: no finished output in {step.folder}"
         say(f"{label}: {failed.get(step.id) or f'done in {_duration(outcome.seconds)}'}")
     return failed
+
+
+def _set_aside(step: PlannedStep, ledger: Ledger, say: Callable[[str], None]) -> None:
+    """Rename the output of a step whose settings changed: the stages refuse to mix two configurations in a folder."""
+    last = ledger.last(step.id)
+    if step.kind not in ("data", "train") or last is None or last.fingerprint == step.fingerprint:
+        return
+    if step.folder.exists():
+        aside = step.folder.with_name(f"{step.folder.name}.old-{last.fingerprint[:8]}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"{step.folder.name}.old-{last.fingerprint[:8]}-{number}")
+        step.folder.rename(aside)
+        say(f"  its earlier output, of other settings, is now {aside}; delete it when you no longer need it")
 
 
 def _describe(steps: Sequence[PlannedStep], ledger: Ledger, prefix: Sequence[str], say: Callable[[str], None]) -> None:

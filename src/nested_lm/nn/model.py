@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
             state: where the streams stand; None for streams that begin here. It is not changed.
 
         Raises:
-            ValueError: a document starts inside a chunk (checked on CPU only: it would force a GPU to wait).
+            ValueError: a document starts inside a chunk.
         """
         state = self.initial_state(tokens.shape[0]) if state is None else state
         context, packed = self._context(resets, state, tokens.shape[1])

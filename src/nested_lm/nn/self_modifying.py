@@ -90,7 +90,7 @@ class SelfModifyingTitans(nn.Module):
         """Write every token into the memories and read them.
 
         Raises:
-            ValueError: a document starts inside a chunk (checked on the CPU only).
+            ValueError: a document starts inside a chunk.
         """
         batch, tokens, _ = x.shape
         config = self.config
@@ -118,10 +118,10 @@ class SelfModifyingTitans(nn.Module):
         return MemoryWeights(self.start_inner, self.start_outer)
 
     def _check_resets(self, context: StepContext) -> None:
-        """Refuse document starts that are not on a border; a GPU is not made to wait for the answer."""
-        if context.resets is None or context.resets.is_cuda:
+        """Refuse document starts that are not on a border: the memories would go on with another document's writes."""
+        if context.resets is None:
             return
-        position = context.position + torch.arange(context.resets.shape[1])
+        position = context.position + torch.arange(context.resets.shape[1], device=context.resets.device)
         inside = context.resets & (position % self.rule.alignment != 0)
         if inside.any():
             row, token = (int(index) for index in inside.nonzero()[0])

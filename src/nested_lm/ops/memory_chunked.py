@@ -177,6 +177,13 @@ class _WriteSequence(torch.autograd.Function):
         return (None, *grad_inputs, *grad_start, *total_readout, *border, *current)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _write_sequence(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Run the writes as they are under torch.compile, which cannot trace a backward of its own through the pieces."""
+    results: tuple[Tensor, ...] = _WriteSequence.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
 def _move_border_backward(
     border: MemoryWeights, current: MemoryWeights, moved: Borders
 ) -> tuple[MemoryWeights, MemoryWeights]:
@@ -286,9 +293,7 @@ def self_modify(
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
     plan = Plan(rule, pieces, keep, torch.is_grad_enabled() and not recompute, operands)
     with torch.autocast(key.device.type, enabled=False):
-        results: tuple[Tensor, ...] = _WriteSequence.apply(  # type: ignore[no-untyped-call]
-            plan, key, value, rate, decay, *start, *readout, *state.border, *state.current
-        )
+        results = _write_sequence(plan, key, value, rate, decay, *start, *readout, *state.border, *state.current)
         trace = Trace(*results[:9])
         reads = read_pieces(query, start, trace, pieces, rule)
     return MemoryOutput(

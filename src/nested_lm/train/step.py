@@ -61,7 +61,7 @@ class GradientComputer:
             for name, value in found.items():
                 stats[name] = stats[name] + value if name in stats else value
         norm = self._strategy.gradient_norm(self._parameters.values())
-        # The one point where the host waits for the device: nothing may be updated before this is known.
+        # The host waits for the device here: nothing may be updated before this is known.
         *loss_sums, norm_value = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
         loss = sum(loss_sums) / total
         nonfinite = None

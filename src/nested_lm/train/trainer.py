@@ -124,9 +124,9 @@ class Trainer:
         settings = config.train
         self._config, self._settings, self._strategy, self._identity = config, settings, strategy, identity
         self._folder = Path(config.output_dir)
-        strategy.wrap(model)
+        wrapped = strategy.wrap(model)
         self._state = _make_state(config, model, dataset, strategy)
-        called: nn.Module = torch.compile(model) if settings.compile else model
+        called: nn.Module = torch.compile(wrapped) if settings.compile else wrapped
         parameters = self._state.optimizer.parameters
         self._gradients = GradientComputer(called, parameters, strategy, precision=settings.precision)
         # Evaluation runs the plain model: its shapes and modes would each be compiled again for a few batches.

@@ -1,0 +1,22 @@
+"""`torch.compile` of the model: traced (without generating code, which takes minutes), it computes what eager does."""
+
+import pytest
+import torch
+
+from nested_lm.nn.model import token_losses
+from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
+
+
+@pytest.mark.filterwarnings("default")  # the tracer looks at tensors in ways that torch itself warns of
+@pytest.mark.parametrize("settings", [HOPE, TRANSFORMER], ids=["hope", "transformer"])
+def test_a_traced_model_gives_the_same_loss_and_gradients(settings):
+    ids = tokens(2, 17)
+    found = []
+    for compiled in (False, True):
+        model = build(settings | {"num_layers": 1})
+        called = torch.compile(model, backend="eager") if compiled else model
+        loss = token_losses(called(ids[:, :-1]).logits, ids[:, 1:]).mean()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-10, atol=1e-12)
