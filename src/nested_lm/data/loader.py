@@ -68,7 +68,6 @@ class PackedLoader:
         assert align >= 1
         assert 0 <= rank < world_size
         self._dataset = dataset
-        self._context_length = context_length
         self._batch_size = batch_size
         self._align = align
         self._rank = rank

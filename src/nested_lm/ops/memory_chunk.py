@@ -31,7 +31,7 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     WriteRule,
     damping,
-    rate_limits,
+    unit,
 )
 from nested_lm.ops.triangular import unit_lower_inverse
 
@@ -126,11 +126,11 @@ class TraceGradients(NamedTuple):
     decay: Float[Tensor, "B H C"]
 
 
-def rate_groups(rule: WriteRule) -> tuple[slice, ...]:
-    """Memories that share rates, and therefore the triangular factor of their first layers."""
+def rate_groups(rule: WriteRule) -> tuple[tuple[slice, float], ...]:
+    """Memories of equal largest rate, which share the triangular factor of their first layers, and that rate."""
     if rule.rate_generators == rule.rate_memory:
-        return (slice(0, MEMORY + 1),)
-    return (slice(0, MEMORY), slice(MEMORY, MEMORY + 1))
+        return ((slice(0, MEMORY + 1), rule.rate_memory),)
+    return ((slice(0, MEMORY), rule.rate_generators), (slice(MEMORY, MEMORY + 1), rule.rate_memory))
 
 
 def product(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
@@ -158,14 +158,8 @@ def generate(
     out_value = x + product(functional.silu(pre_value), anchor.outer[:, :, VALUE:MEMORY].mT, operands)
     rate = torch.sigmoid(inputs.rate + (out[:, :, 1] * readout.rate[:, None]).sum(-1))
     log_decay = functional.logsigmoid(inputs.decay + (out[:, :, 2] * readout.decay[:, None]).sum(-1))
-    key = out[:, :, 0] / _length(out[:, :, 0])
-    value = out_value[:, :, 0] / _length(out_value[:, :, 0])
+    key, value = unit(out[:, :, 0]), unit(out_value[:, :, 0])
     return Generated(key, value, rate, log_decay, pre, out, pre_value, out_value)
-
-
-def _length(x: Tensor) -> Tensor:
-    length: Tensor = x.norm(dim=-1, keepdim=True)
-    return length.clamp_min(NORM_FLOOR)
 
 
 def inner_errors(made: Generated, anchor: MemoryWeights, operands: torch.dtype | None) -> Errors:
@@ -234,14 +228,13 @@ def forward_chunk(
     made = generate(inputs, anchor, readout, operands)
     errors = inner_errors(made, anchor, operands)
     decays = running_decays(made.log_decay)
-    limits = rate_limits(rule, made.rate)
     length = errors.squared.add(NORM_FLOOR**2).sqrt()
     inner_error = errors.damped * (errors.slope * errors.back)
     outer_error = (errors.damped * length) * errors.error
     key = made.key[:, :, None]
     inner, outer = [], []
-    for group in rate_groups(rule):
-        rate = made.rate[:, :, None, :, None] * limits[group.start]
+    for group, limit in rate_groups(rule):
+        rate = made.rate[:, :, None, :, None] * limit
         old = MemoryWeights(current.inner[:, :, group], current.outer[:, :, group])
         inner.append(
             solve_writes(inner_error[:, :, group], key, old.inner, rate, decays, rule.erase != "none", operands)
@@ -288,7 +281,7 @@ def _backward_layer(
 
     grad_write: gradient that reads send to the writes of `memory` (B, H, C, X).
     """
-    decays, limits = chunk.decays, rate_limits(rule, chunk.made.rate)
+    decays = chunk.decays
     write = joined(groups)
     # after = end * old + (write * to_end)^T direction
     carried = product(direction, grad_after.mT, operands)  # (B, H, M, C, X)
@@ -303,8 +296,7 @@ def _backward_layer(
     grad_log_before = torch.zeros_like(grad_log_kept)
     grad_rate = torch.zeros_like(grad_log_kept)
     grad_errors = []
-    for group, found in zip(rate_groups(rule), groups, strict=True):
-        limit = limits[group.start]
+    for (group, limit), found in zip(rate_groups(rule), groups, strict=True):
         rate = chunk.made.rate[:, :, None, :, None] * limit
         right = grad[:, :, group]
         if found.inverse is not None:
