@@ -2,7 +2,7 @@
 
 import torch
 
-from nested_lm.config.model import Level
+from nested_lm.config.channels import Level
 from nested_lm.nn.cms import ContinuumMemory
 
 

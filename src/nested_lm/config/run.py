@@ -4,9 +4,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.data import DataConfig
 from nested_lm.config.evaluation import EvalConfig
-from nested_lm.config.model import ContinuumMemory, ModelConfig, SelfModifying
+from nested_lm.config.model import ModelConfig
 from nested_lm.config.section import Name, Section
 from nested_lm.config.train import TrainConfig
 
@@ -38,16 +39,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _chunks_fit_the_context(self) -> "RunConfig":
-        mixer = self.model.mixer
-        if isinstance(mixer, SelfModifying) and self.train.context_length % mixer.alignment:
-            near = max(1, round(self.train.context_length / mixer.alignment)) * mixer.alignment
+        alignment = self.model.alignment
+        if self.train.context_length % alignment:
+            near = max(1, round(self.train.context_length / alignment)) * alignment
             raise ValueError(
-                f"train.context_length {self.train.context_length} is not a multiple of {mixer.alignment}, "
-                f"the longer of model.mixer.chunk and chunk_generators; try {near}"
+                f"train.context_length {self.train.context_length} is not a multiple of {alignment}, "
+                f"the longest chunk of the model's memories; try {near}"
             )
         return self
 
     @property
     def document_alignment(self) -> int:
         """Packed documents start at multiples of this many tokens, so that memory borders never cross one."""
-        return self.model.mixer.alignment if isinstance(self.model.mixer, SelfModifying) else 1
+        return self.model.alignment

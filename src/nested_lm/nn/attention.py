@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_lm.config.model import FullAttention
+from nested_lm.config.mixers import FullAttention
 from nested_lm.nn.layers import StepContext, rotate
 
 
@@ -24,6 +24,9 @@ class AttentionState(NamedTuple):
 
 class Attention(nn.Module):
     """Multi-head causal attention over torch's scaled_dot_product_attention."""
+
+    has_constant_state = False
+    """The cache grows with every token."""
 
     def __init__(self, width: int, config: FullAttention) -> None:
         super().__init__()

@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nested_lm.config.model import ContinuumMemory as ContinuumMemoryConfig
-from nested_lm.config.model import FullAttention, ModelConfig
+from nested_lm.config import channels, mixers
+from nested_lm.config.model import ModelConfig
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.cms import ContinuumMemory
 from nested_lm.nn.layers import RMSNorm, StepContext, SwiGLU
@@ -47,13 +47,18 @@ class Block(nn.Module):
 
 
 def _build_mixer(config: ModelConfig, *, recompute_chunks: bool) -> nn.Module:
-    if isinstance(config.mixer, FullAttention):
-        return Attention(config.width, config.mixer)
-    return SelfModifyingTitans(config.width, config.mixer, epsilon=config.norm_epsilon, recompute=recompute_chunks)
+    width, epsilon = config.width, config.norm_epsilon
+    match config.mixer:
+        case mixers.FullAttention() as mixer:
+            return Attention(width, mixer)
+        case mixers.SelfModifying() as mixer:
+            return SelfModifyingTitans(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
 
 
 def _build_channel(config: ModelConfig) -> nn.Module:
-    channel = config.channel
-    if isinstance(channel, ContinuumMemoryConfig):
-        return ContinuumMemory(config.width, channel.levels, epsilon=config.norm_epsilon)
-    return ResidualSwiGLU(config.width, round(channel.expansion * config.width), epsilon=config.norm_epsilon)
+    width, epsilon = config.width, config.norm_epsilon
+    match config.channel:
+        case channels.ContinuumMemory() as channel:
+            return ContinuumMemory(width, channel.levels, epsilon=epsilon)
+        case channels.SwiGLU() as channel:
+            return ResidualSwiGLU(width, round(channel.expansion * width), epsilon=epsilon)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nested_lm.config.model import Level
+from nested_lm.config.channels import Level
 from nested_lm.nn.layers import RMSNorm
 
 

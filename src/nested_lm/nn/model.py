@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.block import Block
 from nested_lm.nn.layers import RMSNorm, StepContext
-from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.nn.state import StreamState
 
 IGNORED_TARGET = -100
@@ -60,7 +59,7 @@ class LanguageModel(nn.Module):
     @property
     def has_constant_state(self) -> bool:
         """Whether the state keeps its size however long the stream."""
-        return all(isinstance(block.mixer, SelfModifyingTitans) for block in self.blocks)
+        return all(block.mixer.has_constant_state for block in self.blocks)
 
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
@@ -143,7 +142,8 @@ class LanguageModel(nn.Module):
         """Set every parameter. The one place where a number is drawn; the same seed gives the same model.
 
         Embeddings: normal with `init_std`. Matrices: normal with 1/sqrt(fan-in), the projections back into the
-        residual stream smaller by sqrt(2 * num_layers). Gates and memory starts: see `SelfModifyingTitans`.
+        residual stream smaller by sqrt(2 * num_layers). What is particular to a mixer, its own
+        `initialise` sets afterwards.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
                 if isinstance(module, nn.Linear):
                     scale = residual if name.endswith("out") else 1.0
                     normal(module.weight, scale / math.sqrt(module.in_features))
-            if isinstance(block.mixer, SelfModifyingTitans):
+            if hasattr(block.mixer, "initialise"):
                 block.mixer.initialise(normal)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_lm.config.model import SelfModifying
+from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
 from nested_lm.ops import memory_chunked
 from nested_lm.ops.memory import (
@@ -52,6 +52,8 @@ class SelfModifyingTitans(nn.Module):
     Source: arXiv 2512.24695 section 8 and figure 5; the placement of convolution, normalisation and output gate,
     which the paper leaves out, follows Titans (arXiv 2501.00663 section 4.4).
     """
+
+    has_constant_state = True
 
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()

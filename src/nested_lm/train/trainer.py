@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from nested_lm.config.model import ContinuumMemory
+from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
 from nested_lm.data.shards import TokenDataset

@@ -1,0 +1,99 @@
+"""Mixers over tokens: the self-modifying memories of Hope, and softmax attention."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nested_lm.config.section import Count, PositiveFloat, Section
+
+
+class MixerSection(Section):
+    """What every mixer's configuration answers."""
+
+    @property
+    def alignment(self) -> int:
+        """Documents packed into one row start at multiples of this many tokens."""
+        return 1
+
+    def check_width(self, width: int) -> None:
+        """Refuse a model width the mixer cannot serve.
+
+        Raises:
+            ValueError: with the repair.
+        """
+
+
+class WriteRates(Section):
+    """Largest inner step size of each memory, reached when its gate saturates.
+
+    Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be
+    stable with unit keys, so 2 is the limit. Generators are the memories for keys, values, rates and decays.
+    """
+
+    memory: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
+    generators: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+
+
+class SelfModifying(MixerSection):
+    """Self-modifying Titans: memories for k, v, eta, alpha and memory, written by Delta Gradient Descent.
+
+    Source: arXiv 2512.24695 eqs. 83-93, in the Delta-form: decay and erase act on the distance from the
+    learned start.
+    """
+
+    kind: Literal["self_modifying"]
+    num_heads: Count
+    head_width: Count = 32  # key and value width of one head
+    expansion: PositiveFloat = 1.0  # hidden width of a memory / head_width
+    chunk: Count = 16  # tokens between two borders of `memory`; gradients are taken at the last border
+    chunk_generators: Count | None = None  # the same of k, v, eta, alpha; null: as `chunk`
+    conv_width: Count = 4  # tokens seen by the causal depthwise convolution
+    erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
+    read: Literal["inclusive", "exclusive"] = "inclusive"  # does a token read its own write
+    rates: WriteRates = WriteRates()
+    rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the largest rate at the start
+    decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
+
+    @property
+    def alignment(self) -> int:
+        """Tokens between two moments that are a border of every memory."""
+        return max(self.chunk, self.chunk_generators or self.chunk)
+
+    @model_validator(mode="after")
+    def _chunks_nest(self) -> "SelfModifying":
+        other = self.chunk_generators or self.chunk
+        if max(self.chunk, other) % min(self.chunk, other):
+            near = max(1, round(other / self.chunk)) * self.chunk
+            raise ValueError(
+                f"chunk {self.chunk} and chunk_generators {other} do not nest: one must be a multiple of the other, so "
+                f"that documents can start on a border of every memory; try chunk_generators={near}"
+            )
+        return self
+
+
+class FullAttention(MixerSection):
+    """Causal softmax attention with rotary positions."""
+
+    kind: Literal["attention"]
+    num_heads: Count
+    rope_base: PositiveFloat = 10_000.0
+
+    def check_width(self, width: int) -> None:
+        """Heads must divide the width, and be of even width for the rotary positions."""
+        check_heads(width, self.num_heads)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the width, or that are of odd width, which rotary positions cannot turn.
+
+    Raises:
+        ValueError: with the nearest number of heads that fits.
+    """
+    if width % num_heads:
+        near = max(h for h in range(1, num_heads + 1) if width % h == 0)
+        raise ValueError(f"width {width} is not a multiple of mixer.num_heads {num_heads}; try num_heads={near}")
+    if (width // num_heads) % 2:
+        raise ValueError(
+            f"head width {width // num_heads} (width {width} / num_heads {num_heads}) is odd; "
+            "rotary positions need an even head width"
+        )
