@@ -71,16 +71,56 @@ class SelfModifying(MixerSection):
         return self
 
 
+class Llama3Scaling(Section):
+    """Rotary angles of Llama 3.1 and later: slow ones are divided, fast ones kept, those between blended.
+
+    An angle is fast when its wave is shorter than `original_context` / `high_frequency` tokens, slow when it is
+    longer than `original_context` / `low_frequency`.
+    """
+
+    kind: Literal["llama3"]
+    factor: PositiveFloat  # by which slow angles are divided
+    low_frequency: PositiveFloat
+    high_frequency: PositiveFloat
+    original_context: Count  # tokens the model was first trained with
+
+    @model_validator(mode="after")
+    def _bands_are_in_order(self) -> "Llama3Scaling":
+        if self.high_frequency <= self.low_frequency:
+            raise ValueError(
+                f"high_frequency {self.high_frequency:g} must be above low_frequency {self.low_frequency:g}; "
+                "Llama 3.1 has 4 and 1"
+            )
+        return self
+
+
 class FullAttention(MixerSection):
     """Causal softmax attention with rotary positions."""
 
     kind: Literal["attention"]
     num_heads: Count
+    num_kv_heads: Count | None = None  # heads of keys and values, each shared by several queries; null: as num_heads
     rope_base: PositiveFloat = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
 
     def check_width(self, width: int) -> None:
         """Heads must divide the width, and be of even width for the rotary positions."""
         check_heads(width, self.num_heads)
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @model_validator(mode="after")
+    def _key_heads_divide_heads(self) -> "FullAttention":
+        if self.num_heads % self.key_heads:
+            near = max(h for h in range(1, min(self.key_heads, self.num_heads) + 1) if self.num_heads % h == 0)
+            raise ValueError(
+                f"num_kv_heads {self.key_heads} does not divide num_heads {self.num_heads}: every head of keys and "
+                f"values serves equally many queries; try num_kv_heads={near}"
+            )
+        return self
 
 
 def check_heads(width: int, num_heads: int) -> None:

@@ -1,6 +1,7 @@
 """Causal softmax attention with rotary positions: the mixer of Transformer++.
 
-Shapes: B batch, T tokens of this call, S tokens cached and new, H heads, K head width, D model width.
+Shapes: B batch, T tokens of this call, S tokens cached and new, H heads of queries, G heads of keys and values,
+K head width, D model width.
 """
 
 from typing import NamedTuple
@@ -17,28 +18,32 @@ from nested_lm.nn.layers import StepContext, rotate
 class AttentionState(NamedTuple):
     """Keys and values of every token so far. Grows with the stream, unlike the fast weights of Hope."""
 
-    keys: Float[Tensor, "B H S K"]
-    values: Float[Tensor, "B H S K"]
+    keys: Float[Tensor, "B G S K"]
+    values: Float[Tensor, "B G S K"]
     documents: Int[Tensor, "B S"]
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention over torch's scaled_dot_product_attention."""
+    """Causal attention over torch's scaled_dot_product_attention; H / G neighbouring queries share keys and values.
+
+    Source: Llama 2, arXiv 2307.09288, for the sharing (grouped-query attention, arXiv 2305.13245).
+    """
 
     has_constant_state = False
     """The cache grows with every token."""
 
     def __init__(self, width: int, config: FullAttention) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.rope_base = config.rope_base
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.num_heads, self.key_heads = config.num_heads, config.key_heads
+        self.head_width = width // config.num_heads
+        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
+        self.qkv = nn.Linear(width, width + 2 * self.key_heads * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch_size: int) -> AttentionState:
         """Make an empty cache."""
         weight = self.qkv.weight
-        empty = weight.new_zeros(batch_size, self.num_heads, 0, weight.shape[1] // self.num_heads)
+        empty = weight.new_zeros(batch_size, self.key_heads, 0, self.head_width)
         documents = torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
         return AttentionState(empty, empty, documents)
 
@@ -47,10 +52,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], AttentionState, dict[str, Tensor]]:
         """Mix tokens; a token sees itself and earlier tokens of its own document."""
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, K)
-        q = rotate(q, context.position, self.rope_base)
-        k = rotate(k, context.position, self.rope_base)
+        qkv = self.qkv(x).view(batch, tokens, -1, self.head_width).transpose(1, 2)
+        q, k, v = qkv.split([self.num_heads, self.key_heads, self.key_heads], dim=1)  # (B, H or G, T, K)
+        q = rotate(q, context.position, self.rope_base, self.rope_scaling)
+        k = rotate(k, context.position, self.rope_base, self.rope_scaling)
         documents = context.documents
         if documents is None:
             documents = torch.zeros(batch, tokens, dtype=torch.long, device=x.device)
@@ -60,7 +65,11 @@ class Attention(nn.Module):
             torch.cat([state.documents, documents], dim=1),
         )
         mixed = functional.scaled_dot_product_attention(
-            q, state.keys, state.values, **self._mask(context, state, tokens)
+            q,
+            state.keys,
+            state.values,
+            enable_gqa=self.key_heads < self.num_heads,
+            **self._mask(context, state, tokens),
         )
         return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
 

@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens, H heads, K head width, D model width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from nested_lm.config.mixers import Llama3Scaling
 
 
 class StepContext(NamedTuple):
@@ -51,19 +54,35 @@ class SwiGLU(nn.Module):
         return self.out(functional.silu(gate) * value)
 
 
-def rotate(x: Float[Tensor, "B H T K"], position: int, base: float) -> Float[Tensor, "B H T K"]:
+def rotate(
+    x: Float[Tensor, "B H T K"], position: int, base: float, scaling: Llama3Scaling | None = None
+) -> Float[Tensor, "B H T K"]:
     """Turn pairs of channels by angles proportional to the token's position (rotary embedding).
 
     position: position of the first token. Angles are computed in float32 (float64 for float64 input).
     """
     half = x.shape[-1] // 2
     angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    inverse = base ** (-torch.arange(half, device=x.device, dtype=angle_dtype) / half)
+    # The order of operations is that of `transformers`, so that converted models turn by the same float32 angles.
+    inverse = 1.0 / base ** (torch.arange(0, 2 * half, 2, device=x.device, dtype=angle_dtype) / (2 * half))
+    if scaling is not None:
+        inverse = _slowed(inverse, scaling)
     positions = torch.arange(position, position + x.shape[-2], device=x.device, dtype=angle_dtype)
     angles = positions[:, None] * inverse  # (T, K/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _slowed(inverse: Float[Tensor, " half"], scaling: Llama3Scaling) -> Float[Tensor, " half"]:
+    """Divide the slow rotary angles by a factor, as Llama 3.1 was trained for its longer context."""
+    wave = 2 * math.pi / inverse  # tokens of one turn
+    slow = scaling.original_context / scaling.low_frequency
+    fast = scaling.original_context / scaling.high_frequency
+    keep = (scaling.original_context / wave - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    blended = (1 - keep) * inverse / scaling.factor + keep * inverse
+    between = torch.where(wave < fast, inverse, blended)
+    return torch.where(wave > slow, inverse / scaling.factor, between)
 
 
 def tokens_since_reset(resets: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
