@@ -5,12 +5,13 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from nested_lm.config.channels import ContinuumMemory, SwiGLU
+from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.mixers import FullAttention, SelfModifying
 from nested_lm.config.section import Count, NonNegativeFloat, PositiveFloat, Section
 
 Mixer = Annotated[SelfModifying | FullAttention, Field(discriminator="kind")]
 
-Channel = Annotated[ContinuumMemory | SwiGLU, Field(discriminator="kind")]
+Channel = Annotated[ContinuumMemory | LayerLevels | SwiGLU, Field(discriminator="kind")]
 
 
 class ModelConfig(Section):
@@ -26,8 +27,10 @@ class ModelConfig(Section):
     init_std: NonNegativeFloat = 0.02  # of the embedding; matrices start at 1/sqrt(fan-in)
 
     @model_validator(mode="after")
-    def _mixer_fits(self) -> "ModelConfig":
+    def _parts_fit(self) -> "ModelConfig":
         self.mixer.check_width(self.width)
+        if isinstance(self.channel, LayerLevels):
+            self.channel.check_layers(self.num_layers)
         return self
 
     @property

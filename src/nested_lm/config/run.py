@@ -4,7 +4,6 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.data import DataConfig
 from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.model import ModelConfig
@@ -25,16 +24,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _clocks_fit_the_batch(self) -> "RunConfig":
-        if isinstance(self.model.channel, ContinuumMemory):
-            step = self.train.step_tokens
-            for index, level in enumerate(self.model.channel.levels):
-                if level.period_tokens % step:
-                    near = max(1, round(level.period_tokens / step)) * step
-                    raise ValueError(
-                        f"model.channel.levels[{index}].period_tokens {level.period_tokens} is not a "
-                        f"multiple of the {step} tokens of one training step (train.context_length x "
-                        f"train.batch_size x train.accumulation); try {near}"
-                    )
+        step = self.train.step_tokens
+        for index, period in enumerate(self.model.channel.periods):
+            if period % step:
+                near = max(1, round(period / step)) * step
+                raise ValueError(
+                    f"model.channel.levels[{index}].period_tokens {period} is not a "
+                    f"multiple of the {step} tokens of one training step (train.context_length x "
+                    f"train.batch_size x train.accumulation); try {near}"
+                )
         return self
 
     @model_validator(mode="after")

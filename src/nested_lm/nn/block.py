@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nested_lm.config import channels, mixers
+from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.cms import ContinuumMemory
@@ -60,5 +61,7 @@ def _build_channel(config: ModelConfig) -> nn.Module:
     match config.channel:
         case channels.ContinuumMemory() as channel:
             return ContinuumMemory(width, channel.levels, epsilon=epsilon)
+        case LayerLevels() as channel:
+            return ResidualSwiGLU(width, channel.hidden, epsilon=epsilon)
         case channels.SwiGLU() as channel:
             return ResidualSwiGLU(width, round(channel.expansion * width), epsilon=epsilon)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.block import Block
 from nested_lm.nn.layers import RMSNorm, StepContext
@@ -125,8 +126,7 @@ class LanguageModel(nn.Module):
         """Say what every parameter is for, by name."""
         roles = {}
         for name, parameter in self.named_parameters():
-            found = re.search(r"channel\.levels\.(\d+)\.", name)
-            level = int(found.group(1)) if found else None
+            level = self._level(name)
             if name.startswith(("embedding.", "head.")):
                 roles[name] = ParameterRole("embedding", None)
             elif ".mixer.start_" in name:
@@ -136,6 +136,15 @@ class LanguageModel(nn.Module):
             else:
                 roles[name] = ParameterRole("vector", level)
         return roles
+
+    def _level(self, name: str) -> int | None:
+        """Level of a parameter: that of its MLP in a chain, or that of its layer."""
+        channel = self.config.channel
+        if isinstance(channel, LayerLevels):
+            found = re.match(r"blocks\.(\d+)\.channel\.", name)
+            return channel.levels_of_layers(self.config.num_layers)[int(found.group(1))] if found else None
+        found = re.search(r"channel\.levels\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
 from nested_lm.data.shards import TokenDataset
@@ -317,9 +316,7 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
     settings = config.train
     parameters = dict(model.named_parameters())
     groups = plan_groups(parameters, model.parameter_roles(), settings.optimizer)
-    channel = config.model.channel
-    levels = channel.levels if isinstance(channel, ContinuumMemory) else ()
-    clock = LevelClock(tuple(level.period_tokens for level in levels))
+    clock = LevelClock(config.model.channel.periods)
     optimizer = ClockedOptimizer(parameters, groups, clock, settings.optimizer)
     stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
     norms = UpdateNorms(
