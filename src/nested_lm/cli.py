@@ -237,8 +237,8 @@ def generate(
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     loaded = load_model(_checkpoint_of(source), device=chosen)
-    start = loaded.tokenizer.end_of_text
-    tokens = torch.tensor([[start, *loaded.tokenizer.encode(prompt)]], device=chosen)
+    end = loaded.tokenizer.end_of_text
+    tokens = torch.tensor([[loaded.tokenizer.start_of_text, *loaded.tokenizer.encode(prompt)]], device=chosen)
     new = sample(
         loaded.model,
         tokens,
@@ -248,8 +248,8 @@ def generate(
         top_k=top_k,
         generator=torch.Generator().manual_seed(seed),
     )[0].tolist()
-    if start in new:  # the model ended the document
-        new = new[: new.index(start)]
+    if end in new:  # the model ended the document
+        new = new[: new.index(end)]
     typer.echo(prompt + loaded.tokenizer.decode(new))
 
 

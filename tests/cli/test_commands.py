@@ -156,6 +156,7 @@ class TestGenerate:
 
         calls = {}
         tokenizer = SimpleNamespace(
+            start_of_text=1,
             end_of_text=0,
             encode=lambda text: [ord(c) for c in text],
             decode=lambda ids: "".join(map(chr, ids)),
@@ -186,7 +187,7 @@ class TestGenerate:
             "path": tmp_path / "checkpoints" / "step-2",
             "device": "cpu",
             "model": "model",
-            "tokens": [[0, *map(ord, "[b]Hi")]],
+            "tokens": [[1, *map(ord, "[b]Hi")]],
             "max_new_tokens": 4,
             "temperature": 0.5,
             "top_p": 0.95,
@@ -197,7 +198,7 @@ class TestGenerate:
     def test_checkpoint_may_be_named_itself(self, run, seen, tmp_path):
         (tmp_path / "manifest.json").touch()
         assert run("generate", tmp_path, "--prompt", "").exit_code == 0
-        assert (seen["path"], seen["tokens"]) == (tmp_path, [[0]])
+        assert (seen["path"], seen["tokens"]) == (tmp_path, [[1]])
 
     def test_folder_without_checkpoint(self, run, seen, tmp_path):
         result = run("generate", tmp_path, "--prompt", "Hi")

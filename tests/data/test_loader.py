@@ -32,6 +32,7 @@ class FakeDataset:
         self.values = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
         self.periods = [Period(str(i), i, i) for i in range(num_periods)]
         self.data_hash, self.split, self.folder = "hash", "train", "folder"
+        self.boundary = (0, 0)
 
     def tokens(self, index, start=0, stop=None):
         assert start <= (len(self.values[index]) if stop is None else stop) <= len(self.values[index])

@@ -86,3 +86,11 @@ def test_bigram_beats_unigram_on_text_with_order_and_is_fast():
     assert nats == pytest.approx(math.log(3), abs=0.05)
     assert floors.unigram_nats(held_out) / 20_001 > 6.5
     assert time.perf_counter() - started < 2
+
+
+def test_other_boundary_tokens_are_counted_in_their_place():
+    documents = [np.array([1, 2]), np.array([2, 2])]
+    shifted = NgramFloors.count([tokens + 1 for tokens in documents], vocab_size=5, boundary=(0, 1))
+    floors = NgramFloors.count(documents, vocab_size=4)
+    assert shifted.unigram_counts.tolist() == [0, *floors.unigram_counts.tolist()]
+    assert shifted.bigram_keys.tolist() == sorted([0 * 5 + 2, 2 * 5 + 3, 3 * 5 + 1, 0 * 5 + 3, 3 * 5 + 3])

@@ -187,3 +187,13 @@ def test_answers_by_hand(make_model, kind):
     assert scores.exact.tolist() == [False, False, False, True]
     assert scores.first_rank[3] == 1
     assert scores.tokens.tolist() == [3, 1, 2, 3]
+
+
+def test_streaming_scores_use_the_boundary_tokens_given(make_model, held_out):
+    model = make_model("self_modifying")
+    texts = [held_out.tokens(0)]
+    found = score_streaming(model, texts, segment_length=CONTEXT, batch_size=1, boundary=(7, 9)).nats[0]
+    stream = torch.tensor([[7, *texts[0].tolist(), 9]])
+    with torch.no_grad():
+        expected = token_losses(model(stream[:, :-1]).logits, stream[:, 1:]).double().sum().item()
+    np.testing.assert_allclose(found, expected, **CLOSE)

@@ -45,11 +45,13 @@ class PeriodRecord(Section):
 
 
 class TokenizerRecord(Section):
-    """The tokenizer every shard was written with."""
+    """The tokenizer every shard was written with, and the tokens that start and end every document."""
 
     file: str
     sha256: str
     vocab_size: int
+    start: int = 0
+    end: int = 0
 
 
 class DocumentsRecord(Section):

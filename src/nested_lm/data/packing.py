@@ -1,6 +1,6 @@
 """Cutting documents into pieces of the context length, and packing pieces into rows.
 
-A document's stream is [0] + tokens + [0]; its inputs are stream[:-1] and its targets stream[1:], so a
+A document's stream is [start] + tokens + [end]; its inputs are stream[:-1] and its targets stream[1:], so a
 document of n tokens has n + 1 positions, each scored once.
 """
 
@@ -109,10 +109,12 @@ def fill(dataset: TokenDataset, pieces: Pieces, rows: list[list[Placed]]) -> Row
             document, start, length = next(located)
             total = dataset.documents[document].tokens
             # Stream positions start .. start + length, where position p > 0 is token p - 1 of the document.
-            stream = np.zeros(length + 1, dtype=np.int64)
+            stream = np.empty(length + 1, dtype=np.int64)
             tokens = dataset.tokens(document, max(start - 1, 0), min(start + length, total))
             begin = 1 if start == 0 else 0
+            stream[:begin] = dataset.boundary[0]
             stream[begin : begin + len(tokens)] = tokens
+            stream[begin + len(tokens) :] = dataset.boundary[1]
             columns = slice(placed.column, placed.column + length)
             inputs[row, columns] = stream[:-1]
             targets[row, columns] = stream[1:]

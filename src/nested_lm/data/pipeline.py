@@ -258,7 +258,13 @@ def _finish(
         created_from=config_hash(this.config),
         recipe=this.recipe,
         fingerprint=this.fingerprint,
-        tokenizer=TokenizerRecord(file=TOKENIZER, sha256=tokenizer.hash, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerRecord(
+            file=TOKENIZER,
+            sha256=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            start=tokenizer.start_of_text,
+            end=tokenizer.end_of_text,
+        ),
         documents=DocumentsRecord(file=DOCUMENTS, sha256=file_sha256(documents)),
         splits={
             split: SplitRecord(

@@ -69,6 +69,7 @@ class TokenDataset:
         self.data_hash = manifest.data_hash
         self.tokenizer_hash = manifest.tokenizer.sha256
         self.vocab_size = manifest.tokenizer.vocab_size
+        self.boundary = (manifest.tokenizer.start, manifest.tokenizer.end)  # tokens around every document
         self.num_tokens = sum(row.tokens for row in documents)
         dtype = token_dtype(self.vocab_size)
         self._shards = [

@@ -48,7 +48,7 @@ def passkey_document(
     rng = np.random.default_rng(seed)
     key = str(rng.integers(10_000, 100_000))
     first_sentence = int(rng.integers(len(_NOISE)))
-    start = [tokenizer.end_of_text]
+    start = [tokenizer.start_of_text]
     needle = tokenizer.encode(_KEY_SENTENCE.format(key=key))
     question = tokenizer.encode(_QUESTION)
     room = length - len(start) - len(question) - len(needle)

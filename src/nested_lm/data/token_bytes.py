@@ -5,12 +5,11 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from nested_lm.data.shards import TokenDataset
-from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 
 
 def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
-    """UTF-8 bytes that each token id stands for; 0 for the end of text.
+    """UTF-8 bytes that each token id stands for; 0 for the start and the end of a document.
 
     Raises:
         DataError: the sums over the documents are not their sizes, so the tokenizer is not byte-level.
@@ -21,7 +20,7 @@ def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
     for index in range(dataset.vocab_size):
         text = tokenizer.id_to_token(index) or ""
         lengths[index] = len(text) if alphabet.issuperset(text) else len(text.encode())
-    lengths[TextTokenizer.end_of_text] = 0
+    lengths[list(dataset.boundary)] = 0
     for index, row in enumerate(dataset.documents):
         found = int(lengths[dataset.tokens(index)].sum())
         if found != row.bytes:

@@ -22,13 +22,17 @@ _PROBE = "Aé漢🙂  \r\n\t\x00 1234'll <|endoftext|>_ﬁ\u00a0e\u0301 ."
 
 
 class TextTokenizer:
-    """Text to token ids and back. Id 0 is `<|endoftext|>`, which no text encodes to."""
+    """Text to token ids and back.
 
-    end_of_text = 0
+    start_of_text, end_of_text: tokens around every document, which no text encodes to. Token 0, `<|endoftext|>`, is
+        both, unless the tokenizer's post-processor says otherwise (see `load`).
+    hash: sha256 of tokenizer.json.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, file_hash: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, file_hash: str, *, start_of_text: int = 0, end_of_text: int = 0) -> None:
         self._tokenizer = tokenizer
-        self.hash = file_hash  # sha256 of tokenizer.json
+        self.hash = file_hash
+        self.start_of_text, self.end_of_text = start_of_text, end_of_text
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         byte_level = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
         self._can_cut = byte_level and tokenizer.pre_tokenizer.use_regex and tokenizer.normalizer is None
@@ -37,7 +41,10 @@ class TextTokenizer:
     def load(cls, path: Path) -> "TextTokenizer":
         """Read a `tokenizer.json`.
 
-        Raises: DataError when the file is missing or damaged, token 0 is not `<|endoftext|>`, or texts do not
+        The tokens that its post-processor puts around a text start and end every document: two tokens, or one that
+        does both. Without any, token 0 must be `<|endoftext|>`.
+
+        Raises: DataError when the file is missing or damaged, no token starts and ends documents, or texts do not
         survive the round trip (a normaliser that changes them would falsify bits per byte).
         """
         try:
@@ -51,16 +58,11 @@ class TextTokenizer:
                 f"{path} is not a Hugging Face tokenizer.json: {error}\n"
                 "  The file was changed or cut short. Build the data set again, or restore the file."
             ) from error
-        if tokenizer.id_to_token(0) != END_OF_TEXT:
-            raise DataError(
-                f"{path}: token 0 is {tokenizer.id_to_token(0)!r}, expected {END_OF_TEXT!r}\n"
-                "  Token 0 starts and ends every document here. Use a tokenizer with that token first, or "
-                "let tokenizer.kind=byte_bpe train one."
-            )
+        start, end = _boundary(tokenizer, path)
         tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        loaded = cls(tokenizer, hashlib.sha256(content).hexdigest())
+        loaded = cls(tokenizer, hashlib.sha256(content).hexdigest(), start_of_text=start, end_of_text=end)
         if (found := loaded.decode(loaded.encode(_PROBE))) != _PROBE:
             raise DataError(
                 f"{path} changes texts: {_PROBE!r} comes back as {found!r}\n"
@@ -86,8 +88,31 @@ class TextTokenizer:
         return [np.concatenate(ids[start:end]) for start, end in zip(starts, ends, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids. Token 0 shows as `<|endoftext|>`; bytes that are no UTF-8 show as U+FFFD."""
+        """Text of token ids. Special tokens show by name; bytes that are no UTF-8 show as U+FFFD."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _boundary(tokenizer: Tokenizer, path: Path) -> tuple[int, int]:
+    """Find the tokens that start and end a document.
+
+    Raises: DataError when there are none, or more than two.
+    """
+    around: list[int] = tokenizer.encode("", add_special_tokens=True).ids
+    if len(around) > 2:
+        names = ", ".join(repr(tokenizer.id_to_token(token)) for token in around)
+        raise DataError(
+            f"{path} puts {len(around)} tokens around a text: {names}\n"
+            "  Documents here have one token before them and one behind. Change its post_processor."
+        )
+    if around:
+        return around[0], around[-1]
+    if tokenizer.id_to_token(0) != END_OF_TEXT:
+        raise DataError(
+            f"{path}: token 0 is {tokenizer.id_to_token(0)!r}, expected {END_OF_TEXT!r}\n"
+            "  Token 0 starts and ends every document, unless the post_processor of the file puts others around a "
+            "text. Use a tokenizer with either, or let tokenizer.kind=byte_bpe train one."
+        )
+    return 0, 0
 
 
 def cut(text: str, characters: int) -> Iterator[str]:

@@ -17,7 +17,7 @@ _FLUSH_TOKENS = 16_000_000  # bigram keys held before they are merged into count
 class NgramFloors:
     """Counts of a training split and the probabilities they give.
 
-    Tokens are predicted in the stream <|endoftext|> + document + <|endoftext|>, as the models do it.
+    Tokens are predicted in the stream start + document + end, as the models do it; `boundary` has both tokens.
 
     Source of the bigram: Ney, Essen, Kneser 1994, interpolated, one discount d = n1 / (n1 + 2 n2) per order;
     continuation probabilities are interpolated with the uniform distribution so that tokens the training
@@ -28,9 +28,12 @@ class NgramFloors:
     unigram_counts: np.ndarray  # (V,)
     bigram_keys: np.ndarray  # (M,) previous * V + next, sorted
     bigram_counts: np.ndarray  # (M,)
+    boundary: tuple[int, int] = (0, 0)
 
     @classmethod
-    def count(cls, documents: Iterable[np.ndarray], *, vocab_size: int) -> "NgramFloors":
+    def count(
+        cls, documents: Iterable[np.ndarray], *, vocab_size: int, boundary: tuple[int, int] = (0, 0)
+    ) -> "NgramFloors":
         """Count token ids of training documents (without start and end tokens)."""
         keys = np.empty(0, dtype=np.int64)
         counts = np.empty(0, dtype=np.int64)
@@ -38,7 +41,7 @@ class NgramFloors:
         held: list[np.ndarray] = []
         size = 0
         for tokens in documents:
-            stream = _stream(tokens)
+            stream = _stream(tokens, boundary)
             unigram += np.bincount(stream[1:], minlength=vocab_size)
             held.append(stream[:-1] * vocab_size + stream[1:])
             size += len(tokens)
@@ -46,16 +49,16 @@ class NgramFloors:
                 keys, counts = _merge(keys, counts, held)
                 held, size = [], 0
         keys, counts = _merge(keys, counts, held)
-        return cls(vocab_size, unigram, keys, counts)
+        return cls(vocab_size, unigram, keys, counts, boundary)
 
     def unigram_nats(self, tokens: np.ndarray) -> float:
         """Nats of a document and its end token under add-one unigram probabilities."""
         probabilities = (self.unigram_counts + 1) / (self.unigram_counts.sum() + self.vocab_size)
-        return float(-np.log(probabilities[_stream(tokens)[1:]]).sum())
+        return float(-np.log(probabilities[_stream(tokens, self.boundary)[1:]]).sum())
 
     def bigram_nats(self, tokens: np.ndarray) -> float:
         """Nats of a document and its end token under the Kneser-Ney bigram."""
-        stream = _stream(tokens)
+        stream = _stream(tokens, self.boundary)
         return float(-np.log(self.bigram_probabilities(stream[:-1], stream[1:])).sum())
 
     def bigram_probabilities(self, previous: np.ndarray, following: np.ndarray) -> np.ndarray:
@@ -107,8 +110,9 @@ def discount_of(counts: np.ndarray) -> float:
     return once / (once + 2 * twice) if once else 0.5
 
 
-def _stream(tokens: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], tokens, [0]]).astype(np.int64)
+def _stream(tokens: np.ndarray, boundary: tuple[int, int]) -> np.ndarray:
+    start, end = boundary
+    return np.concatenate([[start], tokens, [end]]).astype(np.int64)
 
 
 def _merge(keys: np.ndarray, counts: np.ndarray, held: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

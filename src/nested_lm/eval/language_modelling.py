@@ -73,9 +73,15 @@ def evaluate(
     )
     streaming = None
     if config.streaming and model.has_constant_state:
-        streaming = score_streaming(model, texts, segment_length=reading.context_length, batch_size=reading.batch_size)
+        streaming = score_streaming(
+            model,
+            texts,
+            segment_length=reading.context_length,
+            batch_size=reading.batch_size,
+            boundary=held_out.boundary,
+        )
     counted = (training.tokens(index) for index in range(len(training.documents)))
-    floors = NgramFloors.count(counted, vocab_size=training.vocab_size)
+    floors = NgramFloors.count(counted, vocab_size=training.vocab_size, boundary=training.boundary)
     unigram = np.array([floors.unigram_nats(text) for text in texts])
     bigram = np.array([floors.bigram_nats(text) for text in texts])
     summary = _Summary(rows, held_out.periods, window.tokens, bootstrap)

@@ -20,7 +20,7 @@ def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -
     samples = []
     started = time.perf_counter()
     for seed, prompt in enumerate(config.prompts):
-        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        ids = [tokenizer.start_of_text, *tokenizer.encode(prompt)]
         _require_finite(model, torch.tensor([ids], device=device), prompt)
         drawn = generate(
             model,

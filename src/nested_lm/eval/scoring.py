@@ -158,6 +158,7 @@ def score_streaming(
     segment_length: int,
     batch_size: int,
     state: StreamState | None = None,
+    boundary: tuple[int, int] = (0, 0),
 ) -> DocumentScores:
     """Score whole documents with carried state, `segment_length` tokens at a time.
 
@@ -166,6 +167,7 @@ def score_streaming(
     Args:
         documents: token ids without start and end tokens.
         state: one row that every document goes on from; None: a fresh one. It is forked, never changed.
+        boundary: the tokens that start and end every document.
     """
     assert model.has_constant_state, "a state that grows with the document cannot be streamed"
     device = next(model.parameters()).device
@@ -176,7 +178,7 @@ def score_streaming(
         rows = order[first : first + batch_size]
         carried = model.initial_state(1) if state is None else state
         carried = carried.select(torch.zeros(len(rows), dtype=torch.long))
-        inputs, targets = _padded(documents, rows, lengths)
+        inputs, targets = _padded(documents, rows, lengths, boundary)
         for start in range(0, inputs.shape[1], segment_length):
             active = int((lengths[rows] > start).sum())  # longest first: the rows that go on come first
             if active < len(rows):
@@ -193,16 +195,18 @@ def score_streaming(
 
 
 def _padded(
-    documents: Sequence[np.ndarray], rows: np.ndarray, lengths: np.ndarray
+    documents: Sequence[np.ndarray], rows: np.ndarray, lengths: np.ndarray, boundary: tuple[int, int]
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Inputs and targets of some documents with start and end tokens, padded on the right."""
     inputs = np.zeros((len(rows), lengths[rows].max()), dtype=np.int64)
     targets = np.full_like(inputs, IGNORED_TARGET)
+    start, end = boundary
     for row, document in enumerate(rows):
         tokens = documents[document]
+        inputs[row, 0] = start
         inputs[row, 1 : len(tokens) + 1] = tokens
         targets[row, : len(tokens)] = tokens
-        targets[row, len(tokens)] = 0
+        targets[row, len(tokens)] = end
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
