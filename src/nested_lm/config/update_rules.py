@@ -1,0 +1,113 @@
+"""Inner optimizers that a preset can choose: which rule, and its settings. The rate stands beside it.
+
+Used in training for the matrices (`train.optimizer`) and in context for the fast copies of a level (`channel.levels`).
+Fields and defaults are those of the classes in `ops/update_rules.py:RULES`, whose docstrings explain them; a test keeps
+them equal.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
+
+Keep = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A share that is kept, below 1."""
+
+
+class RuleSection(Section):
+    """Base of all rules."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `ops/update_rules.py:make_rule` takes beside the kind."""
+        return self.model_dump(exclude={"kind"})
+
+
+class GradientDescent(RuleSection):
+    """Step by the rate times the gradient (eq. 1)."""
+
+    kind: Literal["gd"]
+
+
+class Momentum(RuleSection):
+    """Heavy-ball momentum (eqs. 33-34)."""
+
+    kind: Literal["momentum"]
+    inertia: Fraction = 0.9
+
+
+class PreconditionedMomentum(RuleSection):
+    """Momentum of gradients divided by the root mean square of past ones (eqs. 46-47)."""
+
+    kind: Literal["preconditioned_momentum"]
+    inertia: Fraction = 0.9
+    square_keep: Keep = 0.99
+    epsilon: PositiveFloat = 1e-8
+
+
+class DeltaMomentum(RuleSection):
+    """Momentum that erases what it holds along the new gradient (eqs. 48-49). Matrices only."""
+
+    kind: Literal["delta_momentum"]
+    inertia: Fraction = 0.9
+    erase: Fraction = 0.9  # at most inertia
+    square_keep: Keep | None = None  # null: gradients are not preconditioned
+
+    @model_validator(mode="after")
+    def _stable(self) -> "DeltaMomentum":
+        if self.erase > self.inertia:
+            raise ValueError(
+                f"erase {self.erase} is above inertia {self.inertia}: the momentum would turn its sign along the "
+                f"gradient at each step; use erase={self.inertia} or less"
+            )
+        return self
+
+
+class DeepMomentum(RuleSection):
+    """The step is the output of a small MLP trained on the gradients, DMGD (eq. 50). Matrices only."""
+
+    kind: Literal["dmgd"]
+    inertia: Fraction = 0.9
+    memory_rate: PositiveFloat = 1.0
+    hidden: Count = 16
+    objective: Literal["l2", "dot"] = "l2"
+    scale: Literal["gradient", "adamw"] = "gradient"  # size of a step: the gradient's, or that of AdamW
+
+
+class Adam(RuleSection):
+    """Adam (appendix B)."""
+
+    kind: Literal["adam"]
+    mean_keep: Keep = 0.9
+    square_keep: Keep = 0.99
+    epsilon: PositiveFloat = 1e-8
+
+
+class Muon(RuleSection):
+    """The orthogonal part of the momentum (eqs. 42-44), sized like AdamW's updates. Matrices only."""
+
+    kind: Literal["muon"]
+    inertia: Keep = 0.95
+    look_ahead: bool = True
+    iterations: Count = 5
+
+
+class M3(RuleSection):
+    """Multi-scale momentum Muon (Algorithm 1), sized like AdamW's updates in mode `ema`. Matrices only."""
+
+    kind: Literal["m3"]
+    mode: Literal["ema", "literal"] = "ema"
+    beta1: Keep = 0.95
+    beta2: Keep = 0.95
+    beta3: Keep = 0.9
+    slow_weight: NonNegativeFloat = 0.3
+    slow_every: Count = 50
+    iterations: Count = 5
+    epsilon: PositiveFloat = 1e-2
+
+
+UpdateRule = Annotated[
+    GradientDescent | Momentum | PreconditionedMomentum | DeltaMomentum | DeepMomentum | Adam | Muon | M3,
+    Field(discriminator="kind"),
+]
