@@ -43,7 +43,10 @@ class Attention(nn.Module):
     def initial_state(self, batch_size: int) -> AttentionState:
         """Make an empty cache."""
         weight = self.qkv.weight
-        empty = weight.new_zeros(batch_size, self.key_heads, 0, self.head_width)
+        # torch.zeros, not new_zeros: a weight that is sharded over devices would make a sharded cache.
+        empty = torch.zeros(
+            batch_size, self.key_heads, 0, self.head_width, dtype=weight.dtype, device=weight.device
+        )
         documents = torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
         return AttentionState(empty, empty, documents)
 
