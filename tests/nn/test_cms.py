@@ -8,7 +8,7 @@ from nested_lm.nn.cms import ContinuumMemory
 
 def chain():
     levels = (Level(period_tokens=4, expansion=2.0), Level(period_tokens=8, expansion=0.5))
-    memory = ContinuumMemory(6, levels, epsilon=1e-6).double()
+    memory = ContinuumMemory(6, levels, wiring="sequential", epsilon=1e-6).double()
     for index, parameter in enumerate(memory.parameters()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
     return memory
@@ -25,7 +25,7 @@ def test_the_faster_level_comes_first_and_each_adds_to_its_input():
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     fast, slow = memory.levels
     first = x + mlp(fast, x)
-    torch.testing.assert_close(memory(x), first + mlp(slow, first))
+    torch.testing.assert_close(memory(x, {}), first + mlp(slow, first))
     assert (fast.inner.out_features, slow.inner.out_features) == (12, 3)
 
 
@@ -33,4 +33,4 @@ def test_an_erased_level_is_the_identity():
     memory = chain()
     torch.nn.init.zeros_(memory.levels[0].out.weight)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-    torch.testing.assert_close(memory(x), x + mlp(memory.levels[1], x))
+    torch.testing.assert_close(memory(x, {}), x + mlp(memory.levels[1], x))

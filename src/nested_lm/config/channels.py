@@ -15,12 +15,16 @@ class GradientDescent(Section):
     kind: Literal["gd"]
 
 
+InnerRule = GradientDescent
+"""Inner optimizers of a level that writes in context."""
+
+
 class LevelWrites(Section):
     """How one level writes while it reads (clock B): a fast copy a sequence, stepped every few tokens."""
 
     period_tokens: PositiveInt  # tokens of the sequence between two writes
     rate: NonNegativeFloat  # step size; the gradient is the sum over the period's tokens. 0: never written
-    rule: GradientDescent
+    rule: InnerRule
 
 
 class InContext(Section):

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D model width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -13,38 +14,51 @@ from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.cms import ContinuumMemory
+from nested_lm.nn.fast_linear import MLPDistance
 from nested_lm.nn.layers import RMSNorm, StepContext, SwiGLU
 from nested_lm.nn.self_modifying import SelfModifyingTitans
 
 
 class ResidualSwiGLU(nn.Module):
-    """Pre-norm residual SwiGLU: the channel memory of Transformer++."""
+    """Pre-norm residual SwiGLU: the channel memory of Transformer++. level: that of its MLP; None without levels."""
 
-    def __init__(self, width: int, hidden: int, *, epsilon: float) -> None:
+    def __init__(self, width: int, hidden: int, *, level: int | None, epsilon: float) -> None:
         super().__init__()
+        self.level = level
         self.norm = RMSNorm(width, epsilon=epsilon)
         self.mlp = SwiGLU(width, hidden)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Apply to every token."""
-        return x + self.mlp(self.norm(x))
+    def forward(self, x: Float[Tensor, "B T D"], distances: Mapping[int, MLPDistance]) -> Float[Tensor, "B T D"]:
+        """Apply to every token. distances: of the levels that have fast copies, by level."""
+        return x + self.mlp(self.norm(x), distances.get(self.level))
+
+    def level_mlps(self) -> dict[int, SwiGLU]:
+        """The MLP, if it belongs to a level."""
+        return {} if self.level is None else {self.level: self.mlp}
+
+    def level_of(self, name: str) -> int | None:  # noqa: ARG002  one level for all
+        """Level that a parameter belongs to, by its name in this module."""
+        return self.level
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then the channel memory, which adds its own residuals."""
+    """x + mixer(norm(x)), then the channel memory, which adds its own residuals. layer: its place, from the bottom."""
 
-    def __init__(self, config: ModelConfig, *, recompute_chunks: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, recompute_chunks: bool) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.mixer = _build_mixer(config, recompute_chunks=recompute_chunks)
-        self.channel = _build_channel(config)
+        self.channel = _build_channel(config, layer)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], context: StepContext, state: Any
+        self, x: Float[Tensor, "B T D"], context: StepContext, state: Any, distances: Mapping[int, MLPDistance]
     ) -> tuple[Float[Tensor, "B T D"], Any, dict[str, Tensor]]:
-        """Return the block's output, the mixer's new state and its statistics."""
+        """Return the block's output, the mixer's new state and its statistics.
+
+        distances: of the channel's levels that have fast copies, by level.
+        """
         mixed, state, stats = self.mixer(self.norm(x), context, state)
-        return self.channel(x + mixed), state, stats
+        return self.channel(x + mixed, distances), state, stats
 
 
 def _build_mixer(config: ModelConfig, *, recompute_chunks: bool) -> nn.Module:
@@ -56,12 +70,13 @@ def _build_mixer(config: ModelConfig, *, recompute_chunks: bool) -> nn.Module:
             return SelfModifyingTitans(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
 
 
-def _build_channel(config: ModelConfig) -> nn.Module:
+def _build_channel(config: ModelConfig, layer: int) -> nn.Module:
     width, epsilon = config.width, config.norm_epsilon
     match config.channel:
         case channels.ContinuumMemory() as channel:
-            return ContinuumMemory(width, channel.levels, epsilon=epsilon)
+            return ContinuumMemory(width, channel.levels, wiring=channel.wiring, epsilon=epsilon)
         case LayerLevels() as channel:
-            return ResidualSwiGLU(width, channel.hidden, epsilon=epsilon)
+            level = channel.levels_of_layers(config.num_layers)[layer]
+            return ResidualSwiGLU(width, channel.hidden, level=level, epsilon=epsilon)
         case channels.SwiGLU() as channel:
-            return ResidualSwiGLU(width, round(channel.expansion * width), epsilon=epsilon)
+            return ResidualSwiGLU(width, round(channel.expansion * width), level=None, epsilon=epsilon)

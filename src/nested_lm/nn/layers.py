@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.mixers import Llama3Scaling
+from nested_lm.nn.fast_linear import FastLinear, MLPDistance
 
 
 class StepContext(NamedTuple):
@@ -45,13 +46,18 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_and_in = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.gate_and_in = FastLinear(width, 2 * hidden)
+        self.out = FastLinear(hidden, width)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Apply to every token."""
-        gate, value = self.gate_and_in(x).chunk(2, dim=-1)
-        return self.out(functional.silu(gate) * value)
+    def forward(self, x: Float[Tensor, "B T D"], distance: MLPDistance | None = None) -> Float[Tensor, "B T D"]:
+        """Apply to every token, with each sequence's own weights where a distance is given."""
+        inner, outer = distance or (None, None)
+        gate, value = self.gate_and_in(x, inner).chunk(2, dim=-1)
+        return self.out(functional.silu(gate) * value, outer)
+
+    def initial_distance(self, batch_size: int) -> MLPDistance:
+        """Fast copies that equal the learned weights."""
+        return MLPDistance(self.gate_and_in.initial_distance(batch_size), self.out.initial_distance(batch_size))
 
 
 def rotate(

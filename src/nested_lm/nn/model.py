@@ -5,29 +5,24 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 import math
 import re
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.block import Block
+from nested_lm.nn.in_context import Fast, InContextWriter
 from nested_lm.nn.layers import RMSNorm, StepContext
-from nested_lm.nn.state import StreamState
+from nested_lm.nn.loss import IGNORED_TARGET, token_losses
+from nested_lm.nn.state import ModelOutput, StreamState
 
-IGNORED_TARGET = -100
-
-
-class ModelOutput(NamedTuple):
-    """Result of one call: predictions, the stream's new state, and scalar statistics (detached)."""
-
-    logits: Float[Tensor, "B T V"]
-    state: StreamState
-    stats: dict[str, Tensor]
+__all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
 
 
 class ParameterRole(NamedTuple):
@@ -52,10 +47,13 @@ class LanguageModel(nn.Module):
         self.recompute = recompute
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(
-            Block(config, recompute_chunks=recompute == "chunk") for _ in range(config.num_layers)
+            Block(config, layer, recompute_chunks=recompute == "chunk") for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.writer = None
+        if config.writes_in_context:
+            self.writer = InContextWriter(config.channel, [block.channel.level_mlps() for block in self.blocks])
 
     @property
     def has_constant_state(self) -> bool:
@@ -65,7 +63,10 @@ class LanguageModel(nn.Module):
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
         layers = tuple(block.mixer.initial_state(batch_size) for block in self.blocks)
-        return StreamState(layers, position=0, packed=False)
+        state = StreamState(layers, position=0, packed=False)
+        if self.writer is None:
+            return state
+        return replace(state, in_context=self.writer.initial_state(batch_size, layers, self.embedding.weight.device))
 
     def forward(
         self,
@@ -76,30 +77,49 @@ class LanguageModel(nn.Module):
     ) -> ModelOutput:
         """Predict the token after each token.
 
+        Levels with an in-context clock are written at its borders, also under `torch.no_grad()`: the outputs from
+        a border on use them, and the state carries them.
+
         Args:
             tokens: token ids.
-            resets: True at the first token of a document, whose state starts afresh. For the self-modifying mixer
-                a start must lie on a multiple of its chunk, counted from the start of the stream.
+            resets: True at the first token of a document, whose state starts afresh. A start must lie on a multiple
+                of `ModelConfig.alignment`, counted from the start of the stream.
             state: where the streams stand; None for streams that begin here. It is not changed.
 
         Raises:
-            ValueError: a document starts inside a chunk.
+            ValueError: a document starts inside a chunk or an in-context segment.
         """
         state = self.initial_state(tokens.shape[0]) if state is None else state
+        if self.writer is None:
+            return self._predict(tokens, resets, state, tuple({} for _ in self.blocks))
+        return self.writer.read(self._predict, tokens, resets, state)
+
+    def _predict(
+        self, tokens: Int[Tensor, "B T"], resets: Bool[Tensor, "B T"] | None, state: StreamState, fast: Fast
+    ) -> ModelOutput:
+        """Pass over tokens with the given fast copies, which do not change on the way."""
         context, packed = self._context(resets, state, tokens.shape[1])
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
-        for index, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+        for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
+            given = block, x, context, layer, distances
             if self.recompute == "block" and torch.is_grad_enabled():
-                x, layer, found = checkpoint(block, x, context, layer, use_reentrant=False, preserve_rng_state=False)
+                x, layer, found = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer, found = block(x, context, layer)
+                x, layer, found = self._block(*given)
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in found.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
         logits = functional.linear(self.norm(x), head)
         return ModelOutput(logits, StreamState(tuple(layers), state.position + tokens.shape[1], packed), stats)
+
+    def _block(self, block: Block, *given: Any) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """Run one block; with kernels that can be differentiated twice where training needs that."""
+        if self.writer is None or self.writer.settings.meta_gradient == "first_order":
+            return block(*given)
+        with sdpa_kernel(SDPBackend.MATH):
+            return block(*given)
 
     def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> tuple[StepContext, bool]:
         """Work out what the blocks need to know about document starts."""
@@ -138,13 +158,9 @@ class LanguageModel(nn.Module):
         return roles
 
     def _level(self, name: str) -> int | None:
-        """Level of a parameter: that of its MLP in a chain, or that of its layer."""
-        channel = self.config.channel
-        if isinstance(channel, LayerLevels):
-            found = re.match(r"blocks\.(\d+)\.channel\.", name)
-            return channel.levels_of_layers(self.config.num_layers)[int(found.group(1))] if found else None
-        found = re.search(r"channel\.levels\.(\d+)\.", name)
-        return int(found.group(1)) if found else None
+        """Level of a parameter; None outside the levels."""
+        found = re.match(r"blocks\.(\d+)\.channel\.(.+)", name)
+        return self.blocks[int(found.group(1))].channel.level_of(found.group(2)) if found else None
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -174,12 +190,5 @@ class LanguageModel(nn.Module):
                     normal(module.weight, scale / math.sqrt(module.in_features))
             if hasattr(block.mixer, "initialise"):
                 block.mixer.initialise(normal)
-
-
-def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Negative log-likelihood of each target in nats, in at least float32; 0 where the target is -100."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    flat = functional.cross_entropy(
-        logits.flatten(0, 1).to(dtype), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
-    )
-    return flat.view(targets.shape)
+            if hasattr(block.channel, "initialise"):
+                block.channel.initialise()

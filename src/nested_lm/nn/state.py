@@ -2,13 +2,16 @@
 
 Fast weights are activations. They live here, one copy a sequence, never in an `nn.Parameter`; a model that is
 handed a state returns a new one and leaves the old one as it was.
+
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Tree = TypeVar("Tree")
@@ -40,15 +43,18 @@ class StreamState:
     layers: one entry a block: fast weights and convolution tails, or keys and values of attention.
     position: tokens read since the streams began; the same for every row.
     packed: some row has begun a new document since position 0, so attention must mask older documents.
+    in_context: fast copies of the levels that are written while the model reads, a tree like `layers`; None without.
     """
 
     layers: tuple[Any, ...]
     position: int
     packed: bool
+    in_context: Any = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
         """Apply a function to every tensor."""
-        return replace(self, layers=map_tensors(self.layers, function))
+        layers, in_context = map_tensors((self.layers, self.in_context), function)
+        return replace(self, layers=layers, in_context=in_context)
 
     def detach(self) -> "StreamState":
         """Cut the graph: no gradient flows into earlier calls."""
@@ -64,4 +70,13 @@ class StreamState:
 
     def num_bytes(self) -> int:
         """Memory the state holds."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in iterate_tensors(self.layers))
+        tensors = iterate_tensors((self.layers, self.in_context))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class ModelOutput(NamedTuple):
+    """Result of one call of a model: predictions, the stream's new state, and scalar statistics (detached)."""
+
+    logits: Float[Tensor, "B T V"]
+    state: StreamState
+    stats: dict[str, Tensor]
