@@ -7,16 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from nested_lm.config.section import NonNegativeFloat, PositiveFloat, Section
-
-
-class GradientDescent(Section):
-    """Step by the rate times the gradient."""
-
-    kind: Literal["gd"]
-
-
-InnerRule = GradientDescent
-"""Inner optimizers of a level that writes in context."""
+from nested_lm.config.update_rules import UpdateRule
 
 
 class LevelWrites(Section):
@@ -24,7 +15,7 @@ class LevelWrites(Section):
 
     period_tokens: PositiveInt  # tokens of the sequence between two writes
     rate: NonNegativeFloat  # step size; the gradient is the sum over the period's tokens. 0: never written
-    rule: InnerRule
+    rule: UpdateRule  # inner optimizer
 
 
 class InContext(Section):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from nested_lm.config.channels import ChannelSection, InContext
 from nested_lm.nn.fast_linear import MLPDistance
-from nested_lm.nn.in_context_rows import Rows, add_trees, choose, from_host
-from nested_lm.nn.in_context_rules import Rule, build_rule, initial_trees, step_trees
+from nested_lm.nn.in_context_trees import Rows, Rule, add_trees, choose, from_host, initial_trees, step_trees
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
 from nested_lm.nn.state import ModelOutput, StreamState, iterate_tensors, map_tensors
+from nested_lm.ops.update_rules import make_rule
 
 Fast = tuple[dict[int, MLPDistance], ...]
 """Distances of the fast copies: one entry a block, by level."""
@@ -102,7 +102,7 @@ class InContextWriter:
                 level,
                 writes.period_tokens // self.period,
                 writes.rate,
-                build_rule(writes.rule),
+                make_rule(writes.rule.kind, writes.rule.settings),
                 tuple(layer for layer, found in enumerate(mlps) if level in found),
             )
             for level, writes in enumerate(channel.writes)
