@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from nested_lm.config.model import FullAttention, SelfModifying
+from nested_lm.config.mixers import FullAttention, SelfModifying
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.ops import memory_chunked, memory_reference
-from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryWeights, WriteRule, unit, zero_state
+from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryWeights, unit, zero_state
+from nested_lm.write_rule import WriteRule
 
 AGREEMENT = 1e-10  # relative error in float64 below which the timed forms count as the same
 HEAD_WIDTH = 64
@@ -47,7 +48,7 @@ def memory_problem(batch: int, tokens: int, heads: int, dtype: torch.dtype) -> t
 
 
 def write_rule(chunk: int) -> WriteRule:
-    return WriteRule(chunk, chunk, "both", "inclusive", 1.0, 1.0)
+    return WriteRule(chunk, chunk)
 
 
 def gate() -> float:

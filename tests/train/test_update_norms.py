@@ -5,10 +5,10 @@ from torch import nn
 from nested_lm.config.train import AdamW
 from nested_lm.levels import LevelClock
 from nested_lm.nn.model import ParameterRole
-from nested_lm.ops.memory import MEMORIES
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
 from nested_lm.train.update_norms import UpdateNorms
+from nested_lm.write_rule import MEMORIES
 
 ROLES = {
     "matrix": ParameterRole("matrix", None),
@@ -29,7 +29,7 @@ def norms(*, every, period_steps=3, total=100):
     optimizer = ClockedOptimizer(
         parameters, plan_groups(parameters, ROLES, config), LevelClock((8 * period_steps,)), config
     )
-    return UpdateNorms(optimizer, every_steps=every, step_tokens=8, total_steps=total), parameters
+    return UpdateNorms(optimizer, every_steps=every, step_tokens=8, total_steps=total, memories=MEMORIES), parameters
 
 
 def test_values_by_hand_and_memories_apart():

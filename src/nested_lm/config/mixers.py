@@ -5,6 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from nested_lm.config.section import Count, PositiveFloat, Section
+from nested_lm.write_rule import MEMORIES, WriteRule
+
+Rate = Annotated[float, Field(ge=0.0, le=2.0)]
+"""Largest inner step size of a memory; 0 keeps it at its start."""
 
 
 class MixerSection(Section):
@@ -14,6 +18,11 @@ class MixerSection(Section):
     def alignment(self) -> int:
         """Documents packed into one row start at multiples of this many tokens."""
         return 1
+
+    @property
+    def is_twice_differentiable(self) -> bool:
+        """Whether gradients through the mixer can be differentiated again."""
+        return True
 
     def check_width(self, width: int) -> None:
         """Refuse a model width the mixer cannot serve.
@@ -27,18 +36,29 @@ class WriteRates(Section):
     """Largest inner step size of each memory, reached when its gate saturates.
 
     Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be
-    stable with unit keys, so 2 is the limit. Generators are the memories for keys, values, rates and decays.
+    stable with unit keys, so 2 is the limit. `generators` stands for every memory but `memory` that has no rate of
+    its own.
     """
 
     memory: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
-    generators: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    generators: Rate = 1.0
+    k: Rate | None = None
+    v: Rate | None = None
+    q: Rate | None = None
+    eta: Rate | None = None
+    alpha: Rate | None = None
+
+    def of(self, name: str) -> float:
+        """Largest rate of one memory."""
+        own: float | None = getattr(self, name)
+        return self.generators if own is None else own
 
 
 class SelfModifying(MixerSection):
-    """Self-modifying Titans: memories for k, v, eta, alpha and memory, written by Delta Gradient Descent.
+    """Self-modifying Titans: memories for k, v, q, eta, alpha and memory, written by Delta Gradient Descent.
 
-    Source: arXiv 2512.24695 eqs. 83-93, in the Delta-form: decay and erase act on the distance from the
-    learned start.
+    Source: arXiv 2512.24695 eqs. 83-93. The defaults are what measures best; configs/model/hope_paper.yaml has the
+    equations as they are printed.
     """
 
     kind: Literal["self_modifying"]
@@ -46,18 +66,67 @@ class SelfModifying(MixerSection):
     head_width: Count = 32  # key and value width of one head
     expansion: PositiveFloat = 1.0  # hidden width of a memory / head_width
     chunk: Count = 16  # tokens between two borders of `memory`; gradients are taken at the last border
-    chunk_generators: Count | None = None  # the same of k, v, eta, alpha; null: as `chunk`
-    conv_width: Count = 4  # tokens seen by the causal depthwise convolution
+    chunk_generators: Count | None = None  # the same of the other memories; null: as `chunk`
+    conv_width: Count = 4  # tokens seen by the causal depthwise convolution; 1 is a scale per channel
+    adapt: Annotated[tuple[Literal["k", "eta", "alpha", "v", "q", "memory"], ...], Field(strict=False)] = (
+        "k",
+        "eta",
+        "alpha",
+        "v",
+        "memory",
+    )  # memories that exist and are written; without one, its slow projection serves alone
+    depth: Literal[1, 2] = 2  # layers of a memory: a matrix, or a residual two-layer network
+    objective: Literal["l2", "dot"] = "l2"  # inner loss; dot: linear memories only
+    targets: Literal["generated", "values"] = "generated"  # M(v) of each memory, or the value itself (Titans)
+    gradient: Literal["border", "fresh", "self_referential"] = "border"  # where it is taken; the last two: depth 1
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
-    read: Literal["inclusive", "exclusive"] = "inclusive"  # does a token read its own write
+    decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
+    momentum: bool = False  # a running sum of writes with a decay of its own for every token
+    momentum_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the running sum kept at the start
+    read: Literal["inclusive", "exclusive", "border"] = "inclusive"  # is a token's own write, or its chunk, seen
+    normalise: bool = False  # layer normalisation inside a two-layer memory
+    unit_values: bool = True  # scale values to unit length
+    gates: Literal["head", "token"] = "head"  # one rate and retention for each head, or one for all heads of a token
+    damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
     rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the largest rate at the start
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
+
+    def rule(self) -> WriteRule:
+        """Return the rule by which the memories are written.
+
+        Raises:
+            ValueError: an impossible combination, with the repair.
+        """
+        adapt = tuple(name for name in MEMORIES if name in self.adapt)
+        return WriteRule(
+            chunk=self.chunk,
+            chunk_generators=self.chunk_generators or self.chunk,
+            adapt=adapt,
+            rates=tuple(self.rates.of(name) for name in adapt),
+            depth=self.depth,
+            objective=self.objective,
+            targets=self.targets,
+            gradient=self.gradient,
+            erase=self.erase,
+            decay_towards=self.decay_towards,
+            momentum=self.momentum,
+            read=self.read,
+            normalise=self.normalise,
+            unit_values=self.unit_values,
+            gates=self.gates,
+            damp=self.damp,
+        )
 
     @property
     def alignment(self) -> int:
         """Tokens between two moments that are a border of every memory."""
         return max(self.chunk, self.chunk_generators or self.chunk)
+
+    @property
+    def is_twice_differentiable(self) -> bool:
+        """The memories have a backward pass written by hand."""
+        return False
 
     @model_validator(mode="after")
     def _chunks_nest(self) -> "SelfModifying":
@@ -68,6 +137,17 @@ class SelfModifying(MixerSection):
                 f"chunk {self.chunk} and chunk_generators {other} do not nest: one must be a multiple of the other, so "
                 f"that documents can start on a border of every memory; try chunk_generators={near}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rule_is_possible(self) -> "SelfModifying":
+        if len(set(self.adapt)) != len(self.adapt):
+            raise ValueError(f"adapt {list(self.adapt)} names a memory twice")
+        if self.depth == 1 and self.expansion != 1.0:
+            raise ValueError(
+                f"expansion {self.expansion:g} is the hidden width of two-layer memories; leave it out with depth: 1"
+            )
+        self.rule()
         return self
 
 
@@ -100,6 +180,7 @@ class FullAttention(MixerSection):
     kind: Literal["attention"]
     num_heads: Count
     num_kv_heads: Count | None = None  # heads of keys and values, each shared by several queries; null: as num_heads
+    window: Count | None = None  # tokens a token sees, itself included; null: all before it
     rope_base: PositiveFloat = 10_000.0
     rope_scaling: Llama3Scaling | None = None
 

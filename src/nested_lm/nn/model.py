@@ -20,6 +20,7 @@ from nested_lm.nn.block import Block
 from nested_lm.nn.in_context import Fast, InContextWriter
 from nested_lm.nn.layers import RMSNorm, StepContext
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
+from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.nn.state import ModelOutput, StreamState
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
@@ -59,6 +60,12 @@ class LanguageModel(nn.Module):
     def has_constant_state(self) -> bool:
         """Whether the state keeps its size however long the stream."""
         return all(block.mixer.has_constant_state for block in self.blocks)
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Names of the self-modifying memories of a head; none when no block has any."""
+        found = (module.rule.adapt for module in self.modules() if isinstance(module, SelfModifyingTitans))
+        return next(found, ())
 
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
@@ -149,7 +156,7 @@ class LanguageModel(nn.Module):
             level = self._level(name)
             if name.startswith(("embedding.", "head.")):
                 roles[name] = ParameterRole("embedding", None)
-            elif ".mixer.start_" in name:
+            elif ".start_" in name:
                 roles[name] = ParameterRole("memory", None)
             elif parameter.ndim == 2 and not name.endswith("conv.weight"):
                 roles[name] = ParameterRole("matrix", level)

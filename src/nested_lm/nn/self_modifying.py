@@ -16,18 +16,19 @@ from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
 from nested_lm.ops import memory_chunked
 from nested_lm.ops.memory import (
-    MEMORIES,
     GateReadout,
     MemoryInputs,
     MemoryState,
     MemoryWeights,
-    WriteRule,
     unit,
     zero_state,
 )
 
 START_OUTER_SCALE = 0.1
 """Second layers start this much smaller than 1/sqrt(fan-in): close to the identity, but with a gradient."""
+
+START_LINEAR_SCALE = 0.1
+"""Linear memories start at the identity plus noise this much smaller than 1/sqrt(fan-in)."""
 
 
 class SelfModifyingState(NamedTuple):
@@ -58,33 +59,32 @@ class SelfModifyingTitans(nn.Module):
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
         heads, head_width = config.num_heads, config.head_width
-        hidden = round(config.expansion * head_width)
         self.config = config
         self.recompute = recompute
-        self.rule = WriteRule(
-            config.chunk,
-            config.chunk_generators or config.chunk,
-            config.erase,
-            config.read,
-            config.rates.memory,
-            config.rates.generators,
-        )
+        self.rule = config.rule()
+        memories = len(self.rule.adapt)
+        hidden = 0 if config.depth == 1 else round(config.expansion * head_width)
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
         self.conv = CausalConv(3 * heads * head_width, config.conv_width)
-        self.gates = nn.Linear(width, 2 * heads, bias=False)  # slow part of rate and decay
-        self.gate_bias = nn.Parameter(torch.empty(2 * heads))
-        self.readout_rate = nn.Parameter(torch.empty(heads, head_width))
-        self.readout_decay = nn.Parameter(torch.empty(heads, head_width))
-        self.start_inner = nn.Parameter(torch.empty(heads, len(MEMORIES), hidden, head_width))
-        self.start_outer = nn.Parameter(torch.empty(heads, len(MEMORIES), head_width, hidden))
+        num_gates = 3 if config.momentum else 2
+        self.gates = nn.Linear(width, num_gates * heads, bias=False)  # slow part of rate, decay and momentum
+        self.gate_bias = nn.Parameter(torch.empty(num_gates * heads))
+        self.readout_rate = nn.Parameter(torch.empty(heads, head_width)) if "eta" in self.rule.adapt else None
+        self.readout_decay = nn.Parameter(torch.empty(heads, head_width)) if "alpha" in self.rule.adapt else None
+        self.gain = nn.Parameter(torch.empty(heads, memories, head_width)) if config.normalise else None
+        self.start_inner = nn.Parameter(torch.empty(heads, memories, hidden or head_width, head_width))
+        self.start_outer = nn.Parameter(torch.empty(heads, memories, head_width, hidden)) if hidden else None
         self.read_norm = RMSNorm(head_width, epsilon=epsilon)
         self.output_gate = nn.Linear(width, heads * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
     def initial_state(self, batch_size: int) -> SelfModifyingState:
         """Fast weights at their learned start, nothing in the convolution."""
-        tail = self.qkv.weight.new_zeros(batch_size, self.config.conv_width - 1, self.qkv.weight.shape[0])
-        return SelfModifyingState(zero_state(self._start(), batch_size), tail)
+        weight = self.qkv.weight  # torch.zeros, not new_zeros: a sharded weight would make a sharded tail
+        tail = torch.zeros(
+            batch_size, self.config.conv_width - 1, weight.shape[0], dtype=weight.dtype, device=weight.device
+        )
+        return SelfModifyingState(zero_state(self._start(), batch_size, momentum=self.config.momentum), tail)
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: SelfModifyingState
@@ -98,13 +98,14 @@ class SelfModifyingTitans(nn.Module):
         config = self.config
         self._check_resets(context)
         mixed, tail = self.conv(self.qkv(x), state.tail, context.resets)
-        directions = unit(functional.silu(mixed).view(batch, tokens, 3, config.num_heads, config.head_width))
-        query, key, value = directions.unbind(dim=2)
-        rate, decay = (self.gates(x) + self.gate_bias).chunk(2, dim=-1)
+        mixed = functional.silu(mixed).view(batch, tokens, 3, config.num_heads, config.head_width)
+        query, key = unit(mixed[:, :, 0]), unit(mixed[:, :, 1])
+        value = unit(mixed[:, :, 2]) if config.unit_values else mixed[:, :, 2]
+        gates = (self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2)
         output = memory_chunked.self_modify(
-            MemoryInputs(key, value, query, rate, decay),
+            MemoryInputs(key, value, query, *gates),
             self._start(),
-            GateReadout(self.readout_rate, self.readout_decay),
+            GateReadout(self.readout_rate, self.readout_decay, self.gain),
             state.memory,
             rule=self.rule,
             position=context.position,
@@ -117,7 +118,10 @@ class SelfModifyingTitans(nn.Module):
         return result, SelfModifyingState(output.state, tail), stats
 
     def _start(self) -> MemoryWeights:
-        return MemoryWeights(self.start_inner, self.start_outer)
+        outer = self.start_outer
+        if outer is None:  # linear memories have no second layer
+            outer = self.start_inner[..., :0]
+        return MemoryWeights(self.start_inner, outer)
 
     def _check_resets(self, context: StepContext) -> None:
         """Refuse document starts that are not on a border: the memories would go on with another document's writes."""
@@ -132,13 +136,12 @@ class SelfModifyingTitans(nn.Module):
                 f"stream), inside a memory chunk of {self.rule.alignment}; start documents at multiples of the chunk"
             )
 
-    @staticmethod
     @torch.no_grad()
-    def _statistics(rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
+    def _statistics(self, rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
         norms = (current.inner.float().square().sum((-2, -1)) + current.outer.float().square().sum((-2, -1))).sqrt()
         mean = norms.mean(dim=(0, 1))  # over rows and heads
         stats = {"rate": rate.float().mean(), "decay": decay.float().mean()}
-        return stats | {f"fast_norm/{name}": mean[index] for index, name in enumerate(MEMORIES)}
+        return stats | {f"fast_norm/{name}": mean[index] for index, name in enumerate(self.rule.adapt)}
 
     @torch.no_grad()
     def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
@@ -149,10 +152,18 @@ class SelfModifyingTitans(nn.Module):
         config = self.config
         heads = config.num_heads
         normal(self.conv.weight, 1 / math.sqrt(config.conv_width))
-        normal(self.readout_rate, 1 / math.sqrt(config.head_width))
-        normal(self.readout_decay, 1 / math.sqrt(config.head_width))
-        normal(self.start_inner, 1 / math.sqrt(config.head_width))
-        normal(self.start_outer, START_OUTER_SCALE / math.sqrt(self.start_outer.shape[-1]))
+        for readout in (self.readout_rate, self.readout_decay):
+            if readout is not None:
+                normal(readout, 1 / math.sqrt(config.head_width))
+        if self.start_outer is None:
+            normal(self.start_inner, START_LINEAR_SCALE / math.sqrt(config.head_width))
+            self.start_inner.add_(torch.eye(config.head_width, device=self.start_inner.device))
+        else:
+            normal(self.start_inner, 1 / math.sqrt(config.head_width))
+            normal(self.start_outer, START_OUTER_SCALE / math.sqrt(self.start_outer.shape[-1]))
+        if self.gain is not None:
+            self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
         kept = math.exp(-1 / config.decay_horizon_tokens)
-        self.gate_bias[:heads] = math.log(config.rate_init / (1 - config.rate_init))
-        self.gate_bias[heads:] = math.log(kept / (1 - kept))
+        starts = (config.rate_init, kept, config.momentum_init)
+        for bias, share in zip(self.gate_bias.view(-1, heads), starts, strict=False):
+            bias.fill_(math.log(share / (1 - share)))

@@ -14,7 +14,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if name.startswith(("embedding.", "head.")):
             part = "embedding"
-        elif ".mixer.start_" in name:
+        elif ".start_" in name:
             part = "memory_starts"
         elif ".mixer." in name:
             part = "mixer"

@@ -1,37 +1,38 @@
 """What every backend of the self-modifying memories shares: names, shapes, and the rule that is followed.
 
-A head owns five memories, each a residual two-layer network M(x) = x + W_out silu(W_in x) on vectors of the
-head's width. Two of them generate the key and the value of a token, two its inner learning rate and its retention,
-and the fifth is the memory that is read. All five are written for every token, with the same key, towards a target
-that each one generates for itself. Written weights are kept as their distance from a learned start.
+A head owns up to six memories. Five generate what the writing needs: the key, the value and the query of a token, its
+inner learning rate and its retention; the sixth is the memory that is read. All are written for every token, with the
+same key. A memory is a residual two-layer network M(x) = x + W_out silu(W_in x) on vectors of the head's width, or one
+matrix, M(x) = W_in x. Written weights are kept as their distance from a learned start.
 
-Shapes: B batch, T tokens, H heads, M memories (5), K head width, E hidden width of a memory.
+Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidden width of a memory.
 
-Source: arXiv 2512.24695, eqs. 83-91. `inner` is W_2 there, `outer` is W_1, k/eta/alpha/v/memory the squares.
+Source: arXiv 2512.24695, eqs. 83-93. `inner` is W_2 there, `outer` is W_1, k/eta/alpha/v/q/memory the squares.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MEMORIES = ("k", "eta", "alpha", "v", "memory")
-"""Order along the memory dimension: first those that read the key input, then v, then the one that is read out."""
-
-KEY, RATE, DECAY, VALUE, MEMORY = range(5)
+from nested_lm.write_rule import WriteRule
 
 NORM_FLOOR = 1e-6
 """Smallest norm a vector is divided by when it is made unit length."""
 
-
 GRADIENT_FLOOR = 1e-12
 """Added to the squared norm of an inner gradient before dividing by it."""
 
+LAYER_NORM_FLOOR = 1e-6
+"""Added to the variance inside a normalised memory."""
+
 
 class MemoryWeights(NamedTuple):
-    """Both layers of all memories: the learned start (no batch dimension) or a distance from it."""
+    """Both layers of all memories: the learned start (no batch dimension) or a distance from it.
+
+    A memory of depth 1 has a square `inner` and an `outer` of hidden width 0.
+    """
 
     inner: Float[Tensor, "... H M E K"]
     outer: Float[Tensor, "... H M K E"]
@@ -41,18 +42,20 @@ class MemoryState(NamedTuple):
     """Fast weights between two calls, as distances from the start.
 
     border: of each memory at its own last chunk border; keys, values, rates, decays, targets and gradients come from
-        these. current: after the last token; reads come from these.
+        these. current: after the last token; reads come from these. momentum: the running write, None without it.
     """
 
     border: MemoryWeights
     current: MemoryWeights
+    momentum: MemoryWeights | None = None
 
 
 class MemoryInputs(NamedTuple):
     """What the slow weights hand to the memories.
 
-    key: unit vectors read by the k, eta and alpha memories. value: unit vectors read by the v memory.
-    query: unit vectors that read `memory`; rate, decay: slow part of the gates before their squashing.
+    key: unit vectors read by the k, eta and alpha memories. value: vectors read by the v memory, unit where the rule
+        says so. query: unit vectors read by the q memory. An absent k, v or q memory leaves its input as it is.
+    rate, decay: slow part of the gates before their squashing. momentum: that of the momentum's decay, None without.
     """
 
     key: Float[Tensor, "B T H K"]
@@ -60,13 +63,19 @@ class MemoryInputs(NamedTuple):
     query: Float[Tensor, "B T H K"]
     rate: Float[Tensor, "B T H"]
     decay: Float[Tensor, "B T H"]
+    momentum: Float[Tensor, "B T H"] | None = None
 
 
 class GateReadout(NamedTuple):
-    """Learned vectors that turn the outputs of the eta and alpha memories into gate logits."""
+    """Learned vectors that are never written.
 
-    rate: Float[Tensor, "H K"]
-    decay: Float[Tensor, "H K"]
+    rate, decay: turn the outputs of the eta and alpha memories into gate logits; None where the memory is absent.
+    gain: scale of each memory's normalised second layer; None without normalisation.
+    """
+
+    rate: Float[Tensor, "H K"] | None
+    decay: Float[Tensor, "H K"] | None
+    gain: Float[Tensor, "H M K"] | None = None
 
 
 class MemoryOutput(NamedTuple):
@@ -80,44 +89,19 @@ class MemoryOutput(NamedTuple):
     """alpha: share of the fast weights kept, per token."""
 
 
-@dataclass(frozen=True)
-class WriteRule:
-    """The choices the paper leaves open.
-
-    chunk, chunk_generators: tokens between two borders of `memory`, and of the four generators (section 8.2 has two
-        sizes). Keys, values and gates come from the generators' last border, and every memory's gradient and
-        target from its own (eq. 90). One of the two divides the other.
-    erase: layers whose fast weights also forget along the written direction (the DGD term of eq. 88).
-    read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write.
-    rate_memory, rate_generators: largest inner learning rate of `memory` and of the four generators.
-    """
-
-    chunk: int
-    chunk_generators: int
-    erase: Literal["both", "input", "none"]
-    read: Literal["inclusive", "exclusive"]
-    rate_memory: float
-    rate_generators: float
-
-    @property
-    def alignment(self) -> int:
-        """Tokens between two moments that are a border of every memory: where a document may start."""
-        return max(self.chunk, self.chunk_generators)
-
-
 def unit(x: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
     """Scale to Euclidean length 1; vectors shorter than NORM_FLOOR stay shorter."""
     length: Tensor = x.norm(dim=-1, keepdim=True)
     return x / length.clamp_min(NORM_FLOOR)
 
 
-def zero_state(start: MemoryWeights, batch_size: int) -> MemoryState:
+def zero_state(start: MemoryWeights, batch_size: int, *, momentum: bool = False) -> MemoryState:
     """State of streams that have read nothing: no distance from the start."""
+    # torch.zeros, not new_zeros: starts that are sharded over devices would make a sharded state.
     zero = MemoryWeights(
-        start.inner.new_zeros(batch_size, *start.inner.shape),
-        start.outer.new_zeros(batch_size, *start.outer.shape),
+        *(torch.zeros(batch_size, *part.shape, dtype=part.dtype, device=part.device) for part in start)
     )
-    return MemoryState(zero, zero)
+    return MemoryState(zero, zero, zero if momentum else None)
 
 
 def damping(
@@ -150,6 +134,18 @@ def add(start: MemoryWeights, distance: MemoryWeights) -> MemoryWeights:
     return MemoryWeights(start.inner + distance.inner, start.outer + distance.outer)
 
 
+def subtract(weights: MemoryWeights, start: MemoryWeights) -> MemoryWeights:
+    """Distance of weights from the start."""
+    return MemoryWeights(weights.inner - start.inner, weights.outer - start.outer)
+
+
+def decay_base(start: MemoryWeights, rule: WriteRule) -> MemoryWeights:
+    """What retention shrinks the weights towards: the start, or zero."""
+    if rule.decay_towards == "start":
+        return start
+    return MemoryWeights(torch.zeros_like(start.inner), torch.zeros_like(start.outer))
+
+
 def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bool, memory: bool) -> MemoryWeights:
     """Bring the border of the generators, of `memory`, or of both up to the current weights."""
     if generators and memory:
@@ -157,12 +153,9 @@ def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bo
     if not generators and not memory:
         return border
     newer, older = (current, border) if generators else (border, current)
-    return MemoryWeights(
-        *(torch.cat([a[:, :, :MEMORY], b[:, :, MEMORY:]], dim=2) for a, b in zip(newer, older, strict=True))
-    )
+    return MemoryWeights(*(torch.cat([a[:, :, :-1], b[:, :, -1:]], dim=2) for a, b in zip(newer, older, strict=True)))
 
 
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:
-    """Largest rate of each memory, in the order of MEMORIES."""
-    limits = [rule.rate_generators] * 4 + [rule.rate_memory]
-    return torch.tensor(limits, dtype=like.dtype, device=like.device)
+    """Largest rate of each memory."""
+    return torch.tensor(rule.rates, dtype=like.dtype, device=like.device)

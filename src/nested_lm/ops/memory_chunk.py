@@ -1,20 +1,16 @@
-"""One chunk of the self-modifying memories in matrix products, and its backward, written by hand.
+"""One chunk of the self-modifying memories in matrix products.
 
-Inside a chunk every gradient is taken at the border, so it is known before the chunk starts, and each layer of each
-memory becomes a gated delta rule with rank-one writes. With distances D from the start, unit directions p_t, known
-errors g_t, rates eta_t and retentions alpha_t (gamma_t their running product):
+Inside a chunk every gradient is taken at the border (or is linear in the weights), so each layer of each memory becomes
+a gated delta rule with rank-one writes, which `memory_writes` solves. The first layers of all memories of equal rate
+share their directions, the keys, and so share the triangular factor. Inner gradients are closed forms. Everything here
+is differentiable by autograd; the commonest rules have a backward written by hand as well (`memory_backward`).
 
-    D_t = alpha_t D_{t-1} - eta_t (g_t + D_{t-1} p_t) p_t^T = gamma_t D_0 + sum_{i<=t} (gamma_t / gamma_i) w_i p_i^T
+Shapes: B batch, H heads, C tokens of a chunk, M memories that adapt, K head width, E hidden width.
 
-and the updates w solve one unit lower-triangular system (I + L) W = -eta (G + gamma_{t-1} P D_0^T) with
-L_ti = eta_t (gamma_{t-1} / gamma_i) p_t.p_i for i < t. The first layers of all memories of equal rate share p = k and
-so share the factor. Inner gradients are closed forms.
-
-Shapes: B batch, H heads, C tokens of a chunk, M memories (5), K head width, E hidden width.
-
-Source: arXiv 2512.24695 eqs. 83-91 in the parallel form derived in docs/equations.md.
+Source: arXiv 2512.24695 eqs. 83-93 in the parallel form derived in docs/equations.md.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,17 +19,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from nested_lm.ops.memory import (
-    GRADIENT_FLOOR,
-    MEMORY,
+    LAYER_NORM_FLOOR,
     NORM_FLOOR,
-    VALUE,
     GateReadout,
     MemoryWeights,
-    WriteRule,
     damping,
     unit,
 )
+from nested_lm.ops.memory_writes import (
+    Decays,
+    Spread,
+    Writes,
+    joined,
+    joined_pushes,
+    product,
+    running_decays,
+    solve_with_momentum,
+    solve_writes,
+    spread_of_momentum,
+)
 from nested_lm.ops.triangular import unit_lower_inverse
+from nested_lm.write_rule import WriteRule
 
 
 class ChunkInputs(NamedTuple):
@@ -41,30 +47,38 @@ class ChunkInputs(NamedTuple):
 
     key: Float[Tensor, "B H C K"]
     value: Float[Tensor, "B H C K"]
+    query: Float[Tensor, "B H C K"]
     rate: Float[Tensor, "B H C"]
     decay: Float[Tensor, "B H C"]
+    momentum: Float[Tensor, "B H C"] | None
+
+
+class Answers(NamedTuple):
+    """What the generating memories that read one input answer, with what the backward needs."""
+
+    pre: Float[Tensor, "B H N C E"]
+    out: Float[Tensor, "B H N C K"]
 
 
 class Generated(NamedTuple):
-    """What the memories generate from the border weights (eq. 83), with what its backward needs."""
+    """What the memories generate from the border weights (eq. 83)."""
 
     key: Float[Tensor, "B H C K"]
     value: Float[Tensor, "B H C K"]
+    query: Float[Tensor, "B H C K"]
     rate: Float[Tensor, "B H C"]  # before scaling by the largest rate
     log_decay: Float[Tensor, "B H C"]
-    pre: Float[Tensor, "B H 3 C E"]
-    out: Float[Tensor, "B H 3 C K"]  # k, eta, alpha before normalisation and read-out
-    pre_value: Float[Tensor, "B H 1 C E"]
-    out_value: Float[Tensor, "B H 1 C K"]
+    log_momentum: Float[Tensor, "B H C"] | None
+    answers: tuple[Answers | None, Answers | None, Answers | None]  # of those that read key, value, query
 
 
 class Errors(NamedTuple):
     """Closed-form inner gradients at the border (eqs. 84-85): rank one a token, error times direction."""
 
     pre_key: Float[Tensor, "B H M C E"]
-    pre_value: Float[Tensor, "B H M C E"]
-    difference: Float[Tensor, "B H M C E"]  # hidden activations at k minus those at v
-    error: Float[Tensor, "B H M C K"]  # M(k) - M(v)
+    pre_value: Float[Tensor, "B H M C E"] | None
+    difference: Float[Tensor, "B H M C E"]  # hidden activations at k minus those at v, if targets are generated
+    error: Float[Tensor, "B H M C K"]  # gradient at the output of the second layer; M(k) - target when not normalised
     back: Float[Tensor, "B H M C E"]  # error carried back through the second layer
     slope: Float[Tensor, "B H M C E"]  # derivative of silu at k
     squared: Float[Tensor, "B H M C 1"]  # squared length of the hidden activations at k
@@ -74,70 +88,43 @@ class Errors(NamedTuple):
     curvature: Float[Tensor, "B H M C 1"]
 
 
-class Writes(NamedTuple):
-    """Rank-one writes of one layer of some memories, with what the backward of the solve needs."""
+class ChunkWeights(NamedTuple):
+    """Weights a chunk starts from.
 
-    write: Float[Tensor, "B H N C X"]
-    known: Float[Tensor, "B H N C X"]  # right-hand side before the rate and the sign
-    faded: Float[Tensor, "B H N C X"] | None  # old content read along the direction
-    inverse: Float[Tensor, "B H G C C"] | None
-    overlap: Float[Tensor, "B H G C C"] | None  # factor without the rate
+    anchor: full weights at the last border. base: what decay goes towards (no batch dimension). distance: from the
+    base, before the first token. momentum: None without.
+    """
 
-
-class Decays(NamedTuple):
-    """Running products of the retention, in the forms the recurrences need. gamma_0 = 1."""
-
-    log_kept: Float[Tensor, "B H C"]  # log gamma_t
-    before: Float[Tensor, "B H 1 C 1"]  # gamma_{t-1}
-    ratio: Float[Tensor, "B H 1 C C"]  # gamma_{t-1} / gamma_i below the diagonal, 0 elsewhere
-    to_end: Float[Tensor, "B H 1 C 1"]  # gamma_C / gamma_t
-    end: Float[Tensor, "B H 1 1 1"]  # gamma_C
+    anchor: MemoryWeights
+    base: MemoryWeights
+    distance: MemoryWeights
+    momentum: MemoryWeights | None
 
 
 class Chunk(NamedTuple):
     """Everything one chunk computed: its results and what its backward reads."""
 
     after: MemoryWeights
+    momentum: MemoryWeights | None
     made: Generated
-    errors: Errors
+    errors: Errors | None  # None for linear memories
     decays: Decays
     inner: tuple[Writes, ...]  # one entry a group of equal rates
-    outer: tuple[Writes, ...]
-
-
-class ChunkGradients(NamedTuple):
-    """Gradients of one chunk's inputs."""
-
-    inputs: ChunkInputs
-    anchor: MemoryWeights
-    current: MemoryWeights
-    readout: GateReadout
-
-
-class TraceGradients(NamedTuple):
-    """Gradients that reads of `memory` and the reported gates send into one chunk."""
-
-    inner_key: Float[Tensor, "B H C K"]
-    inner_write: Float[Tensor, "B H C E"]
-    outer_key: Float[Tensor, "B H C E"]
-    outer_write: Float[Tensor, "B H C K"]
-    log_kept: Float[Tensor, "B H C"]
-    rate: Float[Tensor, "B H C"]  # of the rate of `memory`
-    decay: Float[Tensor, "B H C"]
+    outer: tuple[Writes, ...]  # none for linear memories
 
 
 def rate_groups(rule: WriteRule) -> tuple[tuple[slice, float], ...]:
-    """Memories of equal largest rate, which share the triangular factor of their first layers, and that rate."""
-    if rule.rate_generators == rule.rate_memory:
-        return ((slice(0, MEMORY + 1), rule.rate_memory),)
-    return ((slice(0, MEMORY), rule.rate_generators), (slice(MEMORY, MEMORY + 1), rule.rate_memory))
+    """Neighbouring memories of equal largest rate, which share the factor of their first layers, and that rate."""
+    changes = [i for i, (a, b) in enumerate(pairwise(rule.rates), start=1) if a != b]
+    cuts = [0, *changes, len(rule.rates)]
+    return tuple((slice(a, b), rule.rates[a]) for a, b in pairwise(cuts))
 
 
-def product(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
-    """Matrix product with operands rounded to `operands` (None: as they are); the result keeps a's dtype."""
-    if operands is None:
-        return a @ b
-    return (a.to(operands) @ b.to(operands)).to(a.dtype)
+def readers(rule: WriteRule) -> tuple[slice, slice, slice]:
+    """Memories that read the key input, the value input and the query input."""
+    of_key = sum(name in ("k", "eta", "alpha") for name in rule.adapt)
+    of_value = of_key + ("v" in rule.adapt)
+    return slice(0, of_key), slice(of_key, of_value), slice(of_value, len(rule.adapt) - 1)
 
 
 def silu_slope(pre: Tensor) -> Tensor:
@@ -146,328 +133,244 @@ def silu_slope(pre: Tensor) -> Tensor:
     return torch.addcmul(gate, pre * gate, 1 - gate)
 
 
+def normalised_rows(branch: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer normalisation without gain, and the standard deviation it divided by."""
+    centred = branch - branch.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + LAYER_NORM_FLOOR).sqrt()
+    return centred / deviation, deviation
+
+
+def _through_norm(x: Tensor, normalised: Tensor, deviation: Tensor) -> Tensor:
+    """Multiply by the (symmetric) Jacobian of layer normalisation."""
+    projected = x - x.mean(-1, keepdim=True) - normalised * (x * normalised).mean(-1, keepdim=True)
+    return projected / deviation
+
+
+def _answer(
+    x: Float[Tensor, "B H C K"],
+    anchor: MemoryWeights,
+    members: slice,
+    gain: Float[Tensor, "H M K"] | None,
+    rule: WriteRule,
+    operands: torch.dtype | None,
+) -> Answers:
+    """M(x) of some memories."""
+    given = x[:, :, None]
+    pre = product(given, anchor.inner[:, :, members].mT, operands)
+    if rule.depth == 1:
+        return Answers(pre, pre)
+    branch = product(functional.silu(pre), anchor.outer[:, :, members].mT, operands)
+    if gain is not None:
+        branch = gain[:, members, None] * normalised_rows(branch)[0]
+    return Answers(pre, given + branch)
+
+
 def generate(
-    inputs: ChunkInputs, anchor: MemoryWeights, readout: GateReadout, operands: torch.dtype | None
+    inputs: ChunkInputs, anchor: MemoryWeights, readout: GateReadout, rule: WriteRule, operands: torch.dtype | None
 ) -> Generated:
-    """Let the memories generate keys, values, rates and retentions."""
-    x = inputs.key[:, :, None]
-    pre = product(x, anchor.inner[:, :, :VALUE].mT, operands)
-    out = x + product(functional.silu(pre), anchor.outer[:, :, :VALUE].mT, operands)
-    x = inputs.value[:, :, None]
-    pre_value = product(x, anchor.inner[:, :, VALUE:MEMORY].mT, operands)
-    out_value = x + product(functional.silu(pre_value), anchor.outer[:, :, VALUE:MEMORY].mT, operands)
-    rate = torch.sigmoid(inputs.rate + (out[:, :, 1] * readout.rate[:, None]).sum(-1))
-    log_decay = functional.logsigmoid(inputs.decay + (out[:, :, 2] * readout.decay[:, None]).sum(-1))
-    key, value = unit(out[:, :, 0]), unit(out_value[:, :, 0])
-    return Generated(key, value, rate, log_decay, pre, out, pre_value, out_value)
+    """Let the memories generate keys, values, queries, rates and retentions."""
+    answers = [
+        _answer(x, anchor, members, readout.gain, rule, operands) if members.stop > members.start else None
+        for x, members in zip((inputs.key, inputs.value, inputs.query), readers(rule), strict=True)
+    ]
+    of_key, of_value, of_query = answers
+
+    def from_key(name: str) -> Tensor | None:
+        index = rule.index(name)
+        return None if index is None or of_key is None else of_key.out[:, :, index]
+
+    def logit(slow: Tensor, answered: Tensor | None, vector: Tensor | None) -> Tensor:
+        if answered is not None and vector is not None:
+            slow = slow + (answered * vector[:, None]).sum(-1)
+        return slow if rule.gates == "head" else slow.mean(dim=1, keepdim=True).expand_as(slow)
+
+    key = from_key("k")
+    value = inputs.value if of_value is None else of_value.out[:, :, 0]
+    return Generated(
+        inputs.key if key is None else unit(key),
+        unit(value) if of_value is not None and rule.unit_values else value,
+        inputs.query if of_query is None else unit(of_query.out[:, :, 0]),
+        torch.sigmoid(logit(inputs.rate, from_key("eta"), readout.rate)),
+        functional.logsigmoid(logit(inputs.decay, from_key("alpha"), readout.decay)),
+        None if inputs.momentum is None else functional.logsigmoid(inputs.momentum),
+        (of_key, of_value, of_query),
+    )
 
 
-def inner_errors(made: Generated, anchor: MemoryWeights, operands: torch.dtype | None) -> Errors:
-    """Gradient of half |M(k) - v_hat|^2 at the border with v_hat = M(v), for every memory and token."""
+def inner_errors(
+    made: Generated,
+    anchor: MemoryWeights,
+    gain: Float[Tensor, "H M K"] | None,
+    rule: WriteRule,
+    operands: torch.dtype | None,
+) -> Errors:
+    """Gradient of half |M(k) - target|^2 at the border, for every two-layer memory and token."""
     pre_key = product(made.key[:, :, None], anchor.inner.mT, operands)
-    pre_value = product(made.value[:, :, None], anchor.inner.mT, operands)
     hidden = functional.silu(pre_key)
-    difference = hidden - functional.silu(pre_value)
-    error = product(difference, anchor.outer.mT, operands) + (made.key - made.value)[:, :, None]
+    difference, pre_value = hidden, None
+    if rule.targets == "generated":
+        pre_value = product(made.value[:, :, None], anchor.inner.mT, operands)
+        difference = hidden - functional.silu(pre_value)
+    through = None
+    if gain is None:
+        error = product(difference, anchor.outer.mT, operands) + (made.key - made.value)[:, :, None]
+    else:
+        normalised, deviation = normalised_rows(product(hidden, anchor.outer.mT, operands))
+        apart = normalised
+        if pre_value is not None:
+            apart = apart - normalised_rows(product(functional.silu(pre_value), anchor.outer.mT, operands))[0]
+        scale = gain[:, :, None]
+        error = _through_norm(scale * (scale * apart + (made.key - made.value)[:, :, None]), normalised, deviation)
+        through = (scale, normalised, deviation)
     back = product(error, anchor.outer, operands)
     squared = hidden.square().sum(dim=-1, keepdim=True)
     direction = hidden / (squared + NORM_FLOOR**2).sqrt()
     slope = silu_slope(pre_key)
     gradient = slope * back  # of the first layer; times the key, which has unit length
     moved = product(slope * gradient, anchor.outer.mT, operands) + squared * error
-    size = gradient.square().sum(-1, keepdim=True) + squared * error.square().sum(-1, keepdim=True)
-    return Errors(pre_key, pre_value, difference, error, back, slope, squared, direction, moved, *damping(moved, size))
+    if through is not None:
+        moved = through[0] * _through_norm(moved, *through[1:])
+    if rule.damp:
+        size = gradient.square().sum(-1, keepdim=True) + squared * error.square().sum(-1, keepdim=True)
+        damped, curvature = damping(moved, size)
+    else:
+        damped = curvature = torch.ones_like(squared)
+    return Errors(pre_key, pre_value, difference, error, back, slope, squared, direction, moved, damped, curvature)
 
 
-def running_decays(log_decay: Float[Tensor, "B H C"]) -> Decays:
-    """Accumulate the retention over the chunk, in logarithms so that nothing overflows."""
-    log_kept = log_decay.cumsum(dim=-1)
-    log_before = log_kept - log_decay
-    ratio = (log_before[..., :, None] - log_kept[..., None, :]).tril_(-1).exp_().tril_(-1)
-    last = log_kept[..., -1:]
-    return Decays(
-        log_kept,
-        log_before.exp()[:, :, None, :, None],
-        ratio[:, :, None],
-        (last - log_kept).exp()[:, :, None, :, None],
-        last.exp()[..., None, None],
-    )
-
-
-def solve_writes(
-    error: Float[Tensor, "B H N C X"],
-    direction: Float[Tensor, "B H G C Y"],
-    old: Float[Tensor, "B H N X Y"],
-    rate: Float[Tensor, "B H 1 C 1"],
+def solve_self_referential(
+    made: Generated,
+    base: Float[Tensor, "H N K K"],
+    old: Float[Tensor, "B H N K K"],
+    limit: float,
     decays: Decays,
-    erase: bool,
+    rule: WriteRule,
     operands: torch.dtype | None,
 ) -> Writes:
-    """Writes of one layer of N memories of equal rate. G is 1 when they share their directions, else N."""
-    if not erase:
-        return Writes(-rate * error, error, None, None, None)
-    overlap = decays.ratio * product(direction, direction.mT, operands)
-    inverse = unit_lower_inverse(rate * overlap)
-    faded = product(direction, old.mT, operands)
-    known = torch.addcmul(error, decays.before, faded)
-    return Writes(inverse @ (-rate * known), known, faded, inverse, overlap)
+    """Writes of linear memories whose targets are their own fresh answers: w_t = F_{t-1} u_t - erase.
+
+    The gradient reads the full weights F = base + D, the erase term reads D: w_t = base u'_t + D_{t-1} u_t.
+    """
+    key, value = made.key[:, :, None], made.value[:, :, None]
+    rate = made.rate[:, :, None, :, None] * limit
+    toward = rate * (value - key if rule.objective == "l2" else value)
+    reader = toward - rate * key if rule.erased_layers[0] else toward
+    inverse = unit_lower_inverse(-decays.ratio * product(reader, key.mT, operands))
+    known = product(toward, base.mT, operands) + decays.before * product(reader, old.mT, operands)
+    return Writes(inverse @ known)
+
+
+def _write_linear(
+    made: Generated,
+    weights: ChunkWeights,
+    decays: Decays,
+    spread: Spread | None,
+    rule: WriteRule,
+    operands: torch.dtype | None,
+) -> tuple[Writes, ...]:
+    """Writes of linear memories (eqs. 92-93, and the fresh-gradient and self-referential forms)."""
+    key, value = made.key[:, :, None], made.value[:, :, None]
+    times = int(rule.erased_layers[0]) + (rule.gradient == "fresh" and rule.objective == "l2")
+    writes = []
+    for group, limit in rate_groups(rule):
+        base, old = weights.base.inner[:, group], weights.distance.inner[:, :, group]
+        if rule.gradient == "self_referential":
+            writes.append(solve_self_referential(made, base, old, limit, decays, rule, operands))
+            continue
+        anchor = weights.anchor.inner[:, :, group]
+        target = product(value, anchor.mT, operands) if rule.targets == "generated" else value
+        error = -target
+        if rule.objective == "l2":
+            error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target
+        error = error.expand(*error.shape[:2], old.shape[2], *error.shape[3:])
+        rate = made.rate[:, :, None, :, None] * limit
+        if spread is None or weights.momentum is None:
+            writes.append(solve_writes(error, key, old, rate, decays, times, operands))
+        else:
+            running = weights.momentum.inner[:, :, group]
+            writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands))
+    return tuple(writes)
+
+
+def _write_layer(
+    error: Float[Tensor, "B H M C X"],
+    direction: Float[Tensor, "B H G C Y"],
+    old: Float[Tensor, "B H M X Y"],
+    momentum: Float[Tensor, "B H M X Y"] | None,
+    made: Generated,
+    decays: Decays,
+    spread: Spread | None,
+    erase: bool,
+    rule: WriteRule,
+    operands: torch.dtype | None,
+) -> tuple[Writes, ...]:
+    """Writes of one layer of all two-layer memories, one entry a group of equal rates."""
+    writes = []
+    for group, limit in rate_groups(rule):
+        rate = made.rate[:, :, None, :, None] * limit
+        at = direction if direction.shape[2] == 1 else direction[:, :, group]
+        known, before = error[:, :, group], old[:, :, group]
+        if spread is None or momentum is None:
+            writes.append(solve_writes(known, at, before, rate, decays, int(erase), operands))
+        else:
+            running = momentum[:, :, group]
+            writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, int(erase), operands))
+    return tuple(writes)
+
+
+def _carried(
+    writes: tuple[Writes, ...],
+    direction: Tensor,
+    old: Tensor,
+    momentum: Tensor | None,
+    decays: Decays,
+    spread: Spread | None,
+    operands: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Distance and momentum of one layer after the chunk."""
+    after = torch.addcmul(product((joined(writes) * decays.to_end).mT, direction, operands), decays.end, old)
+    if spread is None or momentum is None:
+        return after, None
+    pushed = joined_pushes(writes)
+    arrived = spread.matrix[..., -1, :, None]
+    after = after + product((pushed * arrived).mT, direction, operands) + spread.first[..., -1:, :] * momentum
+    left = product((pushed * spread.own_end).mT, direction, operands) + spread.own_first * momentum
+    return after, left
 
 
 def forward_chunk(
     inputs: ChunkInputs,
-    anchor: MemoryWeights,
-    current: MemoryWeights,
+    weights: ChunkWeights,
     readout: GateReadout,
     rule: WriteRule,
     operands: torch.dtype | None,
 ) -> Chunk:
-    """Write up to a chunk of tokens, none beyond the next border, into all memories.
-
-    anchor: full weights at the last border. current: distance from the start before the first token.
-    """
-    made = generate(inputs, anchor, readout, operands)
-    errors = inner_errors(made, anchor, operands)
+    """Write up to a chunk of tokens, none beyond the next border, into all memories."""
+    made = generate(inputs, weights.anchor, readout, rule, operands)
     decays = running_decays(made.log_decay)
-    length = errors.squared.add(NORM_FLOOR**2).sqrt()
-    inner_error = errors.damped * (errors.slope * errors.back)
-    outer_error = (errors.damped * length) * errors.error
+    spread = None
+    if made.log_momentum is not None:
+        spread = spread_of_momentum(decays.log_kept, made.log_momentum)
     key = made.key[:, :, None]
-    inner, outer = [], []
-    for group, limit in rate_groups(rule):
-        rate = made.rate[:, :, None, :, None] * limit
-        old = MemoryWeights(current.inner[:, :, group], current.outer[:, :, group])
-        inner.append(
-            solve_writes(inner_error[:, :, group], key, old.inner, rate, decays, rule.erase != "none", operands)
-        )
-        direction = errors.direction[:, :, group]
-        outer.append(
-            solve_writes(outer_error[:, :, group], direction, old.outer, rate, decays, rule.erase == "both", operands)
-        )
-    inner_write, outer_write = joined(inner), joined(outer)
-    after = MemoryWeights(
-        torch.addcmul(product((inner_write * decays.to_end).mT, key, operands), decays.end, current.inner),
-        torch.addcmul(product((outer_write * decays.to_end).mT, errors.direction, operands), decays.end, current.outer),
-    )
-    return Chunk(after, made, errors, decays, tuple(inner), tuple(outer))
-
-
-def joined(groups: list[Writes] | tuple[Writes, ...]) -> Float[Tensor, "B H M C X"]:
-    """Writes of all memories of one layer."""
-    return groups[0].write if len(groups) == 1 else torch.cat([group.write for group in groups], dim=2)
-
-
-class _LayerGradients(NamedTuple):
-    """What the backward of one layer's writes sends on."""
-
-    error: Tensor  # to the known error
-    direction: Tensor  # to the directions
-    old: Tensor  # to the weights before the chunk
-    rate: Tensor  # (B, H, C), to the rate before scaling
-    log_kept: Tensor  # (B, H, C)
-    log_before: Tensor  # (B, H, C)
-
-
-def _backward_layer(
-    grad_after: Tensor,
-    grad_write: Tensor,
-    groups: tuple[Writes, ...],
-    direction: Tensor,
-    old: Tensor,
-    chunk: Chunk,
-    rule: WriteRule,
-    operands: torch.dtype | None,
-) -> _LayerGradients:
-    """Backward of the writes of one layer and of its weights after the chunk.
-
-    grad_write: gradient that reads send to the writes of `memory` (B, H, C, X).
-    """
-    decays = chunk.decays
-    write = joined(groups)
-    # after = end * old + (write * to_end)^T direction
-    carried = product(direction, grad_after.mT, operands)  # (B, H, M, C, X)
-    grad = carried * decays.to_end
-    grad[:, :, MEMORY] += grad_write
-    grad_to_end = (write * carried).sum((2, 4)) * decays.to_end[:, :, 0, :, 0]  # (B, H, C), times to_end
-    grad_direction = product(write * decays.to_end, grad_after, operands)
-    grad_old = decays.end * grad_after
-    grad_log_end = (grad_old * old).sum((2, 3, 4)) + grad_to_end.sum(-1)
-    grad_log_kept = -grad_to_end
-    grad_log_kept[..., -1] += grad_log_end
-    grad_log_before = torch.zeros_like(grad_log_kept)
-    grad_rate = torch.zeros_like(grad_log_kept)
-    grad_errors = []
-    for (group, limit), found in zip(rate_groups(rule), groups, strict=True):
-        rate = chunk.made.rate[:, :, None, :, None] * limit
-        right = grad[:, :, group]
-        if found.inverse is not None:
-            right = found.inverse.mT @ right
-        grad_known = -rate * right
-        grad_rate -= limit * (right * found.known).sum((2, 4))
-        grad_errors.append(grad_known)
-        if found.inverse is None or found.overlap is None or found.faded is None:
-            continue
-        shared = direction.shape[2] == 1
-        at = direction if shared else direction[:, :, group]
-        factor = -(right @ found.write.mT)  # gradient of the factor; only below the diagonal counts
-        if shared:
-            factor = factor.sum(2, keepdim=True)
-        weighted = factor * found.overlap
-        grad_rate += limit * weighted.sum((2, 4))
-        weighted = weighted * rate
-        grad_log_before += weighted.sum((2, 4))
-        grad_log_kept -= weighted.sum((2, 3))
-        grad_overlap = factor * rate * decays.ratio
-        grad_faded = grad_known * decays.before
-        grad_log_before += (grad_faded * found.faded).sum((2, 4))
-        grad_old[:, :, group] += product(grad_faded.mT, at, operands)
-        along = product(grad_faded, old[:, :, group], operands)
-        mutual = product(grad_overlap + grad_overlap.mT, at, operands)
-        if shared:
-            grad_direction = grad_direction.sum(2, keepdim=True) if grad_direction.shape[2] > 1 else grad_direction
-            grad_direction += along.sum(2, keepdim=True) + mutual
-        else:
-            grad_direction[:, :, group] += along + mutual
-    error = grad_errors[0] if len(grad_errors) == 1 else torch.cat(grad_errors, dim=2)
-    return _LayerGradients(error, grad_direction, grad_old, grad_rate, grad_log_kept, grad_log_before)
-
-
-def _backward_errors(
-    grad_inner: Tensor,
-    grad_outer: Tensor,
-    grad_direction: Tensor,
-    chunk: Chunk,
-    anchor: MemoryWeights,
-    operands: torch.dtype | None,
-) -> tuple[Tensor, Tensor, MemoryWeights]:
-    """Backward of `inner_errors`: gradients of key, value and anchor."""
-    errors, made = chunk.errors, chunk.made
-    squared, direction, slope, error, damped = (
-        errors.squared,
-        errors.direction,
-        errors.slope,
-        errors.error,
-        errors.damped,
-    )
-    length = squared.add(NORM_FLOOR**2).sqrt()
-    gradient = slope * errors.back
-    # inner = damped * gradient and outer = damped * length * error
-    along = (grad_outer * error).sum(-1, keepdim=True)
-    grad_damped = (grad_inner * gradient).sum(-1, keepdim=True) + along * length
-    grad_gradient = damped * grad_inner
-    grad_error = (damped * length) * grad_outer
-    # damped = 1 / max(1, curvature), curvature = |moved|^2 / size, size = |gradient|^2 + squared |error|^2
-    error_squared = error.square().sum(-1, keepdim=True)
-    size = gradient.square().sum(-1, keepdim=True) + squared * error_squared + GRADIENT_FLOOR
-    grad_curvature = torch.where(errors.curvature > 1, -grad_damped * damped.square(), 0.0) / size
-    grad_moved = (2 * grad_curvature) * errors.moved
-    grad_size = -grad_curvature * errors.curvature
-    # moved = (slope * gradient) W_out^T + squared * error
-    steep = product(grad_moved, anchor.outer, operands)
-    grad_anchor_outer = product(grad_moved.mT, slope * gradient, operands)
-    grad_gradient = grad_gradient + slope * steep + (2 * grad_size) * gradient
-    grad_error = grad_error + squared * grad_moved + (2 * grad_size * squared) * error
-    grad_squared = grad_size * error_squared + (grad_moved * error).sum(-1, keepdim=True)
-    grad_squared += (0.5 / length) * (damped * along)
-    grad_squared -= 0.5 * (grad_direction * direction).sum(-1, keepdim=True) / length.square()
-    grad_hidden = grad_direction / length + (2 * length * grad_squared) * direction
-    # gradient = slope * (error W_out)
-    grad_back = grad_gradient * slope
-    grad_slope = grad_gradient * errors.back + gradient * steep
-    grad_error = grad_error + product(grad_back, anchor.outer.mT, operands)
-    grad_difference = product(grad_error, anchor.outer, operands)
-    grad_anchor_outer += product(error.mT, grad_back, operands)
-    grad_anchor_outer += product(grad_error.mT, errors.difference, operands)
-    grad_hidden += grad_difference
-    gate = torch.sigmoid(errors.pre_key)
-    curve = gate * (1 - gate) * (2 + errors.pre_key * (1 - 2 * gate))
-    grad_pre_key = torch.addcmul(grad_hidden * slope, grad_slope, curve)
-    grad_pre_value = -grad_difference * silu_slope(errors.pre_value)
-    grad_anchor_inner = product(grad_pre_key.mT, made.key[:, :, None], operands)
-    grad_anchor_inner += product(grad_pre_value.mT, made.value[:, :, None], operands)
-    shared = grad_error.sum(2)
-    grad_key = shared + product(grad_pre_key, anchor.inner, operands).sum(2)
-    grad_value = product(grad_pre_value, anchor.inner, operands).sum(2) - shared
-    return grad_key, grad_value, MemoryWeights(grad_anchor_inner, grad_anchor_outer)
-
-
-def _backward_unit(grad: Tensor, x: Tensor, direction: Tensor) -> Tensor:
-    """Backward of scaling to unit length."""
-    length: Tensor = x.norm(dim=-1, keepdim=True)
-    along = (grad * direction).sum(-1, keepdim=True) * direction
-    return torch.where(length > NORM_FLOOR, grad - along, grad) / length.clamp_min(NORM_FLOOR)
-
-
-def _backward_generate(
-    grad_key: Tensor,
-    grad_value: Tensor,
-    grad_rate: Tensor,
-    grad_log_decay: Tensor,
-    inputs: ChunkInputs,
-    anchor: MemoryWeights,
-    readout: GateReadout,
-    made: Generated,
-    grad_anchor: MemoryWeights,
-    operands: torch.dtype | None,
-) -> tuple[ChunkInputs, GateReadout]:
-    """Backward of `generate`; adds to `grad_anchor` in place."""
-    rate_logit = grad_rate * made.rate * (1 - made.rate)
-    decay_logit = -grad_log_decay * torch.expm1(made.log_decay)
-    out, out_value = made.out, made.out_value
-    readout_gradient = GateReadout(
-        (rate_logit[..., None] * out[:, :, 1]).sum((0, 2)),
-        (decay_logit[..., None] * out[:, :, 2]).sum((0, 2)),
-    )
-    grad_out = torch.stack(
-        [
-            _backward_unit(grad_key, out[:, :, 0], made.key),
-            rate_logit[..., None] * readout.rate[:, None],
-            decay_logit[..., None] * readout.decay[:, None],
-        ],
-        dim=2,
-    )
-    grad_out_value = _backward_unit(grad_value, out_value[:, :, 0], made.value)[:, :, None]
-    grads = []
-    for members, x, pre, grad in (
-        (slice(0, VALUE), inputs.key, made.pre, grad_out),
-        (slice(VALUE, MEMORY), inputs.value, made.pre_value, grad_out_value),
-    ):
-        grad_pre = product(grad, anchor.outer[:, :, members], operands) * silu_slope(pre)
-        grad_anchor.outer[:, :, members] += product(grad.mT, functional.silu(pre), operands)
-        grad_anchor.inner[:, :, members] += product(grad_pre.mT, x[:, :, None], operands)
-        grads.append((grad + product(grad_pre, anchor.inner[:, :, members], operands)).sum(2))
-    return ChunkInputs(grads[0], grads[1], rate_logit, decay_logit), readout_gradient
-
-
-def backward_chunk(
-    grad_after: MemoryWeights,
-    trace: TraceGradients,
-    inputs: ChunkInputs,
-    anchor: MemoryWeights,
-    current: MemoryWeights,
-    readout: GateReadout,
-    chunk: Chunk,
-    rule: WriteRule,
-    operands: torch.dtype | None,
-) -> ChunkGradients:
-    """Gradients of one chunk's inputs from those of its results."""
-    made, errors = chunk.made, chunk.errors
-    common = (chunk, rule, operands)
-    key = made.key[:, :, None]
-    inner = _backward_layer(grad_after.inner, trace.inner_write, chunk.inner, key, current.inner, *common)
-    outer = _backward_layer(grad_after.outer, trace.outer_write, chunk.outer, errors.direction, current.outer, *common)
-    grad_direction = outer.direction
-    grad_direction[:, :, MEMORY] += trace.outer_key
-    grad_key, grad_value, grad_anchor = _backward_errors(
-        inner.error, outer.error, grad_direction, chunk, anchor, operands
-    )
-    grad_key = grad_key + inner.direction.sum(2) + trace.inner_key
-    grad_rate = inner.rate + outer.rate + trace.rate * rule.rate_memory
-    log_before = inner.log_before + outer.log_before
-    # log_kept is the running sum of log_decay, log_before is log_kept - log_decay
-    running = inner.log_kept + outer.log_kept + trace.log_kept + log_before
-    grad_log_decay = running.flip(-1).cumsum(-1).flip(-1) - log_before
-    grad_log_decay = grad_log_decay + trace.decay * made.log_decay.exp()
-    grad_inputs, grad_readout = _backward_generate(
-        grad_key, grad_value, grad_rate, grad_log_decay, inputs, anchor, readout, made, grad_anchor, operands
-    )
-    return ChunkGradients(grad_inputs, grad_anchor, MemoryWeights(inner.old, outer.old), grad_readout)
+    distance, momentum = weights.distance, weights.momentum
+    running = (None, None) if momentum is None else (momentum.inner, momentum.outer)
+    errors: Errors | None = None
+    outer: tuple[Writes, ...] = ()
+    if rule.depth == 1:
+        inner = _write_linear(made, weights, decays, spread, rule, operands)
+    else:
+        errors = inner_errors(made, weights.anchor, readout.gain, rule, operands)
+        length = errors.squared.add(NORM_FLOOR**2).sqrt()
+        known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
+        shared = (made, decays, spread)
+        erase_inner, erase_outer = rule.erased_layers
+        inner = _write_layer(known[0], key, distance.inner, running[0], *shared, erase_inner, rule, operands)
+        at = errors.direction
+        outer = _write_layer(known[1], at, distance.outer, running[1], *shared, erase_outer, rule, operands)
+    common = (decays, spread, operands)
+    after_inner, left_inner = _carried(inner, key, distance.inner, running[0], *common)
+    after_outer, left_outer = distance.outer, running[1]
+    if errors is not None:
+        after_outer, left_outer = _carried(outer, errors.direction, distance.outer, running[1], *common)
+    left = None if left_inner is None or left_outer is None else MemoryWeights(left_inner, left_outer)
+    return Chunk(MemoryWeights(after_inner, after_outer), left, made, errors, decays, inner, outer)

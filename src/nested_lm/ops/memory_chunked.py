@@ -3,36 +3,34 @@
 `memory_chunk` has the mathematics of one chunk; here a sequence is cut at the borders, chunks are run one after the
 other (their borders depend on each other) and `memory` is read for all of them at once (reads feed nothing back).
 
-Shapes: B batch, T tokens, S chunks, C tokens of a chunk, H heads, M memories (5), K head width, E hidden width.
+Shapes: B batch, T tokens, S chunks, C tokens of a chunk, H heads, M memories that adapt, K head width, E hidden width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nested_lm.ops.memory import (
-    MEMORY,
     GateReadout,
     MemoryInputs,
     MemoryOutput,
     MemoryState,
     MemoryWeights,
-    WriteRule,
     add,
+    decay_base,
     move_border,
     reset_rows,
+    subtract,
 )
-from nested_lm.ops.memory_chunk import (
-    Chunk,
-    ChunkInputs,
-    TraceGradients,
-    backward_chunk,
-    forward_chunk,
-)
+from nested_lm.ops.memory_backward import TraceGradients, backward_chunk, has_closed_backward
+from nested_lm.ops.memory_chunk import Chunk, ChunkInputs, ChunkWeights, forward_chunk
+from nested_lm.ops.memory_read import Trace, read_pieces, trace_chunk
+from nested_lm.write_rule import WriteRule
 
 
 class Borders(NamedTuple):
@@ -49,20 +47,6 @@ class Piece(NamedTuple):
     end: int
     after: Borders  # at its end
     aligned: bool  # begins on a border of every memory
-
-
-class Trace(NamedTuple):
-    """What reads of `memory` need: its weights before each piece and every write."""
-
-    inner_key: Float[Tensor, "B H T K"]
-    inner_write: Float[Tensor, "B H T E"]
-    outer_key: Float[Tensor, "B H T E"]
-    outer_write: Float[Tensor, "B H T K"]
-    log_kept: Float[Tensor, "B H T"]  # log of the retention since the piece began
-    rate: Float[Tensor, "B H T"]
-    decay: Float[Tensor, "B H T"]
-    inner: Float[Tensor, "B H S E K"]
-    outer: Float[Tensor, "B H S K E"]
 
 
 class Plan(NamedTuple):
@@ -89,85 +73,96 @@ def cut(tokens: int, position: int, rule: WriteRule) -> tuple[Piece, ...]:
 
 
 def _slice(inputs: ChunkInputs, piece: Piece) -> ChunkInputs:
-    return ChunkInputs(*(x[:, :, piece.begin : piece.end] for x in inputs))
+    return ChunkInputs(*(None if x is None else x[:, :, piece.begin : piece.end] for x in inputs))  # type: ignore[arg-type]
 
 
-def _trace_of(chunk: Chunk, rule: WriteRule) -> tuple[Tensor, ...]:
-    """Per-token part of a piece's trace, in the order of `Trace`."""
-    made = chunk.made
-    return (
-        made.key,
-        chunk.inner[-1].write[:, :, -1],
-        chunk.errors.direction[:, :, MEMORY],
-        chunk.outer[-1].write[:, :, -1],
-        chunk.decays.log_kept,
-        made.rate * rule.rate_memory,
-        made.log_decay.exp(),
-    )
+def run_pieces(
+    plan: Plan,
+    inputs: ChunkInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    run_chunk: Callable[[ChunkInputs, ChunkWeights, GateReadout, WriteRule, torch.dtype | None], Chunk],
+    visit: Callable[[Chunk, MemoryState], None] | None = None,
+) -> tuple[Trace, MemoryState]:
+    """Run all pieces in turn.
+
+    visit: is shown each chunk and the state it began with, as distances from the start.
+    """
+    rule = plan.rule
+    base = decay_base(start, rule)
+    whole = rule.decay_towards == "zero"  # retention acts on whole weights, the state stays a distance from the start
+    border, current, momentum = state
+    traces = []
+    for index, piece in enumerate(plan.pieces):
+        if piece.aligned and plan.keep is not None:
+            border = current = reset_rows(current, plan.keep[index])
+            momentum = None if momentum is None else reset_rows(momentum, plan.keep[index])
+        distance = add(start, current) if whole else current
+        anchor = add(start, border)
+        chunk = run_chunk(
+            _slice(inputs, piece), ChunkWeights(anchor, base, distance, momentum), readout, rule, plan.operands
+        )
+        if visit is not None:
+            visit(chunk, MemoryState(border, current, momentum))
+        seen = distance
+        if rule.read == "border":
+            seen = anchor if whole else border
+        traces.append(trace_chunk(chunk, seen, momentum, rule))
+        current = subtract(chunk.after, start) if whole else chunk.after
+        momentum = chunk.momentum
+        border = move_border(border, current, **piece.after._asdict())
+    return Trace.joined(traces), MemoryState(border, current, momentum)
 
 
 class _WriteSequence(torch.autograd.Function):
     """All writes of a call. Backward goes through the pieces in reverse with hand-written gradients."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs, start, readout, state = _unflatten(tensors)
-        border, current = state
-        weights, kept, chunks, traces = [], [], [], []
-        for index, piece in enumerate(plan.pieces):
-            if piece.aligned and plan.keep is not None:
-                border = current = reset_rows(current, plan.keep[index])
-            chunk = forward_chunk(
-                _slice(inputs, piece),
-                add(start, border),
-                current,
-                readout,
-                rule=plan.rule,
-                operands=plan.operands,
-            )
-            traces.append(_trace_of(chunk, plan.rule))
-            weights.append((current.inner[:, :, MEMORY], current.outer[:, :, MEMORY]))
-            kept.append(MemoryState(border, current))
+        kept: list[MemoryState] = []
+        chunks: list[Chunk | None] = []
+
+        def visit(chunk: Chunk, before: MemoryState) -> None:
+            kept.append(before)
             chunks.append(chunk if plan.keep_chunks else None)
-            current = chunk.after
-            border = move_border(border, current, **piece.after._asdict())
+
+        trace, after = run_pieces(plan, inputs, start, readout, state, forward_chunk, visit)
         ctx.plan, ctx.chunks, ctx.kept = plan, chunks, kept
         ctx.save_for_backward(*tensors)
-        trace = [torch.cat(parts, dim=2) for parts in zip(*traces, strict=True)]
-        trace += [torch.stack(parts, dim=2) for parts in zip(*weights, strict=True)]
         # An output must not be an input, and the two states must not be one tensor.
-        return (*trace, *(x.clone() for x in border), *(x.clone() for x in current))
+        return (*trace.closed(), *(x.clone() for x in after.border), *(x.clone() for x in after.current))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
         inputs, start, readout, _ = _unflatten(ctx.saved_tensors)
-        trace = Trace(*grads[:9])
-        border, current = MemoryWeights(*grads[9:11]), MemoryWeights(*grads[11:13])
+        trace = grads[:10]
+        border, current = MemoryWeights(*grads[10:12]), MemoryWeights(*grads[12:14])
         # Gradients that wait for the border each piece was anchored at. `border` starts with what later calls sent.
         total_start = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
-        total_readout = GateReadout(torch.zeros_like(readout.rate), torch.zeros_like(readout.decay))
-        pieces_of_inputs: list[ChunkInputs] = []
+        total_readout = [None if x is None else torch.zeros_like(x) for x in readout[:2]]
+        pieces_of_inputs: list[tuple[Tensor, ...]] = []
         for index in reversed(range(len(plan.pieces))):
             piece, kept = plan.pieces[index], ctx.kept[index]
             border, current = _move_border_backward(border, current, piece.after)
-            anchor = add(start, kept.border)
+            weights = ChunkWeights(add(start, kept.border), start, kept.current, None)
             part = _slice(inputs, piece)
-            common = (plan.rule, plan.operands)
-            chunk = ctx.chunks[index] or forward_chunk(part, anchor, kept.current, readout, *common)
+            chunk = ctx.chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)
             ctx.chunks[index] = None  # free it
-            found = backward_chunk(
-                current, _trace_gradients(trace, piece), part, anchor, kept.current, readout, chunk, *common
-            )
+            of_trace = TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:8]))
+            found = backward_chunk(current, of_trace, part, weights, readout, chunk, plan.rule, plan.operands)
             pieces_of_inputs.append(found.inputs)
-            for total, part_of_total in zip(total_readout, found.readout, strict=True):
-                total += part_of_total
-            for total, gradient in zip(total_start, found.anchor, strict=True):
-                total += gradient
-            current = found.current
-            current.inner[:, :, MEMORY] += trace.inner[:, :, index]
-            current.outer[:, :, MEMORY] += trace.outer[:, :, index]
+            for total, of_readout in zip(total_readout, found.readout, strict=True):
+                if total is not None and of_readout is not None:
+                    total += of_readout
+            for of_start, gradient in zip(total_start, found.anchor, strict=True):
+                of_start += gradient
+            current = found.distance
+            current.inner[:, :, -1] += trace[8][:, :, index]
+            current.outer[:, :, -1] += trace[9][:, :, index]
             border = add(border, found.anchor)
             if piece.aligned and plan.keep is not None:
                 border, current = _move_border_backward(border, current, Borders(generators=True, memory=True))
@@ -178,10 +173,24 @@ class _WriteSequence(torch.autograd.Function):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _write_sequence(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Run the writes as they are under torch.compile, which cannot trace a backward of its own through the pieces."""
-    results: tuple[Tensor, ...] = _WriteSequence.apply(plan, *tensors)  # type: ignore[no-untyped-call]
-    return results
+def _write_sequence(
+    plan: Plan, inputs: ChunkInputs, start: MemoryWeights, readout: GateReadout, state: MemoryState
+) -> tuple[Trace, MemoryState]:
+    """Write with the hand-written backward where there is one, else with autograd's.
+
+    Runs as it is under torch.compile, which cannot trace a backward of its own through the pieces.
+    """
+    if has_closed_backward(plan.rule):
+        tensors = (*inputs[:5], *start, *readout[:2], *state.border, *state.current)
+        results = _WriteSequence.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+        return Trace(*results[:10]), MemoryState(MemoryWeights(*results[10:12]), MemoryWeights(*results[12:14]))
+    keep = plan.keep_chunks or not torch.is_grad_enabled()
+    return run_pieces(plan, inputs, start, readout, state, forward_chunk if keep else _recomputed_chunk)
+
+
+def _recomputed_chunk(*args: Any) -> Chunk:
+    chunk: Chunk = checkpoint(forward_chunk, *args, use_reentrant=False, preserve_rng_state=False)
+    return chunk
 
 
 def _move_border_backward(
@@ -190,75 +199,20 @@ def _move_border_backward(
     """Backward of `move_border`: what waited for a border that moved goes to the weights it moved to."""
     new_border, new_current = [], []
     for waiting, gradient in zip(border, current, strict=True):
-        keep = waiting.new_tensor([not moved.generators] * MEMORY + [not moved.memory]).view(1, 1, -1, 1, 1)
+        generators = waiting.shape[2] - 1
+        keep = waiting.new_tensor([not moved.generators] * generators + [not moved.memory]).view(1, 1, -1, 1, 1)
         new_border.append(waiting * keep)
         new_current.append(gradient + waiting * (1 - keep))
     return MemoryWeights(*new_border), MemoryWeights(*new_current)
 
 
-def _unflatten(tensors: tuple[Tensor, ...]) -> tuple[ChunkInputs, MemoryWeights, GateReadout, MemoryState]:
+def _unflatten(tensors: tuple[Any, ...]) -> tuple[ChunkInputs, MemoryWeights, GateReadout, MemoryState]:
     return (
-        ChunkInputs(*tensors[:4]),
-        MemoryWeights(*tensors[4:6]),
-        GateReadout(*tensors[6:8]),
-        MemoryState(MemoryWeights(*tensors[8:10]), MemoryWeights(*tensors[10:12])),
+        ChunkInputs(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], None),
+        MemoryWeights(*tensors[5:7]),
+        GateReadout(*tensors[7:9]),
+        MemoryState(MemoryWeights(*tensors[9:11]), MemoryWeights(*tensors[11:13])),
     )
-
-
-def _trace_gradients(trace: Trace, piece: Piece) -> TraceGradients:
-    return TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:7]))
-
-
-def read_chunks(
-    query: Float[Tensor, "B H S C K"],
-    start_inner: Float[Tensor, "H E K"],
-    start_outer: Float[Tensor, "H K E"],
-    trace: Trace,
-    rule: WriteRule,
-) -> Float[Tensor, "B H S C K"]:
-    """Read `memory` at every token of every piece, each at its own moment.
-
-    trace: its per-token members with the tokens split into (S, C).
-    """
-    log_kept = trace.log_kept
-    if rule.read == "inclusive":
-        log_seen, diagonal = log_kept, 0
-    else:
-        log_seen, diagonal = functional.pad(log_kept[..., :-1], (1, 0)), -1
-    ratio = (log_seen[..., :, None] - log_kept[..., None, :]).tril(diagonal).exp().tril(diagonal)
-    faded = log_seen.exp()[..., None]
-
-    def layer(x: Tensor, start: Tensor, before: Tensor, keys: Tensor, writes: Tensor) -> Tensor:
-        return x @ start[:, None].mT + faded * (x @ before.mT) + (ratio * (x @ keys.mT)) @ writes
-
-    hidden = functional.silu(layer(query, start_inner, trace.inner, trace.inner_key, trace.inner_write))
-    return query + layer(hidden, start_outer, trace.outer, trace.outer_key, trace.outer_write)
-
-
-def read_pieces(
-    query: Float[Tensor, "B H T K"],
-    start: MemoryWeights,
-    trace: Trace,
-    pieces: tuple[Piece, ...],
-    rule: WriteRule,
-) -> Float[Tensor, "B H T K"]:
-    """Read all pieces, neighbours of equal length in one go."""
-    start_inner, start_outer = start.inner[:, MEMORY], start.outer[:, MEMORY]
-    reads = []
-    first = 0
-    while first < len(pieces):
-        length = pieces[first].end - pieces[first].begin
-        stop = first + 1
-        while stop < len(pieces) and pieces[stop].end - pieces[stop].begin == length:
-            stop += 1
-        begin, end, shape = pieces[first].begin, pieces[stop - 1].end, (stop - first, length)
-        per_token = [x[:, :, begin:end].reshape(*x.shape[:2], *shape, *x.shape[3:]) for x in trace[:7]]
-        per_piece = [x[:, :, first:stop] for x in trace[7:]]
-        part = Trace(*per_token, *per_piece)
-        queries = query[:, :, begin:end].reshape(*query.shape[:2], *shape, query.shape[3])
-        reads.append(read_chunks(queries, start_inner, start_outer, part, rule).flatten(2, 3))
-        first = stop
-    return reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
 
 
 def _operand_dtype(x: Tensor) -> torch.dtype | None:
@@ -287,18 +241,18 @@ def self_modify(
     pieces = cut(inputs.key.shape[1], position, rule)
     operands = _operand_dtype(inputs.key)
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
-    key, value, query, rate, decay = (x.to(dtype).transpose(1, 2) for x in inputs)  # (B, H, T, ...)
+    given = ChunkInputs(*(None if x is None else x.to(dtype).transpose(1, 2) for x in inputs))  # type: ignore[arg-type]
     keep = None
     if resets is not None:
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
     plan = Plan(rule, pieces, keep, torch.is_grad_enabled() and not recompute, operands)
-    with torch.autocast(key.device.type, enabled=False):
-        results = _write_sequence(plan, key, value, rate, decay, *start, *readout, *state.border, *state.current)
-        trace = Trace(*results[:9])
-        reads = read_pieces(query, start, trace, pieces, rule)
+    with torch.autocast(given.key.device.type, enabled=False):
+        trace, after = _write_sequence(plan, given, start, readout, state)
+        spans = tuple((piece.begin, piece.end) for piece in pieces)
+        reads = read_pieces(decay_base(start, rule), readout, trace, spans, rule)
     return MemoryOutput(
         reads.transpose(1, 2),
-        MemoryState(MemoryWeights(*results[9:11]), MemoryWeights(*results[11:13])),
+        after,
         trace.rate.transpose(1, 2),
         trace.decay.transpose(1, 2),
     )

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from nested_lm.checkpoint import list_checkpoints
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
 from nested_lm.data.shards import TokenDataset
@@ -27,6 +28,7 @@ from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, ope
 from nested_lm.train.saving import CheckpointKeeper, RunState
 from nested_lm.train.signals import StopRequest
 from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
+from nested_lm.train.start import load_start
 from nested_lm.train.state import Progress, seed_everything
 from nested_lm.train.step import GradientComputer, Gradients
 from nested_lm.train.strategy import SingleDevice, Strategy, choose_device, peak_memory_mb
@@ -99,7 +101,10 @@ def train(
         model = LanguageModel(config.model, recompute=config.train.recompute)
         model.initialise(config.seed)
         size = sum(parameter.numel() for parameter in model.parameters())
-        identity = open_run_folder(config, dataset, resume=resume, device=str(device), parameters=size)
+        start = None
+        if config.train.init_from is not None and not list_checkpoints(Path(config.output_dir) / CHECKPOINTS):
+            start = load_start(model, config, dataset)
+        identity = open_run_folder(config, dataset, resume=resume, device=str(device), parameters=size, start=start)
         trainer = Trainer(config, model, dataset, SingleDevice(device), identity=identity)
         return trainer.run(stop, evaluators, console=console or Console())
 
@@ -324,6 +329,7 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
         every_steps=settings.logging.every_steps,
         step_tokens=settings.step_tokens,
         total_steps=stream.total_steps,
+        memories=model.memories,
     )
     watch = NonFiniteWatch(limit=settings.max_nonfinite_steps)
     return RunState(model, optimizer, stream, watch, norms, Progress())

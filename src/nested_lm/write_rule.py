@@ -1,0 +1,142 @@
+"""The rule by which the self-modifying memories are written: every choice the paper leaves open, in one place.
+
+Pure: the configuration checks itself with it, the operations follow it.
+
+Source: arXiv 2512.24695 eqs. 83-93; arXiv 2501.00663 eq. 10.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MEMORIES = ("k", "eta", "alpha", "v", "q", "memory")
+"""Order along the memory dimension: those that read the key input, then v, then q, then the one that is read out."""
+
+
+@dataclass(frozen=True)
+class WriteRule:
+    """The choices the paper leaves open, and those its ablations switch.
+
+    chunk, chunk_generators: tokens between two borders of `memory`, and of the generators (section 8.2 has two
+        sizes). Keys, values and gates come from the generators' last border, and every memory's gradient and
+        target from its own (eq. 90). One of the two divides the other.
+    adapt: memories that exist and are written, in the order of MEMORIES; `memory` is always the last.
+    rates: largest inner learning rate of each of them.
+    depth: 2 for residual networks (eq. 91), 1 for matrices (eqs. 92-93).
+    objective: half the squared error, or (depth 1) the negative inner product with the target (eq. 92).
+    targets: each memory's own M(v) (eq. 84), or the value itself as in Titans.
+    gradient: taken at the `border`; or (depth 1) at the `fresh` weights with the border's target; or
+        `self_referential`, with the target from the fresh weights as well.
+    erase: layers whose fast weights also forget along the written direction (the DGD term of eq. 88).
+    decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
+    momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
+    read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
+        `border` (the literal eq. 90).
+    normalise: layer normalisation of the second layer's output inside a memory.
+    unit_values: whether values are scaled to unit length.
+    gates: one learning rate and retention a token for each `head`, or one for all heads of a `token` (eq. 88).
+    damp: whether writes are damped where they would overshoot, see `damping`.
+    """
+
+    chunk: int
+    chunk_generators: int
+    adapt: tuple[str, ...] = ("k", "eta", "alpha", "v", "memory")
+    rates: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    depth: Literal[1, 2] = 2
+    objective: Literal["l2", "dot"] = "l2"
+    targets: Literal["generated", "values"] = "generated"
+    gradient: Literal["border", "fresh", "self_referential"] = "border"
+    erase: Literal["both", "input", "none"] = "both"
+    decay_towards: Literal["start", "zero"] = "start"
+    momentum: bool = False
+    read: Literal["inclusive", "exclusive", "border"] = "inclusive"
+    normalise: bool = False
+    unit_values: bool = True
+    gates: Literal["head", "token"] = "head"
+    damp: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning, with the reason.
+
+        Raises:
+            ValueError: an impossible combination.
+        """
+        for wrong, reason in self._impossible():
+            if wrong:
+                raise ValueError(reason)
+
+    def _impossible(self) -> tuple[tuple[bool, str], ...]:
+        return (*self._impossible_shapes(), *self._unstable())
+
+    def _unstable(self) -> tuple[tuple[bool, str], ...]:
+        exact = self.depth == 1 and (self.gradient != "border" or self.alignment == 1)
+        doubled = exact and self.objective == "l2" and self.erase != "none"
+        limit = 1.0 if doubled else 2.0
+        grows = not self.unit_values and self.targets == "generated" and not self.normalise
+        return (
+            (
+                max(self.rates, default=0.0) > limit,
+                f"rates {self.rates}: above {limit:g} a single write overshoots"
+                + (" (gradient and erase term both take the old content off)" if doubled else "")
+                + f"; use rates up to {limit:g}",
+            ),
+            (
+                grows,
+                "values of any length with targets the memories generate feed back on themselves and diverge at every "
+                "useful rate; use unit_values: true, or targets: values, or normalise: true",
+            ),
+        )
+
+    def _impossible_shapes(self) -> tuple[tuple[bool, str], ...]:
+        ordered = tuple(name for name in MEMORIES if name in self.adapt)
+        linear = self.depth == 1
+        return (
+            (
+                self.adapt != ordered or not self.adapt or self.adapt[-1] != "memory",
+                f"adapt {self.adapt} must be some of {MEMORIES}, in this order, each once, with `memory`",
+            ),
+            (len(self.rates) != len(self.adapt), f"{len(self.rates)} rates for {len(self.adapt)} memories"),
+            (
+                self.objective == "dot" and not linear,
+                "objective `dot` with a two-layer memory has no minimum: its writes grow without bound; use "
+                "objective: l2, or depth: 1",
+            ),
+            (
+                self.gradient != "border" and not linear,
+                f"gradient `{self.gradient}` needs linear memories, where it stays a linear recurrence; use "
+                "gradient: border, or depth: 1",
+            ),
+            (
+                self.gradient == "self_referential" and self.targets == "values",
+                "gradient `self_referential` means that the target is M(v) at the fresh weights; use "
+                "targets: generated, or gradient: fresh",
+            ),
+            (
+                self.momentum and self.gradient != "border",
+                "momentum needs gradients that are known before the chunk; use gradient: border",
+            ),
+            (self.normalise and linear, "normalise is a layer inside two-layer memories; use depth: 2"),
+            (
+                max(self.chunk, self.chunk_generators) % min(self.chunk, self.chunk_generators) != 0,
+                f"chunk {self.chunk} and chunk_generators {self.chunk_generators} do not nest: one must be a multiple "
+                "of the other",
+            ),
+        )
+
+    @property
+    def alignment(self) -> int:
+        """Tokens between two moments that are a border of every memory: where a document may start."""
+        return max(self.chunk, self.chunk_generators)
+
+    @property
+    def erased_layers(self) -> tuple[bool, bool]:
+        """Whether the first and the second layer forget along the written direction."""
+        return self.erase != "none", self.erase == "both"
+
+    def index(self, name: str) -> int | None:
+        """Place of a memory along the memory dimension; None when it does not adapt."""
+        return self.adapt.index(name) if name in self.adapt else None
+
+    @property
+    def rate_memory(self) -> float:
+        """Largest inner learning rate of `memory`."""
+        return self.rates[-1]

@@ -1,0 +1,149 @@
+"""Random problems for the memory backends, and the options they are compared on."""
+
+import torch
+
+from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
+from nested_lm.write_rule import WriteRule
+
+ALL = ("k", "eta", "alpha", "v", "q", "memory")
+DEFAULT = ("k", "eta", "alpha", "v", "memory")
+
+
+def make_rule(
+    chunk=16, chunk_generators=None, adapt=DEFAULT, rate_memory=0.9, rate_generators=0.4, rates=None, **options
+):
+    rates = rates or (rate_generators,) * (len(adapt) - 1) + (rate_memory,)
+    return WriteRule(chunk, chunk_generators or chunk, adapt, rates, **options)
+
+
+OPTIONS = {
+    "default": {},
+    "erase input": {"erase": "input"},
+    "erase none": {"erase": "none"},
+    "read exclusive": {"read": "exclusive"},
+    "read border": {"read": "border"},
+    "adapt all six": {"adapt": ALL},
+    "adapt memory only": {"adapt": ("memory",)},
+    "adapt v, memory": {"adapt": ("v", "memory")},
+    "adapt k, q, memory": {"adapt": ("k", "q", "memory")},
+    "adapt eta, alpha, memory": {"adapt": ("eta", "alpha", "memory")},
+    "a rate each": {"adapt": ALL, "rates": (0.1, 0.2, 0.2, 0.4, 0.5, 1.5)},
+    "targets values": {"targets": "values"},
+    "decay to zero": {"decay_towards": "zero"},
+    "decay to zero, read border": {"decay_towards": "zero", "read": "border", "adapt": ALL},
+    "no damping": {"damp": False},
+    "normalised": {"normalise": True},
+    "normalised, raw values": {"normalise": True, "unit_values": False},
+    "raw values as targets": {"unit_values": False, "targets": "values"},
+    "gates of a token": {"gates": "token"},
+    "momentum": {"momentum": True},
+    "momentum, exclusive, erase none": {"momentum": True, "read": "exclusive", "erase": "none"},
+    "momentum, erase input, zero": {"momentum": True, "erase": "input", "decay_towards": "zero"},
+    "momentum, read border": {"momentum": True, "read": "border"},
+    "Titans": {"adapt": ("memory",), "targets": "values", "erase": "none", "momentum": True, "decay_towards": "zero"},
+    "linear": {"depth": 1},
+    "linear, all six, exclusive": {"depth": 1, "adapt": ALL, "read": "exclusive"},
+    "linear, dot": {"depth": 1, "objective": "dot"},
+    "linear, dot, erase none": {"depth": 1, "objective": "dot", "erase": "none"},
+    "linear, values": {"depth": 1, "targets": "values", "adapt": ("memory",)},
+    "linear, fresh": {"depth": 1, "gradient": "fresh"},
+    "linear, fresh, erase none": {"depth": 1, "gradient": "fresh", "erase": "none"},
+    "linear, fresh, zero": {"depth": 1, "gradient": "fresh", "decay_towards": "zero"},
+    "linear, fresh, dot": {"depth": 1, "gradient": "fresh", "objective": "dot"},
+    "linear, self-referential": {"depth": 1, "gradient": "self_referential"},
+    "linear, self-referential, dot, zero": {
+        "depth": 1,
+        "gradient": "self_referential",
+        "objective": "dot",
+        "decay_towards": "zero",
+    },
+    "linear, self-referential, erase none": {"depth": 1, "gradient": "self_referential", "erase": "none"},
+    "linear, momentum": {"depth": 1, "momentum": True},
+    "linear, momentum, dot, zero": {"depth": 1, "momentum": True, "objective": "dot", "decay_towards": "zero"},
+    "linear, border read": {"depth": 1, "read": "border"},
+}
+"""Name -> options of `make_rule`. Every option of WriteRule occurs."""
+
+
+class Problem:
+    """Inputs with different content in every row, a learned start and a state that has already been written.
+
+    `leaves` are what gradients are taken of; `arguments` makes a backend's arguments from them (keys and queries are
+    scaled to unit length on the way, as the model does).
+    """
+
+    def __init__(self, rule, *, batch=2, tokens=37, heads=2, width=6, hidden=9, seed=0, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(seed)
+        self.rule = rule
+        self.batch = batch
+        memories = len(rule.adapt)
+        hidden_inner, hidden_outer = (width, 0) if rule.depth == 1 else (hidden, hidden)
+
+        def normal(*shape, scale=1.0, shift=0.0):
+            drawn = torch.randn(*shape, generator=generator, dtype=dtype) * scale + shift
+            return drawn.requires_grad_()
+
+        self.leaves = {
+            "key": normal(batch, tokens, heads, width),
+            "value": normal(batch, tokens, heads, width),
+            "query": normal(batch, tokens, heads, width),
+            "rate": normal(batch, tokens, heads),
+            "decay": normal(batch, tokens, heads, shift=3.0),
+            "start_inner": normal(heads, memories, hidden_inner, width, scale=width**-0.5),
+            "start_outer": normal(heads, memories, width, hidden_outer, scale=0.3 * hidden**-0.5),
+            "written_inner": normal(batch, heads, memories, hidden_inner, width, scale=0.1),
+            "written_outer": normal(batch, heads, memories, width, hidden_outer, scale=0.1),
+        }
+        if "eta" in rule.adapt:
+            self.leaves["readout_rate"] = normal(heads, width)
+        if "alpha" in rule.adapt:
+            self.leaves["readout_decay"] = normal(heads, width)
+        if rule.normalise:
+            self.leaves["gain"] = normal(heads, memories, width, scale=0.5)
+        if rule.momentum:
+            self.leaves["momentum_gate"] = normal(batch, tokens, heads)
+            self.leaves["momentum_inner"] = normal(batch, heads, memories, hidden_inner, width, scale=0.1)
+            self.leaves["momentum_outer"] = normal(batch, heads, memories, width, hidden_outer, scale=0.1)
+
+    def arguments(self, leaves=None):
+        x = leaves or self.leaves
+        inputs = MemoryInputs(
+            unit(x["key"]),
+            unit(x["value"]) if self.rule.unit_values else x["value"],
+            unit(x["query"]),
+            x["rate"],
+            x["decay"],
+            x.get("momentum_gate"),
+        )
+        start = MemoryWeights(x["start_inner"], x["start_outer"])
+        readout = GateReadout(x.get("readout_rate"), x.get("readout_decay"), x.get("gain"))
+        written = MemoryWeights(x["written_inner"], x["written_outer"])
+        momentum = MemoryWeights(x["momentum_inner"], x["momentum_outer"]) if self.rule.momentum else None
+        return inputs, start, readout, MemoryState(written, written, momentum)
+
+    def run(self, backend, *, position=0, resets=None, **options):
+        return backend.self_modify(*self.arguments(), rule=self.rule, position=position, resets=resets, **options)
+
+
+def results_of(output):
+    """All tensors of an output that are not empty."""
+    found = [output.reads, *output.state.border, *output.state.current, *(output.state.momentum or ())]
+    return [x for x in (*found, output.rate, output.decay) if x.numel()]
+
+
+def run_with_gradients(problem, backend, **kwargs):
+    """Outputs, end state, and gradients of a fixed random functional of all of them with respect to every leaf."""
+    results = results_of(problem.run(backend, **kwargs))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(result.shape, generator=generator, dtype=result.dtype) for result in results]
+    loss = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
+    leaves = [leaf for leaf in problem.leaves.values() if leaf.numel()]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return results, gradients
+
+
+def worst(found, expected):
+    """Largest difference, relative to the largest element of each tensor."""
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in zip(found, expected, strict=True)
+    )
