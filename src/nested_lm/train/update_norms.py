@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from nested_lm.ops.memory import MEMORIES
 from nested_lm.optim.clocked import ClockedOptimizer
 
 Part = tuple[str, int | None]
@@ -28,7 +27,7 @@ class UpdateNorms:
         self._period_steps: dict[str, int] = {}
         for group in optimizer.groups:
             period = 1 if group.level is None else optimizer.clock.periods[group.level] // step_tokens
-            for label, parts in _split(group.label, group.names, optimizer.parameters).items():
+            for label, parts in _split(group.label, group.names, optimizer.parameters, memories).items():
                 self._parts[label] = parts
                 self._period_steps[label] = period
 
@@ -63,12 +62,14 @@ class UpdateNorms:
         ]
 
 
-def _split(label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
+def _split(
+    label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter], memories: tuple[str, ...]
+) -> dict[str, list[Part]]:
     """Split the starts of the memories by memory; other groups stay whole."""
     if label != "memory":
         return {label: [(name, None) for name in names]}
-    assert all(parameters[name].shape[1] == len(MEMORIES) for name in names)
-    return {f"memory/{memory}": [(name, index) for name in names] for index, memory in enumerate(MEMORIES)}
+    assert all(parameters[name].shape[1] == len(memories) for name in names)
+    return {f"memory/{memory}": [(name, index) for name in names] for index, memory in enumerate(memories)}
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
