@@ -17,9 +17,19 @@ class UpdateNorms:
     A group's weights are copied only at the step that is measured: the last one within the interval at which
     the group's level is due. A level that is not due within an interval is absent from its record. Values
     wait for the record in `pending`, which is part of the checkpoint state.
+
+    memories: names of the memories whose starts are stacked in the parameters of role `memory`.
     """
 
-    def __init__(self, optimizer: ClockedOptimizer, *, every_steps: int, step_tokens: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: ClockedOptimizer,
+        *,
+        every_steps: int,
+        step_tokens: int,
+        total_steps: int,
+        memories: tuple[str, ...] = (),
+    ) -> None:
         self.pending: dict[str, float] = {}
         self._parameters = optimizer.parameters
         self._every, self._total = every_steps, total_steps
