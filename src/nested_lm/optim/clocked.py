@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from nested_lm.config.train import AdamW, Optimizer
 from nested_lm.levels import LevelClock
 from nested_lm.optim.groups import ParameterGroup
+from nested_lm.optim.nested import NestedStarts, copy_of_starts, groups_of_starts
 
 _STATE = "state"  # first part of the names of optimizer tensors
 _PENDING = "pending"  # first part of the names of gradients that wait for their level's clock
+_START = "start"  # first part of the names of what nested levels go back to
 
 
 class ClockedOptimizer:
@@ -25,7 +27,10 @@ class ClockedOptimizer:
     A step that is skipped (see `skip`) contributes no gradient; a level that would have been due then goes on
     collecting until it is due again.
 
-    Source: arXiv 2512.24695 eq. 71, with an arbitrary optimizer for the error component. Deviation: periods
+    restarts: each level but the slowest goes back to a start that is learned on the next slower clock whenever that
+        clock ticks (nested wiring, see `NestedStarts`).
+
+    Source: arXiv 2512.24695 eqs. 71-72, with an arbitrary optimizer for the error component. Deviation: periods
     are half-open, so that no token is counted twice.
     """
 
@@ -35,6 +40,8 @@ class ClockedOptimizer:
         groups: tuple[ParameterGroup, ...],
         clock: LevelClock,
         config: Optimizer,
+        *,
+        restarts: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
         self.groups = groups
@@ -44,6 +51,11 @@ class ClockedOptimizer:
         for method in sorted({group.method for group in groups}):
             own = [group for group in groups if group.method == method]
             self._optimizers[method] = _create(method, own, self.parameters, config)
+        self._starts: NestedStarts | None = None
+        if restarts:
+            slower = groups_of_starts(groups, len(clock.periods))
+            stepper = ClockedOptimizer(copy_of_starts(self.parameters, slower), slower, clock, config)
+            self._starts = NestedStarts(self.parameters, stepper)
 
     def is_due(self, group: ParameterGroup, tokens_seen: int) -> bool:
         """Whether the group is stepped once `tokens_seen` tokens have passed."""
@@ -57,6 +69,8 @@ class ClockedOptimizer:
             tokens_seen: tokens of all steps up to and including this one.
             multiplier: share of each group's peak rate.
         """
+        if self._starts is not None:
+            self._starts.take_gradients()
         for group in self.groups:
             is_due = self.is_due(group, tokens_seen)
             for name in group.names:
@@ -65,6 +79,11 @@ class ClockedOptimizer:
             for settings in optimizer.param_groups:
                 settings["lr"] = settings["peak_rate"] * multiplier
             optimizer.step()
+        if self._starts is not None:
+            restarted = self._starts.step(tokens_seen, multiplier)
+            for optimizer in self._optimizers.values():
+                for name in restarted:
+                    optimizer.state.pop(self.parameters[name], None)
         self.clear_gradients()
 
     def skip(self) -> None:
@@ -91,13 +110,18 @@ class ClockedOptimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Name all optimizer state: `state/<parameter>/<key>` and `pending/<parameter>` (not copied)."""
+        """Name all optimizer state: `state/<parameter>/<key>` and `pending/<parameter>` (not copied).
+
+        The starts of nested levels have the same names, and `weights/<parameter>`, below `start/`.
+        """
         found = {f"{_PENDING}/{name}": buffer for name, buffer in self._pending.items()}
         for group in self.groups:
             state = self._optimizers[group.method].state
             for name in group.names:
                 for key, value in state.get(self.parameters[name], {}).items():
                     found[f"{_STATE}/{name}/{key}"] = value
+        if self._starts is not None:
+            found |= {f"{_START}/{name}": tensor for name, tensor in self._starts.state_tensors().items()}
         return found
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -106,6 +130,10 @@ class ClockedOptimizer:
         Raises:
             ValueError: a name that belongs to no parameter, or a shape that does not fit its parameter.
         """
+        if self._starts is not None:
+            own = {name.removeprefix(f"{_START}/"): t for name, t in tensors.items() if name.startswith(f"{_START}/")}
+            self._starts.load_state_tensors(own)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{_START}/")}
         states: dict[str, dict[str, Tensor]] = {}
         pending: dict[str, Tensor] = {}
         for full_name, tensor in tensors.items():
