@@ -322,7 +322,8 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
     parameters = dict(model.named_parameters())
     groups = plan_groups(parameters, model.parameter_roles(), settings.optimizer)
     clock = LevelClock(config.model.channel.periods)
-    optimizer = ClockedOptimizer(parameters, groups, clock, settings.optimizer)
+    restarts = config.model.channel.restarts_levels
+    optimizer = ClockedOptimizer(parameters, groups, clock, settings.optimizer, restarts=restarts)
     stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
     norms = UpdateNorms(
         optimizer,
