@@ -13,14 +13,27 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import FullAttention
 from nested_lm.nn.layers import StepContext, rotate
+from nested_lm.nn.window import attend_in_window
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of every token so far. Grows with the stream, unlike the fast weights of Hope."""
+    """Keys, already rotated, and values of every token so far, or of the last ones when attention has a window.
+
+    Without a window it grows with the stream, unlike the fast weights of Hope.
+    """
 
     keys: Float[Tensor, "B G S K"]
     values: Float[Tensor, "B G S K"]
     documents: Int[Tensor, "B S"]
+
+
+def last_tokens(state: AttentionState, window: int) -> AttentionState:
+    """Forget what no later token sees; keep one token at least, whose document number later ones go on from."""
+    kept = -max(window - 1, 1)
+    keys, values, documents = state
+    return AttentionState(
+        keys[:, :, kept:].contiguous(), values[:, :, kept:].contiguous(), documents[:, kept:].contiguous()
+    )
 
 
 class Attention(nn.Module):
@@ -29,14 +42,13 @@ class Attention(nn.Module):
     Source: Llama 2, arXiv 2307.09288, for the sharing (grouped-query attention, arXiv 2305.13245).
     """
 
-    has_constant_state = False
-    """The cache grows with every token."""
-
     def __init__(self, width: int, config: FullAttention) -> None:
         super().__init__()
         self.num_heads, self.key_heads = config.num_heads, config.key_heads
         self.head_width = width // config.num_heads
         self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
+        self.window = config.window
+        self.has_constant_state = config.window is not None  # otherwise the cache grows with every token
         self.qkv = nn.Linear(width, width + 2 * self.key_heads * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -44,9 +56,7 @@ class Attention(nn.Module):
         """Make an empty cache."""
         weight = self.qkv.weight
         # torch.zeros, not new_zeros: a weight that is sharded over devices would make a sharded cache.
-        empty = torch.zeros(
-            batch_size, self.key_heads, 0, self.head_width, dtype=weight.dtype, device=weight.device
-        )
+        empty = torch.zeros(batch_size, self.key_heads, 0, self.head_width, dtype=weight.dtype, device=weight.device)
         documents = torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
         return AttentionState(empty, empty, documents)
 
@@ -67,13 +77,18 @@ class Attention(nn.Module):
             torch.cat([state.values.to(v.dtype), v], dim=2),
             torch.cat([state.documents, documents], dim=1),
         )
-        mixed = functional.scaled_dot_product_attention(
-            q,
-            state.keys,
-            state.values,
-            enable_gqa=self.key_heads < self.num_heads,
-            **self._mask(context, state, tokens),
-        )
+        if self.window is None:
+            mixed = functional.scaled_dot_product_attention(
+                q,
+                state.keys,
+                state.values,
+                enable_gqa=self.key_heads < self.num_heads,
+                **self._mask(context, state, tokens),
+            )
+        else:
+            seen = None if context.documents is None else state.documents
+            mixed = attend_in_window(q, state.keys, state.values, seen, window=self.window)
+            state = last_tokens(state, self.window)
         return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
 
     @staticmethod
