@@ -36,13 +36,43 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _optimizers_fit_the_levels(self) -> "RunConfig":
+        found, levels = len(self.train.optimizer.levels), len(self.model.channel.periods)
+        if found not in (0, levels):
+            raise ValueError(
+                f"train.optimizer.levels has {found} entries, the model's channel memory {levels} levels; give one "
+                "entry a level, fastest first (null: as the other matrices), or none at all"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _chunks_fit_the_context(self) -> "RunConfig":
         alignment = self.model.alignment
         if self.train.context_length % alignment:
             near = max(1, round(self.train.context_length / alignment)) * alignment
             raise ValueError(
                 f"train.context_length {self.train.context_length} is not a multiple of {alignment}, "
-                f"the longest chunk of the model's memories; try {near}"
+                f"the tokens between two places where a document may start: the longest chunk of the model's memories, "
+                f"and the shortest in-context period of its levels; try {near}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_can_write(self) -> "RunConfig":
+        if not self.model.writes_in_context:
+            return self
+        period = self.model.channel.alignment
+        if period >= self.train.context_length:
+            raise ValueError(
+                f"the shortest in-context period of model.channel, {period} tokens, is not shorter than "
+                f"train.context_length {self.train.context_length}: a level writes when the first token after its "
+                f"period is there, so none would ever write in training; try a period of "
+                f"{max(1, self.train.context_length // 4)}"
+            )
+        if self.train.compile:
+            raise ValueError(
+                "train.compile cannot compile a model whose levels are written in context, because its forward pass "
+                "takes gradients; set train.compile=false, or remove `in_context` from the levels of model.channel"
             )
         return self
 
