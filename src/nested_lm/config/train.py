@@ -5,10 +5,23 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
+from nested_lm.config.update_rules import UpdateRule
+
+
+class MatrixOptimizer(Section):
+    """How the matrices of one level are stepped."""
+
+    rule: UpdateRule
+    rate: PositiveFloat  # a rule's own unit: that of the gradient for gd, momentum, delta_momentum, dmgd
+    weight_decay: NonNegativeFloat = 0.1
+
+
+LevelOptimizers = Annotated[tuple[MatrixOptimizer | None, ...], Field(strict=False)]
+"""One entry a level of the channel memory, fastest first, for its matrices; null: as the matrices outside levels."""
 
 
 class AdamW(Section):
-    """AdamW for every parameter."""
+    """AdamW for every parameter, but for the matrices of levels that have an optimizer of their own."""
 
     kind: Literal["adamw"]
     rate: PositiveFloat
@@ -16,6 +29,7 @@ class AdamW(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8
+    levels: LevelOptimizers = ()
 
 
 class Muon(Section):
@@ -29,9 +43,24 @@ class Muon(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8
+    levels: LevelOptimizers = ()
 
 
-Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
+class Deep(Section):
+    """An update rule for the 2-D matrices inside the blocks; AdamW for embeddings, vectors and memory starts."""
+
+    kind: Literal["deep"]
+    rule: UpdateRule
+    rate: PositiveFloat  # of the matrices, in the rule's own unit
+    adamw_rate: PositiveFloat  # of everything else
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Fraction = 0.9  # AdamW's, as the next two
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    levels: LevelOptimizers = ()
+
+
+Optimizer = Annotated[AdamW | Muon | Deep, Field(discriminator="kind")]
 
 
 class Cosine(Section):

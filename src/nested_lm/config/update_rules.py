@@ -14,6 +14,9 @@ from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Positive
 Keep = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A share that is kept, below 1."""
 
+Iterations = Annotated[int, Field(ge=1, le=20)]
+"""Steps of Newton-Schulz; 5 are the custom, more bring nothing."""
+
 
 class RuleSection(Section):
     """Base of all rules."""
@@ -69,10 +72,20 @@ class DeepMomentum(RuleSection):
 
     kind: Literal["dmgd"]
     inertia: Fraction = 0.9
-    memory_rate: PositiveFloat = 1.0
-    hidden: Count = 16
+    memory_rate: PositiveFloat = 1.0  # at most 1 for l2, 1 - inertia for dot
+    hidden: Annotated[int, Field(ge=4)] = 16
     objective: Literal["l2", "dot"] = "l2"
     scale: Literal["gradient", "adamw"] = "gradient"  # size of a step: the gradient's, or that of AdamW
+
+    @model_validator(mode="after")
+    def _stable(self) -> "DeepMomentum":
+        limit = 1.0 if self.objective == "l2" else round(1 - self.inertia, 12)
+        if self.memory_rate > limit:
+            raise ValueError(
+                f"memory_rate {self.memory_rate} is too large: with objective={self.objective} and "
+                f"inertia={self.inertia} the memory stays bounded up to {limit}; use that or less"
+            )
+        return self
 
 
 class Adam(RuleSection):
@@ -90,7 +103,7 @@ class Muon(RuleSection):
     kind: Literal["muon"]
     inertia: Keep = 0.95
     look_ahead: bool = True
-    iterations: Count = 5
+    iterations: Iterations = 5
 
 
 class M3(RuleSection):
@@ -103,7 +116,7 @@ class M3(RuleSection):
     beta3: Keep = 0.9
     slow_weight: NonNegativeFloat = 0.3
     slow_every: Count = 50
-    iterations: Count = 5
+    iterations: Iterations = 5
     epsilon: PositiveFloat = 1e-2
 
 

@@ -183,6 +183,7 @@ class M3(UpdateRule[M3State]):
             slow = state.slow + self.beta3 * state.collected
         else:
             slow = self.beta3 * state.slow + (1 - self.beta3) / self.slow_every * state.collected
+        due = due.to(slow.device)
         return state._replace(
             slow=torch.where(due, slow, state.slow),
             collected=torch.where(due, torch.zeros_like(slow), state.collected),

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW and Muon, each group of parameters stepped on its own clock (CMS clock A)."""
+"""The optimizer of a run: each group of parameters by its own optimizer and on its own clock (CMS clock A)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nested_lm.config.train import AdamW, Optimizer
+from nested_lm.config.train import Optimizer
+from nested_lm.config.update_rules import Muon, UpdateRule
 from nested_lm.levels import LevelClock
+from nested_lm.ops.update_rules import make_rule
 from nested_lm.optim.groups import ParameterGroup
 from nested_lm.optim.nested import NestedStarts, copy_of_starts, groups_of_starts
+from nested_lm.optim.rule_optimizer import RuleOptimizer
 
 _STATE = "state"  # first part of the names of optimizer tensors
 _PENDING = "pending"  # first part of the names of gradients that wait for their level's clock
@@ -47,10 +50,10 @@ class ClockedOptimizer:
         self.groups = groups
         self.clock = clock
         self._pending: dict[str, Tensor] = {}
-        self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        for method in sorted({group.method for group in groups}):
-            own = [group for group in groups if group.method == method]
-            self._optimizers[method] = _create(method, own, self.parameters, config)
+        self._optimizers: dict[UpdateRule | None, torch.optim.Optimizer] = {}
+        for rule in dict.fromkeys(group.rule for group in groups):
+            own = [group for group in groups if group.rule == rule]
+            self._optimizers[rule] = _create(rule, own, self.parameters, config)
         self._starts: NestedStarts | None = None
         if restarts:
             slower = groups_of_starts(groups, len(clock.periods))
@@ -116,7 +119,7 @@ class ClockedOptimizer:
         """
         found = {f"{_PENDING}/{name}": buffer for name, buffer in self._pending.items()}
         for group in self.groups:
-            state = self._optimizers[group.method].state
+            state = self._optimizers[group.rule].state
             for name in group.names:
                 for key, value in state.get(self.parameters[name], {}).items():
                     found[f"{_STATE}/{name}/{key}"] = value
@@ -128,8 +131,9 @@ class ClockedOptimizer:
         """Continue from what `state_tensors` returned, copied to each parameter's device.
 
         Raises:
-            ValueError: a name that belongs to no parameter, or a shape that does not fit its parameter.
+            ValueError: a name that belongs to no parameter, or a name or shape that its optimizer does not have.
         """
+        layouts = self._layouts()
         if self._starts is not None:
             own = {name.removeprefix(f"{_START}/"): t for name, t in tensors.items() if name.startswith(f"{_START}/")}
             self._starts.load_state_tensors(own)
@@ -141,29 +145,55 @@ class ClockedOptimizer:
             name, _, key = rest.partition("/")
             if kind not in (_STATE, _PENDING) or name not in self.parameters or (kind == _STATE) != bool(key):
                 raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of this model")
-            shape = self.parameters[name].shape
-            if tensor.ndim and tensor.shape != shape:
-                raise ValueError(
-                    f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}"
-                )
-            copy = tensor.to(self.parameters[name].device, copy=True)
+            parameter = self.parameters[name]
             if kind == _PENDING:
-                pending[name] = copy
-            else:
-                states.setdefault(name, {})[key] = copy
+                _check_shape(full_name, tensor, parameter.shape)
+                pending[name] = tensor.to(parameter.device, copy=True)
+                continue
+            device = parameter.device
+            if name in layouts:
+                if key not in layouts[name]:
+                    raise ValueError(
+                        f"optimizer state {full_name!r} is not kept by the optimizer of that parameter, which has "
+                        f"{', '.join(layouts[name]) or 'none'}"
+                    )
+                _check_shape(full_name, tensor, layouts[name][key])
+                device = torch.device("cpu") if key == "step" else device
+            elif tensor.ndim:
+                _check_shape(full_name, tensor, parameter.shape)
+            states.setdefault(name, {})[key] = tensor.to(device, copy=True)
+        for name, state in states.items():
+            missing = sorted(set(layouts.get(name, ())) - set(state))
+            if missing:
+                raise ValueError(f"optimizer state of {name!r} lacks {', '.join(missing)}")
         self._pending = pending
         for group in self.groups:
-            optimizer = self._optimizers[group.method]
+            optimizer = self._optimizers[group.rule]
             for name in group.names:
                 optimizer.state.pop(self.parameters[name], None)
                 if name in states:
                     optimizer.state[self.parameters[name]] = states[name]
 
+    def _layouts(self) -> dict[str, dict[str, torch.Size]]:
+        """Names and shapes of the state of every parameter that an update rule steps."""
+        found: dict[str, dict[str, torch.Size]] = {}
+        for group in self.groups:
+            optimizer = self._optimizers[group.rule]
+            if isinstance(optimizer, RuleOptimizer):
+                found |= {name: optimizer.state_layout(self.parameters[name]) for name in group.names}
+        return found
+
+
+def _check_shape(full_name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Refuse a tensor of another shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}")
+
 
 def _create(
-    method: str, groups: list[ParameterGroup], parameters: Mapping[str, nn.Parameter], config: Optimizer
+    rule: UpdateRule | None, groups: list[ParameterGroup], parameters: Mapping[str, nn.Parameter], config: Optimizer
 ) -> torch.optim.Optimizer:
-    """Build the `torch.optim` optimizer of one method."""
+    """Build the optimizer of all groups that share a rule."""
     settings: list[dict[str, Any]] = [
         {
             "params": [parameters[name] for name in group.names],
@@ -173,9 +203,16 @@ def _create(
         }
         for group in groups
     ]
-    if method == "muon":
-        assert not isinstance(config, AdamW)
-        return torch.optim.Muon(settings, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
-    # Fused AdamW exists for the two device types the configuration allows, and is deterministic on CPU.
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
-    return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+    if rule is None:
+        # Fused AdamW exists for the two device types the configuration allows, and is deterministic on CPU.
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+        return torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+    if isinstance(rule, Muon):
+        return torch.optim.Muon(
+            settings,
+            momentum=rule.inertia,
+            nesterov=rule.look_ahead,
+            ns_steps=rule.iterations,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    return RuleOptimizer(settings, make_rule(rule.kind, rule.settings), lr=0.0)  # every group has its own

@@ -6,8 +6,9 @@ The rule:
   learned starts of the memories have none, because shrinking them changes what the model reads or where its
   memories start instead of limiting what a product can grow to;
 * `adamw` steps everything with AdamW at `rate`;
-* `muon` steps matrices with Muon at `rate` and everything else with AdamW at `adamw_rate`;
-* parameters of a Continuum Memory level keep their level, which says when they are stepped.
+* `muon` and `deep` step matrices with Muon or an update rule at `rate` and everything else with AdamW at `adamw_rate`;
+* parameters of a Continuum Memory level keep their level, which says when they are stepped; an entry in `levels` gives
+  its matrices a rule, a rate and a decay of their own.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from nested_lm.config.train import Muon, Optimizer
+from nested_lm.config.train import AdamW, MatrixOptimizer, Muon, Optimizer
+from nested_lm.config.update_rules import Muon as MuonRule
+from nested_lm.config.update_rules import UpdateRule
 
 
 class Role(Protocol):
@@ -38,7 +41,7 @@ class ParameterGroup:
     """Parameters that share an optimizer, a rate, a decay and a clock.
 
     label: name in metrics, such as `matrix` or `level1/matrix`.
-    method: optimizer that steps the group.
+    rule: how it is stepped; None: by AdamW.
     level: Continuum Memory level whose clock the group follows; None: every step.
     rate: peak learning rate.
     weight_decay: decoupled, multiplied by the rate.
@@ -46,11 +49,16 @@ class ParameterGroup:
     """
 
     label: str
-    method: Literal["adamw", "muon"]
+    rule: UpdateRule | None
     level: int | None
     rate: float
     weight_decay: float
     names: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """Name of the optimizer that steps the group."""
+        return "adamw" if self.rule is None else self.rule.kind
 
 
 def plan_groups(
@@ -68,19 +76,33 @@ def plan_groups(
             `matrix` that is not 2-D.
     """
     _check_complete(parameters, roles)
-    members: dict[tuple[str, Literal["adamw", "muon"], int | None], list[str]] = {}
+    members: dict[tuple[str, int | None], list[str]] = {}
     for name in parameters:
         role = roles[name]
-        is_muon = isinstance(config, Muon) and role.kind == "matrix"
-        method: Literal["adamw", "muon"] = "muon" if is_muon else "adamw"
-        label = role.kind if role.level is None else f"level{role.level}/{role.kind}"
-        members.setdefault((label, method, role.level), []).append(name)
+        members.setdefault((role.kind, role.level), []).append(name)
     groups = []
-    for (label, method, level), names in members.items():
-        rate = config.adamw_rate if isinstance(config, Muon) and method == "adamw" else config.rate
-        decay = config.weight_decay if roles[names[0]].kind == "matrix" else 0.0
-        groups.append(ParameterGroup(label, method, level, rate, decay, tuple(names)))
+    for (kind, level), names in members.items():
+        label = kind if level is None else f"level{level}/{kind}"
+        matrices = _matrix_optimizer(config, level) if kind == "matrix" else None
+        if kind == "matrix" and matrices is None:  # AdamW, at its own rate
+            assert isinstance(config, AdamW)
+            groups.append(ParameterGroup(label, None, level, config.rate, config.weight_decay, tuple(names)))
+        elif matrices is not None:
+            rule, rate, decay = matrices.rule, matrices.rate, matrices.weight_decay
+            groups.append(ParameterGroup(label, rule, level, rate, decay, tuple(names)))
+        else:
+            rate = config.rate if isinstance(config, AdamW) else config.adamw_rate
+            groups.append(ParameterGroup(label, None, level, rate, 0.0, tuple(names)))
     return tuple(groups)
+
+
+def _matrix_optimizer(config: Optimizer, level: int | None) -> MatrixOptimizer | None:
+    """Find what steps the matrices of a level, or those outside levels; None: AdamW."""
+    own = config.levels[level] if level is not None and config.levels else None
+    if own is not None or isinstance(config, AdamW):
+        return own
+    rule = MuonRule(kind="muon", inertia=config.momentum) if isinstance(config, Muon) else config.rule
+    return MatrixOptimizer(rule=rule, rate=config.rate, weight_decay=config.weight_decay)
 
 
 def _check_complete(parameters: Mapping[str, Tensor], roles: Mapping[str, Role]) -> None:
