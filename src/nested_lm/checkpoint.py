@@ -193,6 +193,25 @@ def newest_checkpoint(root: Path, *, report: Callable[[str], None] | None = None
     return None
 
 
+def find_checkpoint(source: Path, *, report: Callable[[str], None] | None = None) -> Path:
+    """Find the checkpoint that a checkpoint folder is or a run folder has newest.
+
+    report: told of newer ones that are damaged and skipped.
+
+    Raises:
+        CheckpointError: `source` is neither.
+    """
+    if (source / MANIFEST).is_file():
+        return source
+    newest = newest_checkpoint(source / "checkpoints", report=report)
+    if newest is None:
+        raise CheckpointError(
+            f"{source} is neither a checkpoint nor a run folder with a valid one below checkpoints/; "
+            "train the run first: `nested-lm train`"
+        )
+    return newest
+
+
 def remove_stale(root: Path) -> list[str]:
     """Remove what writes that were cut off left behind; return the names of the removed folders."""
     stale = sorted(root.glob(f"{TEMPORARY_PREFIX}*")) if root.is_dir() else []

@@ -121,6 +121,7 @@ class TrainConfig(Section):
     context_length: Count  # tokens
     batch_size: Count  # sequences a step and device holds at once
     accumulation: Count = 1  # micro-batches a step
+    init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
     stream: Stream = Shuffled(kind="shuffled")
     optimizer: Optimizer
     schedule: Schedule

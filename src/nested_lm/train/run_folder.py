@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from nested_lm.config.architecture import flat
 from nested_lm.config.load import config_hash, dump_resolved
 from nested_lm.config.run import RunConfig
 from nested_lm.data.atomic import write_atomically
@@ -31,8 +32,11 @@ def open_run_folder(
     resume: Literal["auto", "never"],
     device: str,
     parameters: int,
+    start: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Create the folder of a run, or check that the run in it is this one; return its identity.
+
+    start: where the weights of a run come from that does not begin with drawn ones; recorded in a new identity.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or any run when `resume` is `never`.
@@ -41,7 +45,7 @@ def open_run_folder(
     folder = Path(config.output_dir)
     identity_file = folder / IDENTITY
     if not identity_file.exists():
-        return _create(config, dataset, device=device, parameters=parameters)
+        return _create(config, dataset, device=device, parameters=parameters, start=start)
     identity = _read_identity(identity_file)
     if identity["config_hash"] != config_hash(config):
         raise ConfigError(
@@ -79,29 +83,46 @@ def current_commit() -> str | None:
     return found.stdout.strip() or None if found.returncode == 0 else None
 
 
-def _create(config: RunConfig, dataset: TokenDataset, *, device: str, parameters: int) -> dict[str, Any]:
+def new_identity(
+    config: RunConfig, *, data_hash: str | None, tokenizer_hash: str, device: str, parameters: int
+) -> dict[str, Any]:
+    """Make the identity of a run that begins now. data_hash: None for a model that saw no data set of ours."""
+    return {
+        "run_id": f"{config.name}-{uuid.uuid4().hex[:8]}",
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "data_hash": data_hash,
+        "tokenizer_hash": tokenizer_hash,
+        "commit": current_commit(),
+        "seed": config.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "nested-lm": version("nested-lm"),
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
+        "device": device,
+        "parameters": parameters,
+    }
+
+
+def _create(
+    config: RunConfig, dataset: TokenDataset, *, device: str, parameters: int, start: dict[str, Any] | None
+) -> dict[str, Any]:
     """Write configuration and identity of a new run; the identity comes last and makes the folder a run."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, folder / RESOLVED)
-        identity = {
-            "run_id": f"{config.name}-{uuid.uuid4().hex[:8]}",
-            "name": config.name,
-            "config_hash": config_hash(config),
-            "data_hash": dataset.data_hash,
-            "tokenizer_hash": dataset.tokenizer_hash,
-            "commit": current_commit(),
-            "seed": config.seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "nested-lm": version("nested-lm"),
-                "python": platform.python_version(),
-                **{package: version(package) for package in _PACKAGES},
-            },
-            "device": device,
-            "parameters": parameters,
-        }
+        identity = new_identity(
+            config,
+            data_hash=dataset.data_hash,
+            tokenizer_hash=dataset.tokenizer_hash,
+            device=device,
+            parameters=parameters,
+        )
+        if start is not None:
+            identity["initialised_from"] = start
         write_atomically(folder / IDENTITY, json.dumps(identity, indent=2).encode() + b"\n")
     except OSError as error:
         raise ConfigError(
@@ -131,22 +152,11 @@ def _differences(folder: Path, config: RunConfig) -> list[str]:
     stored = folder / RESOLVED
     if not stored.exists():
         return [f"{RESOLVED} is missing, so the fields cannot be compared"]
-    there = _flat(OmegaConf.to_container(OmegaConf.load(stored)))
-    now = _flat(config.model_dump(mode="json"))
+    there = flat(OmegaConf.to_container(OmegaConf.load(stored)))
+    now = flat(config.model_dump(mode="json"))
     absent = "(absent)"
     return [
         f"{path}: {there.get(path, absent)} -> {now.get(path, absent)}"
         for path in sorted(set(there) | set(now))
         if there.get(path, absent) != now.get(path, absent)
     ]
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of a configuration by dotted path."""
-    if isinstance(value, dict):
-        pairs = [(f"{path}.{key}" if path else str(key), child) for key, child in value.items()]
-    elif isinstance(value, list):
-        pairs = [(f"{path}[{index}]", child) for index, child in enumerate(value)]
-    else:
-        return {path: value}
-    return {name: leaf for key, child in pairs for name, leaf in _flat(child, key).items()}

@@ -1,0 +1,36 @@
+"""Whether the weights of one model compute the same function in another."""
+
+import re
+from typing import Any
+
+from nested_lm.config.channels import ContinuumMemory
+from nested_lm.config.model import ModelConfig
+
+# Clocks and starting values: what a model computes before anything is written does not depend on them.
+_FREE = re.compile(r"init_std|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*")
+
+
+def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """Name the fields that decide what weights compute and differ, as `model.width: 64 -> 128`.
+
+    Clocks of levels may differ, and so may the levels to which whole layers are assigned.
+    """
+    ours, theirs = flat(here.model_dump(mode="json")), flat(there.model_dump(mode="json"))
+    free = _FREE if isinstance(here.channel, ContinuumMemory) else re.compile(rf"{_FREE.pattern}|channel\.levels.*")
+    absent = "(absent)"
+    return [
+        f"model.{path}: {theirs.get(path, absent)} -> {ours.get(path, absent)}"
+        for path in sorted(set(theirs) | set(ours))
+        if theirs.get(path, absent) != ours.get(path, absent) and not free.fullmatch(path)
+    ]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of a configuration by dotted path, such as `channel.levels[0].period_tokens`."""
+    if isinstance(value, dict):
+        pairs = [(f"{path}.{key}" if path else str(key), child) for key, child in value.items()]
+    elif isinstance(value, list):
+        pairs = [(f"{path}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        return {path: value}
+    return {name: leaf for key, child in pairs for name, leaf in flat(child, key).items()}
