@@ -11,6 +11,7 @@ from nested_lm import checkpoint
 from nested_lm.checkpoint import (
     Disk,
     check_tokenizer,
+    find_checkpoint,
     folder_name,
     is_valid,
     list_checkpoints,
@@ -211,6 +212,13 @@ class TestDamage:
         assert len(notes) == 2
         assert "step-00000004" in notes[0]
         assert "model.safetensors" in notes[1]
+
+    def test_a_checkpoint_and_its_run_folder_both_mean_it(self, root):
+        old, newest = write(root, 1), write(root, 2)
+        assert find_checkpoint(old) == old
+        assert find_checkpoint(root.parent) == newest
+        with pytest.raises(CheckpointError, match="is neither a checkpoint nor a run folder"):
+            find_checkpoint(root)
 
     def test_no_folder_is_no_checkpoint(self, root):
         assert newest_checkpoint(root) is None

@@ -123,9 +123,17 @@ def train(
         bool, typer.Option("--multirun", "-m", help="Sweep: one run for each combination, as in seed=1,2.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Start from its weights; a run folder means its newest checkpoint."),
+    ] = None,
 ) -> None:
     """Train a run, or go on with it."""
+    from nested_lm.config.compose import quoted
     from nested_lm.config.load import load_run
+
+    if init_from is not None:
+        overrides = [*(overrides or ()), f"train.init_from={quoted(str(init_from))}"]
 
     if multirun and dry_run:
         raise ConfigError("--dry-run describes one run; leave -m and the lists of values out, or --dry-run")
@@ -230,13 +238,14 @@ def generate(
         raise ConfigError("--top-p 0 keeps no token; choose a value above 0, up to 1 (which keeps all)")
     import torch
 
-    from nested_lm.checkpoint import load_model
+    from nested_lm.checkpoint import find_checkpoint, load_model
     from nested_lm.nn.generation import generate as sample
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-    loaded = load_model(_checkpoint_of(source), device=chosen)
+    path = find_checkpoint(source, report=functools.partial(typer.echo, err=True))
+    loaded = load_model(path, device=chosen)
     end = loaded.tokenizer.end_of_text
     tokens = torch.tensor([[loaded.tokenizer.start_of_text, *loaded.tokenizer.encode(prompt)]], device=chosen)
     new = sample(
@@ -253,19 +262,37 @@ def generate(
     typer.echo(prompt + loaded.tokenizer.decode(new))
 
 
-def _checkpoint_of(source: Path) -> Path:
-    """The checkpoint that a run folder or checkpoint folder stands for."""
-    from nested_lm.checkpoint import newest_checkpoint
+@app.command()
+@_reports_errors
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder with a Hugging Face Llama checkpoint, or its name on the hub."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Run folder to write.")],
+    overrides: Overrides = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Training tokens between two updates of each level, fastest first; 1, 4, 16 steps by default."
+        ),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Preset of the texts to train and evaluate on later.")] = "data/demo",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Turn a Llama checkpoint into Hope-Attention: the same model, its MLPs assigned to levels."""
+    try:
+        periods = None if levels is None else tuple(int(period) for period in levels.split(","))
+    except ValueError:
+        raise ConfigError(f"--levels {levels!r}: write tokens with commas between, as in 32768,131072") from None
+    from nested_lm.conversion.convert import convert as convert_model
 
-    if (source / "manifest.json").is_file():
-        return source
-    newest = newest_checkpoint(source / "checkpoints", report=functools.partial(typer.echo, err=True))
-    if newest is None:
-        raise CheckpointError(
-            f"{source} is neither a checkpoint nor a run folder with a valid one below checkpoints/; "
-            "train the run first: `nested-lm train`"
-        )
-    return newest
+    made = convert_model(source, output, overrides or (), periods=periods, data=data, revision=revision)
+    periods = made.config.model.channel.periods
+    typer.echo(f"{made.parameters:,} parameters in {made.folder}")
+    for level, period in enumerate(periods):
+        layers = ", ".join(str(layer) for layer, found in enumerate(made.levels) if found == level)
+        typer.echo(f"level {level}, updated every {period:,} training tokens: MLPs of layers {layers}")
 
 
 @app.command()

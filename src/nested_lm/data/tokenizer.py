@@ -58,10 +58,10 @@ class TextTokenizer:
                 f"{path} is not a Hugging Face tokenizer.json: {error}\n"
                 "  The file was changed or cut short. Build the data set again, or restore the file."
             ) from error
-        start, end = _boundary(tokenizer, path)
         tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        start, end = _boundary(tokenizer, path)
         loaded = cls(tokenizer, hashlib.sha256(content).hexdigest(), start_of_text=start, end_of_text=end)
         if (found := loaded.decode(loaded.encode(_PROBE))) != _PROBE:
             raise DataError(

@@ -155,7 +155,7 @@ class _Evaluation:
             name=run["name"],
             arm=f"{self.config.model.mixer.kind}+{self.config.model.channel.kind}",
             config_hash=run["config_hash"],
-            data_hash=run["data_hash"],
+            data_hash=run["data_hash"] or self._data_hash(),
             tokenizer_hash=run["tokenizer_hash"],
             commit=run["commit"],
             seed=run["seed"],
@@ -164,6 +164,10 @@ class _Evaluation:
             step=self.loaded.step,
             context_length=self.config.train.context_length,
         )
+
+    def _data_hash(self) -> str:
+        """Identity of the data set in use, for a converted model, which was trained on none of ours."""
+        return TokenDataset.open(Path(self.config.data.output_dir), "train").data_hash
 
     def split(self, name: Literal["train", "validation", "test"]) -> TokenDataset:
         """Open a split once.
