@@ -3,59 +3,12 @@
 import pytest
 import torch
 
-from nested_lm.config.model import ModelConfig
-from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.nn.model import token_losses
 from nested_lm.nn.state import iterate_tensors
-from tests.nn.in_context_naive import plain_model, read_one
+from tests.nn.in_context_models import build, layer_levels, relative, settings, tokens
+from tests.nn.in_context_naive import plain_model, read_rows
 
 LIMIT = 1e-10  # relative, float64
-
-
-def level(period, rate, **rule):
-    return {"period_tokens": period, "rate": rate, "rule": {"kind": "gd"} | rule}
-
-
-def settings(mixer="attention", *, wiring="sequential", lifetime="document", order="first_order", **changes):
-    """Two layers; of three levels the middle one is not written in context."""
-    mixers = {
-        "attention": {"kind": "attention", "num_heads": 2},
-        "self_modifying": {"kind": "self_modifying", "num_heads": 2, "head_width": 4, "chunk": 4},
-    }
-    levels = [
-        {"period_tokens": 64, "expansion": 1.5, "in_context": level(4, 0.3)},
-        {"period_tokens": 128, "expansion": 1.0},
-        {"period_tokens": 256, "expansion": 2.0, "in_context": level(8, 0.2)},
-    ]
-    return {
-        "vocab_size": 23,
-        "width": 8,
-        "num_layers": 2,
-        "mixer": mixers[mixer],
-        "init_std": 0.3,  # so that the losses, and with them the writes, are not small
-        "channel": {
-            "kind": "cms",
-            "wiring": wiring,
-            "levels": levels,
-            "in_context": {"lifetime": lifetime, "meta_gradient": order},
-        },
-    } | changes
-
-
-def layer_levels():
-    """Each layer's SwiGLU belongs to a level."""
-    return settings() | {
-        "num_layers": 3,
-        "channel": {
-            "kind": "layer_levels",
-            "hidden": 10,
-            "levels": [
-                {"period_tokens": 64, "in_context": level(4, 0.3)},
-                {"period_tokens": 128, "in_context": level(12, 0.2)},
-            ],
-            "in_context": {"lifetime": "document", "meta_gradient": "first_order"},
-        },
-    }
-
 
 VARIANTS = {
     "attention": settings(),
@@ -63,109 +16,87 @@ VARIANTS = {
     "nested": settings(wiring="nested"),
     "independent": settings(wiring="independent"),
     "layer_levels": layer_levels(),
-    "untied": settings(tie_embeddings=False),
+    "momentum": settings(rule={"kind": "momentum", "inertia": 0.8}),
 }
-every_variant = pytest.mark.parametrize("given", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-def build(given, dtype=torch.float64, seed=0, **kwargs):
-    model = LanguageModel(ModelConfig.model_validate(given), **kwargs).to(dtype)
-    model.initialise(seed)
-    return model
+def tensors(state):
+    return iterate_tensors((state.layers, state.in_context))
 
 
-def tokens(*shape, seed=0):
-    return torch.randint(0, 23, shape, generator=torch.Generator().manual_seed(seed))
+def gradients(model, logits, ids):
+    return torch.autograd.grad(token_losses(logits, ids[:, 1:]).mean(), list(model.parameters()))
 
 
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def packing():
+    """Tokens of two rows with documents of 12 + 16 and of 4 + 12 + 12, and where they start."""
+    resets = torch.zeros(2, 28, dtype=torch.bool)
+    resets[:, 0] = resets[0, 12] = resets[1, 4] = resets[1, 16] = True
+    return tokens(2, 28), resets
 
 
-def naive(model, given, ids, **kwargs):
-    plain = plain_model(given, model.state_dict())
-    parameters = dict(model.named_parameters())
-    return torch.stack([read_one(plain, parameters, given, row, **kwargs) for row in ids])
-
-
-@every_variant
+@pytest.mark.parametrize("given", VARIANTS.values(), ids=VARIANTS.keys())
 class TestEveryVariant:
     def test_it_equals_whole_copies_of_the_weights_a_row(self, given):
         model, ids = build(given), tokens(2, 27)
-        found = model(ids).logits
-        assert relative(found, naive(model, given, ids)) < LIMIT
-        assert relative(found, plain_model(given, model.state_dict())(ids).logits) > 1e-2  # the writes matter
+        found = model(ids[:, :-1]).logits
+        expected = read_rows(model, given, ids[:, :-1])
+        assert relative(found, expected) < LIMIT
+        plain = plain_model(given, model.state_dict())(ids[:, :-1]).logits
+        assert relative(found, plain) > 1e-2  # the writes matter
+        # First-order gradients of training: each write is a constant.
+        for a, b in zip(gradients(model, found, ids), gradients(model, expected, ids), strict=True):
+            assert relative(a, b) < LIMIT
 
-    def test_first_order_gradients_equal_those_of_the_copies(self, given):
-        model, ids = build(given), tokens(2, 27)
-        gradients = []
-        for logits in (model(ids[:, :-1]).logits, naive(model, given, ids[:, :-1])):
-            loss = token_losses(logits, ids[:, 1:]).mean()
-            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-        assert all(relative(a, b) < LIMIT for a, b in zip(*gradients, strict=True))
-
-    @pytest.mark.parametrize("recompute", ["chunk", "block"])
-    def test_recomputation_gives_the_same_gradients(self, given, recompute):
-        ids, gradients = tokens(2, 18), []
-        for kind in ("none", recompute):
-            model = build(given, recompute=kind)
-            token_losses(model(ids[:, :-1]).logits, ids[:, 1:]).mean().backward()
-            gradients.append([parameter.grad for parameter in model.parameters()])
-        assert all(relative(a, b) < LIMIT for a, b in zip(*gradients, strict=True))
-
-    @pytest.mark.parametrize("cut", [1, 3, 4, 5, 8, 9, 15, 16, 26])
-    def test_a_stream_cut_anywhere_equals_one_pass(self, given, cut):
+    def test_a_stream_cut_anywhere_equals_one_pass(self, given):
         model, ids = build(given), tokens(2, 27)
         with torch.no_grad():
             whole = model(ids)
-            first = model(ids[:, :cut])
-            second = model(ids[:, cut:], state=first.state)
-        assert relative(torch.cat([first.logits, second.logits], dim=1), whole.logits) < LIMIT
-        for a, b in zip(_tensors(second.state), _tensors(whole.state), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+            for cut in (1, 4, 9, 16, 26):
+                first = model(ids[:, :cut])
+                second = model(ids[:, cut:], state=first.state)
+                assert relative(torch.cat([first.logits, second.logits], dim=1), whole.logits) < LIMIT
+                for a, b in zip(tensors(second.state), tensors(whole.state), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
-    def test_token_by_token_equals_one_pass(self, given):
-        model, ids = build(given), tokens(2, 19)
+    def test_token_by_token_equals_one_pass_and_training_equals_evaluation(self, given):
+        model, ids = build(given), tokens(2, 18)
+        trained = model(ids).logits
         state, logits = None, []
         with torch.no_grad():
-            for t in range(19):
+            for t in range(18):
                 out = model(ids[:, t : t + 1], state=state)
                 state = out.state
                 logits.append(out.logits)
-            assert relative(torch.cat(logits, dim=1), model(ids).logits) < LIMIT
+        assert relative(torch.cat(logits, dim=1), trained) < LIMIT
+        assert not any(tensor.requires_grad for tensor in tensors(state))
 
     def test_gradients_of_a_cut_stream_are_those_of_one_pass(self, given):
         model, ids = build(given), tokens(2, 20)
-        gradients = []
-        for cuts in ([], [3, 9], [4, 16]):
-            state, logits = None, []
-            for begin, end in zip([0, *cuts], [*cuts, 19], strict=True):
-                out = model(ids[:, begin:end], state=state)
-                state = out.state
-                logits.append(out.logits)
-            loss = token_losses(torch.cat(logits, dim=1), ids[:, 1:]).mean()
-            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-        for found in gradients[1:]:
-            assert all(relative(a, b) < LIMIT for a, b in zip(found, gradients[0], strict=True))
+        whole = gradients(model, model(ids[:, :-1]).logits, ids)
+        first = model(ids[:, :9])
+        second = model(ids[:, 9:16], state=first.state)
+        third = model(ids[:, 16:-1], state=second.state)
+        cut = gradients(model, torch.cat([first.logits, second.logits, third.logits], dim=1), ids)
+        assert all(relative(a, b) < LIMIT for a, b in zip(cut, whole, strict=True))
 
-    def test_evaluation_writes_as_training_does(self, given):
-        model, ids = build(given), tokens(2, 21)
-        trained = model(ids)
-        with torch.no_grad():
-            scored = model(ids)
-        assert relative(scored.logits, trained.logits) < LIMIT
-        assert not any(tensor.requires_grad for tensor in _tensors(scored.state))
+    @pytest.mark.parametrize("recompute", ["chunk", "block"])
+    def test_recomputation_gives_the_same_gradients(self, given, recompute):
+        ids, found = tokens(2, 18), []
+        for kind in ("none", recompute):
+            model = build(given, recompute=kind)
+            found.append(gradients(model, model(ids[:, :-1]).logits, ids))
+        assert all(relative(a, b) < LIMIT for a, b in zip(*found, strict=True))
 
-    @pytest.mark.parametrize("changed_token", [0, 7, 8, 9, 13])
-    def test_future_tokens_do_not_change_past_logits(self, given, changed_token):
+    @pytest.mark.parametrize("at", [7, 8, 9])
+    def test_future_tokens_do_not_change_past_logits(self, given, at):
         model, ids = build(given), tokens(1, 21)
         changed = ids.clone()
-        changed[0, changed_token] = (changed[0, changed_token] + 1) % 23
+        changed[0, at] = (changed[0, at] + 1) % 23
         with torch.no_grad():
             before, after = model(ids).logits, model(changed).logits
-        if changed_token:
-            assert relative(after[:, :changed_token], before[:, :changed_token]) < 1e-13
-        assert not torch.allclose(after[:, changed_token:], before[:, changed_token:])
+        assert relative(after[:, :at], before[:, :at]) < 1e-13
+        assert not torch.allclose(after[:, at:], before[:, at:])
 
     def test_rows_do_not_see_each_other(self, given):
         model, ids = build(given), tokens(3, 17)
@@ -173,36 +104,28 @@ class TestEveryVariant:
             assert relative(model(ids).logits[1:2], model(ids[1:2]).logits) < LIMIT
 
     def test_packed_documents_are_read_as_if_alone(self, given):
-        model, ids = build(given), tokens(2, 28)
-        resets = torch.zeros(2, 28, dtype=torch.bool)
-        resets[:, 0] = resets[0, 12] = resets[1, 4] = resets[1, 16] = True
+        model, (ids, resets) = build(given), packing()
         with torch.no_grad():
             packed = model(ids, resets=resets).logits
             for row, begin, end in ((0, 0, 12), (0, 12, 28), (1, 0, 4), (1, 4, 16), (1, 16, 28)):
                 alone = model(ids[row : row + 1, begin:end]).logits[0]
                 assert relative(packed[row, begin:end], alone) < LIMIT
 
-    @pytest.mark.parametrize("cut", [3, 12, 13, 16, 22])
-    def test_a_packed_stream_can_be_cut(self, given, cut):
-        model, ids = build(given), tokens(2, 28)
-        resets = torch.zeros(2, 28, dtype=torch.bool)
-        resets[:, 0] = resets[0, 12] = resets[1, 4] = resets[1, 16] = True
+    def test_a_packed_stream_can_be_cut(self, given):
+        model, (ids, resets) = build(given), packing()
         with torch.no_grad():
             whole = model(ids, resets=resets).logits
-            first = model(ids[:, :cut], resets=resets[:, :cut])
-            second = model(ids[:, cut:], resets=resets[:, cut:], state=first.state)
-        assert relative(torch.cat([first.logits, second.logits], dim=1), whole) < LIMIT
+            for cut in (3, 12, 13, 16):
+                first = model(ids[:, :cut], resets=resets[:, :cut])
+                second = model(ids[:, cut:], resets=resets[:, cut:], state=first.state)
+                assert relative(torch.cat([first.logits, second.logits], dim=1), whole) < LIMIT
 
     def test_a_lent_state_is_not_changed_and_forks_go_on_alike(self, given):
         model, ids = build(given), tokens(2, 18)
         with torch.no_grad():
             state = model(ids[:, :10]).state
-            before = [tensor.clone() for tensor in _tensors(state)]
+            before = [tensor.clone() for tensor in tensors(state)]
             expected = model(ids[:, 10:], state=state).logits
             forked = model(ids[[1, 1, 0], 10:], state=state.select(torch.tensor([1, 1, 0]))).logits
-        assert all(torch.equal(a, b) for a, b in zip(_tensors(state), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tensors(state), before, strict=True))
         assert relative(forked, expected[[1, 1, 0]]) < LIMIT
-
-
-def _tensors(state):
-    return iterate_tensors((state.layers, state.in_context))

@@ -1,0 +1,77 @@
+"""Small models whose levels are written in context, shared by the tests of clock B."""
+
+import torch
+
+from nested_lm.config.model import ModelConfig
+from nested_lm.nn.model import LanguageModel
+
+MIXERS = {
+    "attention": {"kind": "attention", "num_heads": 2},
+    "self_modifying": {"kind": "self_modifying", "num_heads": 2, "head_width": 4, "chunk": 4},
+}
+
+
+def writes(period, rate, rule=None):
+    return {"period_tokens": period, "rate": rate, "rule": rule or {"kind": "gd"}}
+
+
+def settings(
+    mixer="attention",
+    *,
+    wiring="sequential",
+    lifetime="document",
+    order="first_order",
+    rule=None,
+    rates=(0.3, 0.2),
+    **changes,
+):
+    """Two layers; of three levels the middle one is not written in context."""
+    levels = [
+        {"period_tokens": 64, "expansion": 1.5, "in_context": writes(4, rates[0], rule)},
+        {"period_tokens": 128, "expansion": 1.0},
+        {"period_tokens": 256, "expansion": 2.0, "in_context": writes(8, rates[1], rule)},
+    ]
+    return {
+        "vocab_size": 23,
+        "width": 8,
+        "num_layers": 2,
+        "mixer": MIXERS[mixer],
+        "init_std": 0.3,  # so that the losses, and with them the writes, are not small
+        "channel": {
+            "kind": "cms",
+            "wiring": wiring,
+            "levels": levels,
+            "in_context": {"lifetime": lifetime, "meta_gradient": order},
+        },
+    } | changes
+
+
+def layer_levels():
+    """Each layer's SwiGLU belongs to a level."""
+    return settings() | {
+        "num_layers": 3,
+        "channel": {
+            "kind": "layer_levels",
+            "hidden": 10,
+            "levels": [
+                {"period_tokens": 64, "in_context": writes(4, 0.3)},
+                {"period_tokens": 128, "in_context": writes(12, 0.2)},
+            ],
+            "in_context": {"lifetime": "document", "meta_gradient": "first_order"},
+        },
+    }
+
+
+def build(given, dtype=torch.float64, seed=0, **kwargs):
+    model = LanguageModel(ModelConfig.model_validate(given), **kwargs).to(dtype)
+    model.initialise(seed)
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, 23, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found, expected):
+    """Largest error beside the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
