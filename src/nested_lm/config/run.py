@@ -46,16 +46,6 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _optimizers_fit_the_levels(self) -> "RunConfig":
-        found, levels = len(self.train.optimizer.levels), len(self.model.channel.periods)
-        if found not in (0, levels):
-            raise ValueError(
-                f"train.optimizer.levels has {found} entries, the model's channel memory {levels} levels; give one "
-                "entry a level, fastest first (null: as the other matrices), or none at all"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _chunks_fit_the_context(self) -> "RunConfig":
         alignment = self.model.alignment
         if self.train.context_length % alignment:
