@@ -48,7 +48,7 @@ def write_tokenizer(path: Path) -> None:
 @pytest.fixture(scope="session")
 def transformers():
     """The package, or a skipped test."""
-    return pytest.importorskip("transformers", reason="transformers is not installed; pip install 'nested-lm[hf]'")
+    return pytest.importorskip("transformers", reason="transformers is not installed; pip install 'nested-lm[dev]'")
 
 
 @pytest.fixture
