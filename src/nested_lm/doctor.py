@@ -26,7 +26,7 @@ EXTRAS = {  # extra of this package: modules it brings, what they are for
     "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
     "deepspeed": (("deepspeed",), RESERVED),
     "gpu": (("fla",), RESERVED),
-    "hf": (("transformers", "huggingface_hub"), RESERVED),
+    "hf": (("huggingface_hub",), "conversion of models on the Hugging Face hub"),
 }
 
 
