@@ -5,12 +5,16 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from nested_lm.config.baselines import DeltaNet, GatedDeltaNet, LinearAttention, TitansMAC, TitansMAG, TitansMAL
 from nested_lm.config.channels import ContinuumMemory, SwiGLU
 from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.mixers import FullAttention, SelfModifying
 from nested_lm.config.section import Count, NonNegativeFloat, PositiveFloat, Section
 
-Mixer = Annotated[SelfModifying | FullAttention, Field(discriminator="kind")]
+Mixer = Annotated[
+    SelfModifying | FullAttention | LinearAttention | DeltaNet | GatedDeltaNet | TitansMAC | TitansMAG | TitansMAL,
+    Field(discriminator="kind"),
+]
 
 Channel = Annotated[ContinuumMemory | LayerLevels | SwiGLU, Field(discriminator="kind")]
 

@@ -9,14 +9,18 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nested_lm.config import channels, mixers
+from nested_lm.config import baselines, channels, mixers
 from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.cms import ContinuumMemory
+from nested_lm.nn.delta_net import DeltaNet, GatedDeltaNet
 from nested_lm.nn.fast_linear import MLPDistance
 from nested_lm.nn.layers import RMSNorm, StepContext, SwiGLU
+from nested_lm.nn.linear_attention import LinearAttention
 from nested_lm.nn.self_modifying import SelfModifyingTitans
+from nested_lm.nn.titans import MemoryAsGate, MemoryAsLayer
+from nested_lm.nn.titans_mac import MemoryAsContext
 
 
 class ResidualSwiGLU(nn.Module):
@@ -68,6 +72,18 @@ def _build_mixer(config: ModelConfig, *, recompute_chunks: bool) -> nn.Module:
             return Attention(width, mixer)
         case mixers.SelfModifying() as mixer:
             return SelfModifyingTitans(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.LinearAttention() as mixer:
+            return LinearAttention(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.DeltaNet() as mixer:
+            return DeltaNet(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.GatedDeltaNet() as mixer:
+            return GatedDeltaNet(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.TitansMAC() as mixer:
+            return MemoryAsContext(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.TitansMAG() as mixer:
+            return MemoryAsGate(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
+        case baselines.TitansMAL() as mixer:
+            return MemoryAsLayer(width, mixer, epsilon=epsilon, recompute=recompute_chunks)
 
 
 def _build_channel(config: ModelConfig, layer: int) -> nn.Module:

@@ -84,7 +84,7 @@ class SelfModifyingTitans(nn.Module):
         tail = torch.zeros(
             batch_size, self.config.conv_width - 1, weight.shape[0], dtype=weight.dtype, device=weight.device
         )
-        return SelfModifyingState(zero_state(self._start(), batch_size, momentum=self.config.momentum), tail)
+        return SelfModifyingState(zero_state(self.start_weights(), batch_size, momentum=self.config.momentum), tail)
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: SelfModifyingState
@@ -104,7 +104,7 @@ class SelfModifyingTitans(nn.Module):
         gates = (self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2)
         output = memory_chunked.self_modify(
             MemoryInputs(key, value, query, *gates),
-            self._start(),
+            self.start_weights(),
             GateReadout(self.readout_rate, self.readout_decay, self.gain),
             state.memory,
             rule=self.rule,
@@ -117,7 +117,8 @@ class SelfModifyingTitans(nn.Module):
         stats = self._statistics(output.rate, output.decay, output.state.current)
         return result, SelfModifyingState(output.state, tail), stats
 
-    def _start(self) -> MemoryWeights:
+    def start_weights(self) -> MemoryWeights:
+        """Learned start of every memory."""
         outer = self.start_outer
         if outer is None:  # linear memories have no second layer
             outer = self.start_inner[..., :0]
