@@ -23,3 +23,22 @@ def test_identical_keys_lose_no_digits_in_float32():
     lower = torch.ones(1, size, size).tril(-1) * 0.95  # the same unit key 64 times at rate 0.95
     exact = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + lower.double())
     assert (unit_lower_inverse(lower).double() - exact).abs().max() < 1e-5
+
+
+def test_precision_of_the_rest_is_left_as_it_was_and_not_used(monkeypatch):
+    seen = []
+    solve = torch.linalg.solve_triangular
+
+    def spy(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        unit_lower_inverse(torch.zeros(32, 32))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest", "highest"]
