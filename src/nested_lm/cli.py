@@ -297,6 +297,42 @@ def convert(
 
 @app.command()
 @_reports_errors
+def audit(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET_OR_RUN_OR_CHECKPOINT",
+            help="Preset (fresh weights), run folder (newest checkpoint) or checkpoint.",
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure here.")
+    ] = None,
+    checks: Annotated[str | None, typer.Option(help="Comma-separated checks; all by default.")] = None,
+    device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.cpu,
+) -> None:
+    """Check that a model is what its equations say: figures against limits; exit code 1 when one is missed."""
+    from nested_lm.audit.report import write_audit
+    from nested_lm.audit.runner import choose_checks, describe, run_audit, show
+    from nested_lm.audit.subject import open_subject
+    from nested_lm.train.strategy import choose_device
+
+    names = choose_checks(checks)
+    subject = open_subject(source, overrides or (), device=choose_device(device.value))
+    for line in describe(subject):
+        typer.echo(line)
+    found = run_audit(subject, names, report=functools.partial(typer.echo, err=True))
+    show(found)
+    if as_json is not None:
+        write_audit(as_json, found)
+        typer.echo(f"figures in {as_json}")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reports_errors
 def campaign(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")],
     overrides: Overrides = None,

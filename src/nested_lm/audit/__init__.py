@@ -1,0 +1,1 @@
+"""Checks that a model is what the papers' equations say, with figures against limits: `nested-lm audit`."""
