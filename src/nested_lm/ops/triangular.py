@@ -32,8 +32,8 @@ def unit_lower_inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*ba
     """Invert I + L for strictly lower L; entries on and above the diagonal are ignored.
 
     Forward substitution inside blocks of 16, exact pairwise merging above. (The product form
-    (I - L)(I + L^2)(I + L^4)... needs fewer steps but loses every digit for correlated keys.) Never in reduced precision:
-    one wrong write is carried through the rest of the chunk.
+    (I - L)(I + L^2)(I + L^4)... needs fewer steps but loses every digit for correlated keys.) Never in reduced
+    precision: one wrong write is carried through the rest of the chunk.
     """
     with full_precision():
         return _inverse(lower)
