@@ -34,3 +34,29 @@ def test_an_erased_level_is_the_identity():
     torch.nn.init.zeros_(memory.levels[0].out.weight)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     torch.testing.assert_close(memory(x, {}), x + mlp(memory.levels[1], x))
+
+
+def test_independent_levels_read_the_same_input_and_are_summed_with_weights():
+    levels = (Level(period_tokens=4, expansion=2.0), Level(period_tokens=8, expansion=0.5))
+    memory = ContinuumMemory(6, levels, wiring="independent", epsilon=1e-6).double()
+    for index, parameter in enumerate(memory.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    fast, slow = memory.levels
+    weights = memory.weights.detach()
+    torch.testing.assert_close(memory(x, {}), x + weights[0] * mlp(fast, x) + weights[1] * mlp(slow, x))
+    torch.nn.init.zeros_(fast.out.weight)
+    torch.testing.assert_close(memory(x, {}), x + weights[1] * mlp(slow, x))
+    memory.initialise()
+    assert memory.weights.tolist() == [1.0, 1.0]
+    assert [memory.level_of(name) for name in ("weights", "levels.1.norm.weight")] == [None, 1]
+
+
+def test_any_number_of_levels_is_a_longer_chain():
+    levels = tuple(Level(period_tokens=2**i, expansion=1.0) for i in range(7))
+    memory = ContinuumMemory(6, levels, wiring="nested", epsilon=1e-6).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    expected = x
+    for level in memory.levels:
+        expected = expected + mlp(level, expected)
+    torch.testing.assert_close(memory(x, {}), expected)

@@ -1,0 +1,89 @@
+"""Levels and their in-context clock in a preset: what is refused, and with which repair."""
+
+import pytest
+from pydantic import ValidationError
+
+from nested_lm.config.load import load_run
+from nested_lm.config.model import ModelConfig
+from nested_lm.errors import ConfigError
+
+SHARED = {"lifetime": "document", "meta_gradient": "first_order"}
+
+
+def writes(period, **changes):
+    return {"period_tokens": period, "rate": 0.1, "rule": {"kind": "gd"}} | changes
+
+
+def model(*periods, in_context=(), shared=SHARED, wiring="sequential", mixer=None, num_layers=2):
+    """A model with levels of these training periods; `in_context`: their writes, None without."""
+    entries = [*in_context, *[None] * (len(periods) - len(in_context))]
+    levels = [
+        {"period_tokens": period, "expansion": 1.0, "in_context": entry}
+        for period, entry in zip(periods, entries, strict=True)
+    ]
+    return ModelConfig.model_validate(
+        {
+            "vocab_size": 11,
+            "width": 8,
+            "num_layers": num_layers,
+            "mixer": mixer or {"kind": "attention", "num_heads": 2},
+            "channel": {"kind": "cms", "levels": levels, "wiring": wiring, "in_context": shared},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"in_context": [writes(4), writes(6)]}, r"in-context periods \[4, 6\] do not nest: .* try 8"),
+        ({"in_context": [writes(4)], "shared": None}, r"`channel.in_context`, .* is missing; add in_context: "),
+        ({"in_context": []}, r"channel.in_context is set, but no level is written in context"),
+        ({"in_context": [writes(4, rate=-0.1)]}, "greater than or equal to 0"),
+        ({"in_context": [writes(0)]}, "greater than 0"),
+        ({"in_context": [writes(4, rule={"kind": "sgd"})]}, "'gd', 'momentum'"),
+        ({"in_context": [writes(4, rule={"kind": "gd", "inertia": 0.5})]}, "Extra inputs are not permitted"),
+        ({"in_context": [writes(4), writes(4)], "wiring": "nested"}, r"\[4, 4\]: with wiring nested .* try 8"),
+    ],
+)
+def test_impossible_writes_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        model(64, 128, **settings)
+
+
+@pytest.mark.parametrize(
+    ("periods", "message"),
+    [((64,), "needs a slower level"), ((64, 64), r"level periods \[64, 64\]: with wiring nested .* try 128")],
+)
+def test_nested_levels_need_a_slower_one(periods, message):
+    with pytest.raises(ValidationError, match=message):
+        model(*periods, wiring="nested", shared=None)
+
+
+def test_second_order_needs_mixers_that_can_be_differentiated_twice():
+    hope = {"kind": "self_modifying", "num_heads": 2}
+    second = SHARED | {"meta_gradient": "second_order"}
+    with pytest.raises(ValidationError, match="self_modifying can be differentiated only once; use meta_gradient=first"):
+        model(64, in_context=[writes(4)], shared=second, mixer=hope)
+    assert model(64, in_context=[writes(4)], shared=second, mixer=hope, num_layers=1).writes_in_context
+    assert model(64, in_context=[writes(4)], shared=second).writes_in_context
+
+
+def test_documents_start_on_borders_of_memories_and_levels():
+    hope = {"kind": "self_modifying", "num_heads": 2, "chunk": 6}
+    found = model(64, 128, in_context=[None, writes(4)], mixer=hope)
+    assert found.alignment == 12
+    assert model(64, 128, shared=None, mixer=hope).alignment == 6
+    assert not model(64, in_context=[writes(4, rate=0.0)]).writes_in_context
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.compile=true"], "train.compile cannot compile a model whose levels are written in context"),
+        (["train.context_length=80"], "80 is not a multiple of 32"),
+        (["train.context_length=32"], "none would ever write in training; try a period of 8"),
+    ],
+)
+def test_training_that_the_clock_cannot_serve_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run("hope/demo_in_context", overrides)
