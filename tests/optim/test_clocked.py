@@ -4,14 +4,32 @@ import pytest
 import torch
 from torch import nn
 
-from nested_lm.config.train import AdamW, Muon
+from nested_lm.config import update_rules as rules
+from nested_lm.config.train import AdamW, Deep, MatrixOptimizer, Muon
 from nested_lm.levels import LevelClock
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.rule_optimizer import M3
 
 STEP_TOKENS = 8
 ADAMW = AdamW(kind="adamw", rate=1e-2)
 MUON = Muon(kind="muon", rate=1e-2, adamw_rate=1e-2)
+RULES = {
+    "gd": rules.GradientDescent(kind="gd"),
+    "momentum": rules.Momentum(kind="momentum"),
+    "preconditioned_momentum": rules.PreconditionedMomentum(kind="preconditioned_momentum"),
+    "delta_momentum": rules.DeltaMomentum(kind="delta_momentum"),
+    "delta_momentum, preconditioned": rules.DeltaMomentum(kind="delta_momentum", square_keep=0.9),
+    "dmgd": rules.DeepMomentum(kind="dmgd", hidden=5),
+    "adam": rules.Adam(kind="adam"),
+    "muon": rules.Muon(kind="muon"),
+    "m3": rules.M3(kind="m3", slow_every=2),
+}
+DEEP = {name: Deep(kind="deep", rule=rule, rate=1e-2, adamw_rate=1e-2) for name, rule in RULES.items()}
+M3_SLOWLY = MatrixOptimizer(rule=RULES["m3"], rate=2e-2, weight_decay=0.3)
+PER_LEVEL = AdamW(kind="adamw", rate=1e-2, levels=(None, M3_SLOWLY))
+CONFIGS = {"adamw": ADAMW, "muon": MUON, "per level": PER_LEVEL} | {f"deep {name}": c for name, c in DEEP.items()}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
 class Role(NamedTuple):
@@ -92,7 +110,7 @@ def test_each_level_learns_from_exactly_its_own_tokens():
     assert recorder.seen["slow"] == recorder.seen["slow_norm"] == windows  # sums, no step twice, none lost
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+@every_config
 def test_slow_weights_move_only_when_due(config):
     optimizer = clocked(config)
     start = weights(optimizer)
@@ -143,7 +161,7 @@ def test_equals_plain_torch_when_every_period_is_one_step(kind):
     assert_same(weights(optimizer), {name: p.detach() for name, p in plain.items()})
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+@every_config
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_continues_bit_identically_from_any_phase_of_a_period(config, stop):
     whole = clocked(config)
@@ -209,3 +227,49 @@ def test_skipping_keeps_weights_moments_and_buffers():
 def test_foreign_state_is_refused(name, shape, message):
     with pytest.raises(ValueError, match=message):
         clocked().load_state_tensors({name: torch.zeros(shape)})
+
+
+def test_a_level_may_have_an_optimizer_of_its_own():
+    optimizer = clocked(PER_LEVEL, periods=(8, 8))
+    twin = nn.Parameter(optimizer.parameters["slow"].detach().clone())
+    plain = clocked(ADAMW, periods=(8, 8))
+    alone = M3([twin], lr=1e-2, weight_decay=0.3, slow_every=2)  # half of the rate: the multiplier
+    for step in range(1, 6):
+        set_gradients(optimizer, step)
+        set_gradients(plain, step)
+        twin.grad = optimizer.parameters["slow"].grad.clone()
+        for one in (optimizer, plain):
+            one.step(step * STEP_TOKENS, 0.5)
+        alone.step()
+    assert torch.equal(optimizer.parameters["slow"], twin)
+    for name in ("embedding", "matrix", "fast", "slow_norm"):
+        assert torch.equal(optimizer.parameters[name], plain.parameters[name])
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_matrices_get_the_rule_and_everything_else_adamw(kind):
+    deep, plain = clocked(DEEP[kind], periods=(8, 8)), clocked(ADAMW, periods=(8, 8))
+    for optimizer in (deep, plain):
+        run(optimizer, 1, 3)
+    for name, parameter in deep.parameters.items():
+        assert torch.equal(parameter, plain.parameters[name]) == (ROLES[name].kind != "matrix")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state/slow/exp_avg": (4, 4)}, "'state/slow/exp_avg' is not kept by the optimizer of that parameter"),
+        ({"state/slow/fast": (4, 5)}, r"shape \(4, 5\), its parameter \(4, 4\)"),
+        ({"state/slow/square": None}, "optimizer state of 'slow' lacks square"),
+    ],
+)
+def test_state_of_another_rule_is_refused(change, message):
+    optimizer = clocked(PER_LEVEL)
+    run(optimizer, 1, 4)
+    state = dict(optimizer.state_tensors())
+    for name, shape in change.items():
+        state.pop(name, None)
+        if shape is not None:
+            state[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        clocked(PER_LEVEL).load_state_tensors(state)

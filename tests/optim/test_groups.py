@@ -3,11 +3,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from nested_lm.config.train import AdamW, Muon
+from nested_lm.config.train import AdamW, Deep, MatrixOptimizer, Muon
+from nested_lm.config.update_rules import GradientDescent, Momentum
 from nested_lm.optim.groups import plan_groups
 
 ADAMW = AdamW(kind="adamw", rate=1e-3, weight_decay=0.1)
 MUON = Muon(kind="muon", rate=2e-3, adamw_rate=5e-4, weight_decay=0.2)
+
+MOMENTUM = Momentum(kind="momentum", inertia=0.5)
+DEEP = Deep(kind="deep", rule=MOMENTUM, rate=2e-3, adamw_rate=5e-4, weight_decay=0.2)
+DESCENT = MatrixOptimizer(rule=GradientDescent(kind="gd"), rate=0.5, weight_decay=0.0)
 
 
 class Role(NamedTuple):
@@ -29,7 +34,7 @@ SHAPES = {"vector": (4,), "memory": (2, 4, 4), "matrix": (4, 4), "embedding": (8
 PARAMETERS = {name: torch.zeros(SHAPES[role.kind]) for name, role in ROLES.items()}
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON])
+@pytest.mark.parametrize("config", [ADAMW, MUON, DEEP])
 def test_every_parameter_is_in_exactly_one_group(config):
     groups = plan_groups(PARAMETERS, ROLES, config)
     names = [name for group in groups for name in group.names]
@@ -37,7 +42,7 @@ def test_every_parameter_is_in_exactly_one_group(config):
     assert len({group.label for group in groups}) == len(groups)
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON])
+@pytest.mark.parametrize("config", [ADAMW, MUON, DEEP])
 def test_only_matrices_decay_and_levels_are_kept(config):
     for group in plan_groups(PARAMETERS, ROLES, config):
         for name in group.names:
@@ -45,11 +50,23 @@ def test_only_matrices_decay_and_levels_are_kept(config):
             assert group.weight_decay == (config.weight_decay if ROLES[name].kind == "matrix" else 0.0)
 
 
-def test_muon_takes_the_matrices_and_adamw_the_rest():
-    for group in plan_groups(PARAMETERS, ROLES, MUON):
+@pytest.mark.parametrize(("config", "method"), [(MUON, "muon"), (DEEP, "momentum")])
+def test_the_rule_takes_the_matrices_and_adamw_the_rest(config, method):
+    for group in plan_groups(PARAMETERS, ROLES, config):
         is_matrix = ROLES[group.names[0]].kind == "matrix"
-        assert group.method == ("muon" if is_matrix else "adamw")
+        assert group.method == (method if is_matrix else "adamw")
         assert group.rate == (2e-3 if is_matrix else 5e-4)
+
+
+@pytest.mark.parametrize("config", [ADAMW, MUON, DEEP])
+def test_a_level_s_own_optimizer_takes_its_matrices_only(config):
+    own = config.model_copy(update={"levels": (None, DESCENT)})
+    plain = {group.label: group for group in plan_groups(PARAMETERS, ROLES, config)}
+    for group in plan_groups(PARAMETERS, ROLES, own):
+        if group.label == "level1/matrix":
+            assert (group.method, group.rate, group.weight_decay, group.level) == ("gd", 0.5, 0.0, 1)
+        else:
+            assert group == plain[group.label]
 
 
 def test_labels_name_kind_and_level():

@@ -33,16 +33,16 @@ def proximal_step(
         output_gradients: G, gradient of the loss for what the layer answered.
         rate: step size, at least 0; a tensor must broadcast against (*B, 1, 1).
     """
-    if inputs.shape[-2] >= inputs.shape[-1]:
-        return proximal_step_from_moments(weights, inputs.mT @ inputs, output_gradients.mT @ inputs, rate=rate)
     dtype = working_dtype(weights)
     with torch.autocast(weights.device.type, enabled=False):
-        old, x = weights.to(dtype), inputs.to(dtype)
-        overlap = rate * (x @ x.mT)
-        identity = torch.eye(x.shape[-2], dtype=dtype, device=x.device)
-        errors = x @ old.mT + output_gradients.to(dtype)
-        solved: Tensor = torch.linalg.solve(identity + overlap, errors)
-        return (old - rate * solved.mT @ x).to(weights.dtype)
+        old, x, slopes = weights.to(dtype), inputs.to(dtype), output_gradients.to(dtype)
+        if x.shape[-2] >= x.shape[-1]:
+            new = proximal_step_from_moments(old, x.mT @ x, slopes.mT @ x, rate=rate)
+        else:
+            identity = torch.eye(x.shape[-2], dtype=dtype, device=x.device)
+            solved: Tensor = torch.linalg.solve(identity + rate * (x @ x.mT), x @ old.mT + slopes)
+            new = old - rate * solved.mT @ x
+    return new.to(weights.dtype)
 
 
 def proximal_step_from_moments(

@@ -25,7 +25,8 @@ class DeltaGradientDescent(torch.optim.Optimizer):
     change their input in place. Call `remove_hooks` to give the layers back.
 
     layers: linear layers, each once; one parameter group each.
-    lr: step size, at least 0; no upper limit is needed for stability.
+    lr: step size, at least 0. A step never goes beyond its targets, but the targets move with the weights: where the
+        loss has curvature c in the answers, steps along x converge if lr' |x|^2 (1 + c) < 2, so for c < 1 at any lr.
     reduction: how the loss joins the rows of a layer. `sum`: eq. 56 over all rows; `mean`: the loss is a mean over
         the rows, and so is the objective.
     weight_decay: share of a weight that is taken away before the step, multiplied by `lr`; at least 0.
@@ -114,7 +115,7 @@ class DeltaGradientDescent(torch.optim.Optimizer):
     def _step_one(self, group: dict[str, Any]) -> None:
         """Step weight and bias of one layer in place."""
         parameters = group["params"]
-        state = self.state[parameters[0]]
+        state = self.state.get(parameters[0], {})
         if "second_moment" not in state:
             raise RuntimeError(
                 f"a layer of weight shape {tuple(parameters[0].shape)} has a gradient, but no backward pass through it "
