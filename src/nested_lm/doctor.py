@@ -25,7 +25,7 @@ EXTRAS = {  # extra of this package: modules it brings, what they are for
     "wandb": (("wandb",), "metrics in Weights & Biases"),
     "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
     "deepspeed": (("deepspeed",), RESERVED),
-    "gpu": (("fla",), RESERVED),
+    "gpu": (("fla", "triton"), "GPU kernels of linear attention and the DeltaNets (mixer.backend: fla)"),
     "hf": (("huggingface_hub",), "conversion of models on the Hugging Face hub"),
 }
 

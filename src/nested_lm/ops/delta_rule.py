@@ -130,16 +130,16 @@ def _run(
     """Carry the matrix over the chunks, then read them all. Writes are `known - reader S_0`."""
     carried = (chunks.key * chunks.to_end).mT  # (B, H, N, K, C)
     faded = chunks.before[..., -1:, :]  # (B, H, N, 1, 1)
-    befores, writes = [], []
+    starts, writes = [], []
     for index in range(known.shape[2]):
-        befores.append(state)
+        starts.append(state)
         write = known[:, :, index]
         if reader is not None:
             write = write - reader[:, :, index] @ state
         writes.append(write)
         state = faded[:, :, index] * state + carried[:, :, index] @ write
     attention = ratio * (chunks.query @ chunks.key.mT)
-    reads = chunks.before * (chunks.query @ torch.stack(befores, dim=2)) + attention @ torch.stack(writes, dim=2)
+    reads = chunks.before * (chunks.query @ torch.stack(starts, dim=2)) + attention @ torch.stack(writes, dim=2)
     return DeltaRuleOutput(reads.flatten(2, 3)[:, :, :tokens].transpose(1, 2), state)
 
 
