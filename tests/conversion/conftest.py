@@ -1,9 +1,13 @@
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nested_lm.conversion import convert as module
 
 TEXT = "a small text about a small model that reads other small texts, again and again, until its memory is full; " * 4
 LLAMA = {
@@ -18,7 +22,7 @@ LLAMA = {
     "tie_word_embeddings": False,
     "bos_token_id": 300,
     "eos_token_id": [301, 302],
-    "initializer_range": 0.3,  # far from uniform predictions, so that a wrong one shows
+    "initializer_range": 0.15,  # far from uniform predictions, so that a wrong one shows
 }
 SCALED = {
     "rope_type": "llama3",
@@ -43,6 +47,18 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     assert tokenizer.get_vocab_size() == 303
     tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def composed_once():
+    """Presets without overrides, each composed once for all tests: Hydra takes most of the time of a conversion."""
+    return {name: functools.cache(getattr(module, name)) for name in ("compose_preset", "load_data")}
+
+
+@pytest.fixture(autouse=True)
+def _quick_presets(composed_once, monkeypatch):
+    for name, cached in composed_once.items():
+        monkeypatch.setattr(module, name, lambda *arguments, cached=cached: copy.deepcopy(cached(*arguments)))
 
 
 @pytest.fixture(scope="session")

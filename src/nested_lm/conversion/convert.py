@@ -17,7 +17,7 @@ from nested_lm.checkpoint import folder_name, load_weights, write_checkpoint
 from nested_lm.config.architecture import architecture_differences
 from nested_lm.config.compose import compose_preset, find_preset
 from nested_lm.config.data import LoadTokenizer
-from nested_lm.config.load import dump_resolved, load_data, load_run
+from nested_lm.config.load import dump_resolved, load_data, load_run, parse_run
 from nested_lm.config.model import ModelConfig
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
@@ -122,9 +122,12 @@ def _configure(
         "train": train,
         "eval": compose_preset(find_preset("eval/demo"), ()).values,
     }
-    preset = scratch / "converted.yaml"
-    preset.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
-    config = load_run(str(preset), overrides)
+    if overrides:  # Hydra applies them to files
+        preset = scratch / "converted.yaml"
+        preset.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+        config = load_run(str(preset), overrides)
+    else:
+        config = parse_run(values, f"the configuration of {output}")
     original = ModelConfig.model_validate(llama.model_section((1,)))  # levels are no part of the comparison
     changed = architecture_differences(original, config.model)
     if changed:
