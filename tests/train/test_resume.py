@@ -15,6 +15,16 @@ STEPS = 10
 SLOW_STEPS = 4  # period of the slow CMS level
 ADAMW = {"kind": "adamw", "rate": 1e-2}
 MUON = {"kind": "muon", "rate": 1e-2, "adamw_rate": 1e-2}
+DEEP = {
+    "kind": "deep",
+    "rule": {"kind": "dmgd", "scale": "adamw"},
+    "rate": 1e-2,
+    "adamw_rate": 1e-2,
+    "levels": [
+        {"rule": {"kind": "delta_momentum", "square_keep": 0.9}, "rate": 1e-3},
+        {"rule": {"kind": "m3", "slow_every": 1}, "rate": 1e-2},
+    ],
+}
 
 
 @pytest.fixture
@@ -45,8 +55,9 @@ def disarm(monkeypatch, signal_after):
         ("transformer", ADAMW, range(1, STEPS)),
         ("hope", ADAMW, (1, 3, 6)),
         ("hope", MUON, (5,)),
+        ("hope", DEEP, (5,)),
     ],
-    ids=["transformer-adamw", "hope-adamw", "hope-muon"],
+    ids=["transformer-adamw", "hope-adamw", "hope-muon", "hope-deep"],
 )
 def test_a_stopped_run_continues_bit_for_bit(
     make_config, signal_after, disarm, model, optimizer, stops, comparable, final_bytes
