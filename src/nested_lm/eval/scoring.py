@@ -18,7 +18,9 @@ from torch import Tensor
 
 from nested_lm.data.packing import IGNORED_TARGET, Pieces, Placed, fill, pack
 from nested_lm.data.shards import TokenDataset
+from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.nn.state import StreamState
 
 _FIRST_BIN = 4  # positions 0 to 3 share a bin; the ones after double in width
@@ -111,8 +113,10 @@ def score_window(
         batch = fill(dataset, pieces, rows[start : start + batch_size])
         targets = torch.from_numpy(batch.targets).to(device)
         resets = torch.from_numpy(batch.resets).to(device)
-        logits = model(torch.from_numpy(batch.inputs).to(device), resets=resets).logits
+        inputs = torch.from_numpy(batch.inputs).to(device)
+        logits = model(inputs, resets=resets).logits
         losses = token_losses(logits, targets).double().cpu().numpy()
+        _require_finite(losses, model, inputs, resets=resets, state=None)
         column = np.arange(context_length)
         fresh = np.maximum.accumulate(np.where(batch.resets, column, 0), axis=1)
         scored = batch.targets != IGNORED_TARGET
@@ -186,9 +190,11 @@ def score_streaming(
                 carried = carried.select(torch.arange(active))
             part = slice(start, start + segment_length)
             wanted = targets[:active, part]
-            output = model(inputs[:active, part].to(device), state=carried)
-            carried = output.state
+            given = inputs[:active, part].to(device)
+            output = model(given, state=carried)
             losses = token_losses(output.logits, wanted.to(device)).double().cpu().numpy()
+            _require_finite(losses, model, given, resets=None, state=carried)
+            carried = output.state
             row, column = np.nonzero(wanted.numpy() != IGNORED_TARGET)
             sums.add(losses[row, column], rows[row], column + start)
     return sums.finish()
@@ -208,6 +214,26 @@ def _padded(
         targets[row, : len(tokens)] = tokens
         targets[row, len(tokens)] = end
     return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def _require_finite(
+    losses: np.ndarray, model: LanguageModel, inputs: Tensor, *, resets: Tensor | None, state: StreamState | None
+) -> None:
+    """Refuse losses that are not finite, with the place in the model where the first such value arises.
+
+    Raises:
+        NumericsError: names layer, part or memory, row and token.
+    """
+    if np.isfinite(losses).all():
+        return
+    found = locate_nonfinite(model, inputs, resets=resets, state=state)
+    where = (
+        f"first seen in {found}" if found else "a replay in parts is finite: rounding decides, so it is near overflow"
+    )
+    raise NumericsError(
+        f"a score is not finite; {where}. Evaluate an earlier checkpoint, or train with a lower rate; "
+        "`nested-lm audit` on the checkpoint says whether its memories stay bounded"
+    )
 
 
 class AnswerScores(NamedTuple):
@@ -252,7 +278,8 @@ def score_answers(
     state = None
     for start in range(0, inputs.shape[1], step):
         wanted = torch.from_numpy(targets[:, start : start + step])
-        output = model(torch.from_numpy(inputs[:, start : start + step]).to(device), state=state)
+        given = torch.from_numpy(inputs[:, start : start + step]).to(device)
+        output, before = model(given, state=state), state
         state = output.state
         row, column = torch.nonzero(wanted != IGNORED_TARGET, as_tuple=True)
         if not len(row):
@@ -263,6 +290,7 @@ def score_answers(
         # Ties count against the model: equal logits for all tokens must not pass for knowing the answer.
         rank = (logits >= chosen).sum(dim=1).cpu().numpy()
         losses = -logits.log_softmax(dim=1).gather(1, target)[:, 0].double().cpu().numpy()
+        _require_finite(losses, model, given, resets=None, state=before)
         at = row.numpy()
         nats += np.bincount(at, weights=losses, minlength=len(prompts))
         wrong += np.bincount(at, weights=rank != 1, minlength=len(prompts)).astype(np.int64)

@@ -1,7 +1,7 @@
 """Watch for values that are not finite: each one is named, counted, and limited in a row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,17 @@ class NonFiniteWatch:
         """Note a step whose values were all finite."""
         self.in_a_row = 0
 
-    def skipped(self, found: NonFinite, *, step: int, last_good: Path | None) -> None:
+    def skipped(
+        self, found: NonFinite, *, step: int, last_good: Path | None, explain: Callable[[], str | None]
+    ) -> None:
         """Note a step that was skipped.
+
+        Args:
+            found: its first loss or gradient that is not finite.
+            step: its number.
+            last_good: the newest checkpoint.
+            explain: says where in the model such a value first arises, None if it cannot; slow, so it is asked once,
+                when the run is given up.
 
         Raises:
             NumericsError: more than `limit` in a row.
@@ -51,9 +60,11 @@ class NonFiniteWatch:
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row > self.limit:
+            where = explain()
             raise NumericsError(
                 f"step {step}: {found.tensor} is not finite, and {self.in_a_row} steps in a row were not "
                 f"(train.max_nonfinite_steps allows {self.limit}); "
+                f"{f'first seen in {where}' if where else 'every value of the forward pass is finite'}; "
                 f"last good checkpoint: {last_good or 'none yet'}. "
                 "Lower the learning rate or train.clip_norm, or look at the batches named in metrics.jsonl"
             )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch
-from nested_lm.nn.model import token_losses
+from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.train.stability import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
 from nested_lm.train.strategy import Strategy
 
@@ -76,6 +77,19 @@ class GradientComputer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
             output = self._model(batch.inputs.to(device), resets=batch.resets.to(device))
         return token_losses(output.logits, batch.targets.to(device)), output.stats
+
+    def explain(self, model: LanguageModel, batches: Sequence[Batch]) -> str | None:
+        """Say where in the forward passes of a step a value first is not finite; None: nowhere.
+
+        model: the one that is trained, not its compiled form.
+        """
+        device = self._strategy.device
+        for index, batch in enumerate(batches):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
+                found = locate_nonfinite(model, batch.inputs.to(device), resets=batch.resets.to(device))
+            if found is not None:
+                return f"micro-batch {index}, {found}"
+        return None
 
     @torch.no_grad()
     def _locate(self, batches: Sequence[Batch]) -> NonFinite:

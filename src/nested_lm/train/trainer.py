@@ -14,6 +14,7 @@ from torch import nn
 from nested_lm.checkpoint import list_checkpoints
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
+from nested_lm.data.loader import Batch
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import ConfigError
 from nested_lm.levels import LevelClock
@@ -172,7 +173,8 @@ class Trainer:
         """Take one optimizer step, or skip it when a value is not finite."""
         state, began = self._state, time.perf_counter()
         position = state.stream.state_dict()
-        gradients = self._gradients.run(state.stream.next_step())
+        batches = state.stream.next_step()
+        gradients = self._gradients.run(batches)
         progress = state.progress
         progress.step += 1
         progress.tokens += self._settings.step_tokens
@@ -188,9 +190,9 @@ class Trainer:
             state.watch.passed()
             self._recorder.event("step", progress, self._step_fields(gradients, multiplier, seconds))
         else:
-            self._skip(gradients.nonfinite, position)
+            self._skip(gradients.nonfinite, position, batches)
 
-    def _skip(self, found: NonFinite, position: dict[str, Any]) -> None:
+    def _skip(self, found: NonFinite, position: dict[str, Any], batches: Sequence[Batch]) -> None:
         """Record a step whose values are not finite; its record stands in for the step record."""
         state = self._state
         state.optimizer.skip()
@@ -200,7 +202,12 @@ class Trainer:
             {**found.as_record(), "stream": position},
             note=f"step {state.progress.step} skipped: {found.tensor} is not finite",
         )
-        state.watch.skipped(found, step=state.progress.step, last_good=self._keeper.newest)
+        state.watch.skipped(
+            found,
+            step=state.progress.step,
+            last_good=self._keeper.newest,
+            explain=lambda: self._gradients.explain(state.model, batches),
+        )
 
     def _step_fields(self, gradients: Gradients, multiplier: float, seconds: float) -> dict[str, Any]:
         """Fields of a step record; statistics and update norms come once per logging interval."""
