@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from nested_lm.audit.finding import Finding, at_least, at_most, broken, does_not_apply
 from nested_lm.audit.memories import NO_MEMORY
-from nested_lm.audit.probe import next_token_loss, recorded, state_tensors
+from nested_lm.audit.probe import TINY, next_token_loss, recorded, state_tensors
 from nested_lm.audit.subject import Subject
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState, iterate_tensors
 
-STEP = 1e-6
-"""Of a finite difference, relative to the parameter: small, because squared ReLU has kinks in its slope."""
+STEPS = (1e-6, 1e-7, 1e-5)
+"""Of a finite difference, relative to the parameter. Where one is too long for the curvature or too short for the
+rounding, the next is tried and the best counts: a wrong derivative is wrong at every step.
+"""
 
 DERIVATIVE = 1e-5
 """Of a derivative against its finite difference: the difference's own error, with room for steep places."""
@@ -228,13 +230,19 @@ def _error(
     """
     directions = _direction(group, gradient, named)
     expected = sum((gradient[name] * directions[name]).sum().item() for name in group.names)
-    difference = _difference(directions, named, loss)
-    return abs(difference - expected) / max(abs(difference), abs(expected), 1e-300)
+    best = float("inf")
+    for step in STEPS:
+        difference = _difference(directions, named, loss, step)
+        error = abs(difference - expected) / max(abs(difference), abs(expected), TINY)
+        best = error if error != error else min(best, error)
+        if not best > DERIVATIVE / 10:
+            break
+    return best
 
 
 def _moves(group: _Group, named: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> float:
     """Finite difference along a random direction."""
-    return abs(_difference(_direction(group, None, named), named, loss))
+    return abs(_difference(_direction(group, None, named), named, loss, STEPS[0]))
 
 
 def _direction(
@@ -255,22 +263,23 @@ def _unit(group: _Group, tensor: Tensor) -> Tensor:
     """The group's part of a tensor at length 1, zero elsewhere."""
     kept = torch.zeros_like(tensor)
     part = group.part(tensor)
-    group.part(kept).copy_(part / part.norm().clamp_min(1e-300))
+    group.part(kept).copy_(part / part.norm().clamp_min(TINY))
     return kept
 
 
 @torch.no_grad()
 def _difference(
-    directions: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]
+    directions: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], loss: Callable[[], Tensor], step: float
 ) -> float:
     values = []
+    before = {name: named[name].clone() for name in directions}
     for sign in (1, -1):
         for name, direction in directions.items():
-            named[name].add_(sign * STEP * direction)
+            named[name].copy_(before[name] + sign * step * direction)
         values.append(loss().item())
-        for name, direction in directions.items():
-            named[name].sub_(sign * STEP * direction)
-    return (values[0] - values[1]) / (2 * STEP)
+    for name, value in before.items():
+        named[name].copy_(value)
+    return (values[0] - values[1]) / (2 * step)
 
 
 @torch.no_grad()
