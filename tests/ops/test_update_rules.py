@@ -453,7 +453,7 @@ def test_delta_momentum_settles_first_on_the_toy_problem(k, bend):
         rule = make_rule(kind, settings)
         point = torch.tensor([[-3.5, 2.0]], dtype=torch.float64).expand(200, 1, 2)
         state, settled = rule.initial_state(point), torch.zeros(200)
-        for step in range(1, 301):
+        for step in range(1, 181):
             r, theta = point.unbind(-1)
             slope_r = 2 * r + 2 * k * error(r, theta) * (1 + bend * torch.cos(r))
             gradient = torch.stack([slope_r, -2 * k * error(r, theta)], dim=-1)

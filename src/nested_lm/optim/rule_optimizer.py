@@ -6,6 +6,7 @@ docstrings give the equations.
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -122,11 +123,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(self._initial(rule, parameter, parameter.device))
-        state_type = type(rule.initial_state(torch.empty_like(parameter, device="meta")))
         decayed = parameter * (1 - lr * weight_decay) if weight_decay else parameter
-        new, after = rule.update(decayed, gradient, state_type(**state), rate=lr)
+        new, after = rule.update(decayed, gradient, _state_type(rule)(**state), rate=lr)
         parameter.copy_(new)
         state.update(after._asdict())
+
+
+@cache
+def _state_type(rule: UpdateRule[Any]) -> type[Any]:
+    """Class of the states of a rule."""
+    return type(rule.initial_state(torch.empty(1, 1, device="meta")))
 
 
 class PreconditionedMomentum(RuleOptimizer):
