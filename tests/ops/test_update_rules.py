@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from nested_lm.ops.update_rules import RULES, make_rule
+from nested_lm.ops.update_rules import make_rule
 from nested_lm.ops.update_rules_deep import DeepMomentumState, read
 from nested_lm.ops.update_rules_momentum import along_gradient
 from nested_lm.ops.update_rules_orthogonal import newton_schulz
