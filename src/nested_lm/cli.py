@@ -187,6 +187,7 @@ def describe_run(config: "RunConfig") -> list[str]:
         "model": f"width {config.model.width}, {config.model.num_layers} layers, "
         f"{config.model.mixer.kind} + {config.model.channel.kind}",
         "parameters": f"{total:,}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+        "weights": "drawn with the seed" if plan.init_from is None else f"those of {plan.init_from}",
         "budget": f"{plan.budget_tokens:,} tokens = {plan.num_steps:,} steps of {plan.step_tokens:,} "
         f"(context {plan.context_length} x batch {plan.batch_size} x accumulation {plan.accumulation})",
         "stream": plan.stream.kind,

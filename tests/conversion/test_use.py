@@ -55,7 +55,9 @@ def test_convert_data_generate_eval_train(make_llama, run, tmp_path):
     built = json.loads((tmp_path / "new/model/data/manifest.json").read_text())
     assert (built["tokenizer"]["start"], built["tokenizer"]["end"]) == (300, 301)
 
-    run("train", "new/model/config.resolved.yaml", "--init-from", "new/model")
+    going_on = ("train", "new/model/config.resolved.yaml", "--init-from", "new/model")
+    assert "weights      those of new/model\n" in run(*going_on, "--dry-run")
+    run(*going_on)
     trained = load_model(find_checkpoint(tmp_path / "new/model-trained"), device="cpu")
     assert (trained.step, trained.identity["data_hash"]) == (4, score["identity"]["data_hash"])
     before = read_tensors(find_checkpoint(tmp_path / "new/model"), "model")
