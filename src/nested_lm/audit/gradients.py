@@ -79,7 +79,7 @@ def _every_parameter(model: LanguageModel, tokens: Tensor) -> list[Finding]:
     if missing:
         return [broken("smallest gradient of any parameter", f"no finite gradient: {', '.join(missing[:4])}")]
     name = min(norms, key=lambda key: norms[key])
-    return [at_least("smallest gradient of any parameter", norms[name] / max(norms.values()), REACHED, name)]
+    return [at_least("smallest gradient of any parameter", _share(norms[name], max(norms.values())), REACHED, name)]
 
 
 def _total(model: LanguageModel, groups: Sequence["_Group"], tokens: Tensor) -> Finding:
@@ -89,7 +89,7 @@ def _total(model: LanguageModel, groups: Sequence["_Group"], tokens: Tensor) -> 
         return next_token_loss(model, tokens)
 
     named = dict(model.named_parameters())
-    found = dict(zip(named, torch.autograd.grad(loss(), list(named.values())), strict=True))
+    found = dict(zip(named, _grad(loss(), named), strict=True))
     errors = {group.label: _error(group, found, named, loss) for group in groups}
     return _worst("gradient of the loss against its finite difference", errors)
 
@@ -102,7 +102,6 @@ def _through_state(model: LanguageModel, groups: Sequence["_Group"], head: Tenso
     if not carried:
         yield broken(figure, "the state of the first call carries no gradient")
         return
-    # A second model holds the parameters of the second call, so that those of the first can move alone.
     leaf = _leaf_state(state)
     of_state = torch.autograd.grad(
         next_token_loss(model, tail, leaf), _differentiable_leaves(leaf), allow_unused=True, materialize_grads=True
@@ -123,9 +122,11 @@ def _through_state(model: LanguageModel, groups: Sequence["_Group"], head: Tenso
         return value
 
     touched = [group for group in groups if any(group.part(found[name]).any() for name in group.names)]
-    errors = {group.label: _error(group, found, named, loss) for group in touched}
-    yield _worst(figure, errors)
-    silent = [group for group in groups if group not in touched and group.label not in _AFTER_STATE]
+    if not touched:
+        yield broken(figure, "no parameter of the first call gets a gradient from the second")
+        return
+    yield _worst(figure, {group.label: _error(group, found, named, loss) for group in touched})
+    silent = [group for group in groups if group not in touched]
     moved = {group.label: _moves(group, named, loss) for group in silent}
     yield at_most(
         "loss moved through the writes by parameters without a gradient", max(moved.values(), default=0.0), 0.0
@@ -144,7 +145,7 @@ def _reached(subject: Subject, model: LanguageModel, head: Tensor, tail: Tensor)
         return
     loss = next_token_loss(model, tail, state)
     named = dict(model.named_parameters())
-    total = dict(zip(named, torch.autograd.grad(loss, list(named.values()), retain_graph=True), strict=True))
+    total = dict(zip(named, _grad(loss, named), strict=True))
     if not memories:
         yield broken("smallest gradient of a start, by way of the writes", "written memories carry no gradient")
         return
@@ -164,14 +165,16 @@ def _reached(subject: Subject, model: LanguageModel, head: Tensor, tail: Tensor)
         worst = min(starts, key=lambda key: starts[key])
         yield at_least(
             "smallest gradient of a head's start, by way of the writes",
-            starts[worst] / max(starts.values()),
+            _share(starts[worst], max(starts.values())),
             REACHED,
             worst,
         )
     slow = {
-        name: value for name, value in written.items() if re.search(r"mixer\..*(conv|qkv|key|value)[\w.]*weight$", name)
+        name: value
+        for name, value in written.items()
+        if re.search(r"mixer\.(\w+\.)*(conv|qkv)\.weight$", name) and ".attention." not in name
     }
-    share = {name: value.norm().item() / total[name].norm().item() for name, value in slow.items()}
+    share = {name: _share(value.norm().item(), total[name].norm().item()) for name, value in slow.items()}
     if share:
         worst = min(share, key=lambda key: share[key])
         yield at_least(
@@ -184,8 +187,18 @@ def _reached(subject: Subject, model: LanguageModel, head: Tensor, tail: Tensor)
     ]
     if queries:
         yield at_least(
-            "gradient of the query projection, relative to the largest", min(queries) / max(queries), REACHED
+            "gradient of the query projection, relative to the largest", _share(min(queries), max(queries)), REACHED
         )
+
+
+def _grad(loss: Tensor, named: Mapping[str, nn.Parameter]) -> tuple[Tensor, ...]:
+    """Gradients of every parameter, zero where there is none; the graph stays."""
+    return torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def _share(part: float, whole: float) -> float:
+    """Quotient; 0 where both are 0."""
+    return part / whole if whole else 0.0
 
 
 class _Group:
@@ -200,10 +213,6 @@ class _Group:
             return tensor
         size = len(tensor) // 3
         return tensor[self.third * size : (self.third + 1) * size]
-
-
-_AFTER_STATE = ("norm.weight",)
-"""Used after the last state: the final norm cannot move what a call carries on."""
 
 
 def _groups(model: LanguageModel) -> Iterator[_Group]:

@@ -26,7 +26,7 @@ from nested_lm.nn.attention import AttentionState
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import map_tensors
 from nested_lm.ops import memory_reference
-from nested_lm.ops.memory import MemoryState, add
+from nested_lm.ops.memory import MemoryState, add, unit
 
 VALUES = 1e-11
 """Of outputs and states, relative, float64: the same sums in another order."""
@@ -176,10 +176,20 @@ def _compare(call: Call, arguments: Mapping[str, Any]) -> tuple[float, float]:
     found = []
     for function in (call.operation.fast, call.operation.reference):
         given, inputs = leaves(arguments)
-        output = run_operation(function, given)
+        output = run_operation(function, _with_unit_vectors(given) if call.is_memory else given)
         found.append((output_tensors(output), gradients_of(output, inputs)))
     (fast, fast_gradients), (slow, slow_gradients) = found
     return worst_difference(fast, slow), worst_difference(fast_gradients, slow_gradients)
+
+
+def _with_unit_vectors(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Scale keys and queries (and values where the rule does) once more, as the layer did.
+
+    Both forms are defined for unit vectors; derivatives along their length are not, and differ.
+    """
+    inputs, rule = arguments["inputs"], arguments["rule"]
+    value = unit(inputs.value) if rule.unit_values else inputs.value
+    return arguments | {"inputs": inputs._replace(key=unit(inputs.key), query=unit(inputs.query), value=value)}
 
 
 def _worst(compared: list[tuple[float, float]], label: str) -> list[Finding]:
