@@ -114,9 +114,9 @@ def test_a_stop_during_an_evaluation_is_made_up_for(make_config, monkeypatch, re
     train(whole)
     original = Validator.run
 
-    def interrupted(self, model, computer, *, is_stopped):
+    def interrupted(self, model, computer, strategy, *, is_stopped):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, model, computer, is_stopped=is_stopped)
+        return original(self, model, computer, strategy, is_stopped=is_stopped)
 
     monkeypatch.setattr(Validator, "run", interrupted)
     summary = train(config)

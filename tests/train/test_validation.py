@@ -16,6 +16,8 @@ from nested_lm.train.step import GradientComputer
 from nested_lm.train.strategy import SingleDevice
 from nested_lm.train.validation import Validator, bytes_per_token, open_validator
 
+SINGLE = SingleDevice(torch.device("cpu"))
+
 
 @pytest.fixture
 def dataset(tiny_data):
@@ -44,11 +46,9 @@ def test_loss_and_bits_per_byte_by_hand(make_config, dataset):
     config = make_config(evaluate_tokens=10**6)
     model = LanguageModel(config.model)
     model.initialise(0)
-    computer = GradientComputer(
-        model, dict(model.named_parameters()), SingleDevice(torch.device("cpu")), precision="float32"
-    )
+    computer = GradientComputer(model, dict(model.named_parameters()), SINGLE, precision="float32")
     model.train()
-    found = open_validator(config).run(model, computer, is_stopped=lambda: False)
+    found = open_validator(config).run(model, computer, SINGLE, is_stopped=lambda: False)
     assert model.training  # left as it was
     nats = tokens = 0
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_stop_request_is_polled_between_batches(make_config, dataset):
 
     batches = list(evaluation_batches(dataset, 16, 1, 8))[:5]
     validator = Validator(batches, np.ones(320, dtype=np.int64))
-    assert validator.run(torch.nn.Linear(1, 1), Computer(), is_stopped=lambda: next(asked)) is None
+    assert validator.run(torch.nn.Linear(1, 1), Computer(), SINGLE, is_stopped=lambda: next(asked)) is None
     assert len(calls) == 2
 
 

@@ -119,8 +119,8 @@ class TrainConfig(Section):
 
     budget_tokens: PositiveInt
     context_length: Count  # tokens
-    batch_size: Count  # sequences a step and device holds at once
-    accumulation: Count = 1  # micro-batches a step
+    batch_size: Count  # sequences of a micro-batch: the most a device holds at once
+    accumulation: Count = 1  # micro-batches a step, of all devices together
     init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
     stream: Stream = Shuffled(kind="shuffled")
     optimizer: Optimizer
@@ -131,6 +131,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "chunk", "block"] = "none"  # what backward computes again to save memory
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["single", "fsdp2", "deepspeed"] = "single"  # fsdp2: the processes that torchrun starts share it
     evaluate_every_tokens: PositiveInt
     evaluate_tokens: PositiveInt  # validation tokens of one such evaluation
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 5  # skipped in a row before the run stops
@@ -139,13 +140,24 @@ class TrainConfig(Section):
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+        """Tokens of one optimizer step, of all devices together."""
         return self.context_length * self.batch_size * self.accumulation
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.budget_tokens // self.step_tokens)
+
+    @model_validator(mode="after")
+    def _strategy_exists(self) -> "TrainConfig":
+        if self.strategy == "deepspeed":
+            raise ValueError(
+                "strategy deepspeed is not built yet: ZeRO hands flat pieces to the optimizer, and Muon needs whole "
+                "matrices; use fsdp2"
+            )
+        if self.strategy == "fsdp2" and self.compile:
+            raise ValueError("compile has not been proven with strategy fsdp2; set compile=false, or strategy=single")
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainConfig":

@@ -1,6 +1,7 @@
 """The optimizer of a run: each group of parameters by its own optimizer and on its own clock (CMS clock A)."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class ClockedOptimizer:
 
     restarts: each level but the slowest goes back to a start that is learned on the next slower clock whenever that
         clock ticks (nested wiring, see `NestedStarts`).
+    step_whole: steps an optimizer that must see whole parameters, whose parameters may be cut over devices.
 
     Source: arXiv 2512.24695 eqs. 71-72, with an arbitrary optimizer for the error component. Deviation: periods
     are half-open, so that no token is counted twice.
@@ -45,7 +47,9 @@ class ClockedOptimizer:
         config: Optimizer,
         *,
         restarts: bool = False,
+        step_whole: Callable[[torch.optim.Optimizer], object] = operator.methodcaller("step"),
     ) -> None:
+        self._step_whole = step_whole
         self.parameters = dict(parameters)
         self.groups = groups
         self.clock = clock
@@ -57,7 +61,8 @@ class ClockedOptimizer:
         self._starts: NestedStarts | None = None
         if restarts:
             slower = groups_of_starts(groups, len(clock.periods))
-            stepper = ClockedOptimizer(copy_of_starts(self.parameters, slower), slower, clock, config)
+            starts = copy_of_starts(self.parameters, slower)
+            stepper = ClockedOptimizer(starts, slower, clock, config, step_whole=step_whole)
             self._starts = NestedStarts(self.parameters, stepper)
 
     def is_due(self, group: ParameterGroup, tokens_seen: int) -> bool:
@@ -78,10 +83,13 @@ class ClockedOptimizer:
             is_due = self.is_due(group, tokens_seen)
             for name in group.names:
                 self._collect(name, is_due=is_due)
-        for optimizer in self._optimizers.values():
+        for rule, optimizer in self._optimizers.items():
             for settings in optimizer.param_groups:
                 settings["lr"] = settings["peak_rate"] * multiplier
-            optimizer.step()
+            if rule is None:
+                optimizer.step()  # AdamW treats every entry alike, so that a part of a tensor is as good as all of it
+            else:
+                self._step_whole(optimizer)
         if self._starts is not None:
             restarted = self._starts.step(tokens_seen, multiplier)
             for optimizer in self._optimizers.values():

@@ -55,8 +55,6 @@ class MetricsLog:
             raise DataError(f"{self.path} cannot be written: {error.strerror}; {_FREE_SPACE}") from error
         if written != len(line):
             raise DataError(f"{self.path}: only {written} of {len(line)} bytes were written; {_FREE_SPACE}")
-        if record["event"] == "eval":
-            self.evaluated_steps.add(record["step"])
 
     def sync(self) -> None:
         """Make what was written survive a power cut; done before a checkpoint that relies on it."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nested_lm.checkpoint import (
     check_tokenizer,
     folder_name,
@@ -57,16 +59,9 @@ class CheckpointKeeper:
         *,
         identity: dict[str, Any],
     ) -> None:
-        self.notes: list[str] = [f"removed unfinished {name}" for name in remove_stale(root)]
-        self.newest = newest_checkpoint(root, report=self.notes.append)
+        self.notes, self.newest = strategy.lead(lambda: _tidied(root))
         self._root, self._config, self._dataset = root, config, dataset
         self._strategy, self._identity = strategy, identity
-        if self.newest is None and list_checkpoints(root):
-            damaged = "\n  ".join(self.notes)
-            raise CheckpointError(
-                f"no checkpoint in {root} is whole:\n  {damaged}\n"
-                "  Restore one of them, or delete them all to start from the beginning."
-            )
 
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint."""
@@ -79,13 +74,19 @@ class CheckpointKeeper:
             NumericsError: a weight is not finite; nothing is written.
             CheckpointError: it cannot be written; older ones are kept.
         """
-        step = state.progress.step
         weights = self._strategy.gather(state.model.state_dict())
+        moments = self._strategy.gather(state.optimizer.state_tensors())
+        self.newest = self._strategy.lead(lambda: self._write(state, weights, moments))
+        return self.newest
+
+    def _write(self, state: RunState, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> Path:
+        """Write what was gathered, on rank 0."""
+        step = state.progress.step
         check_weights(weights, step=step, last_good=self.newest)
         folder = self._root / folder_name(step)
         write_checkpoint(
             folder,
-            tensors={"model": weights, "optimizer": self._strategy.gather(state.optimizer.state_tensors())},
+            tensors={"model": weights, "optimizer": moments},
             documents={
                 "train_state.json": {
                     "schema_version": STATE_VERSION,
@@ -102,7 +103,6 @@ class CheckpointKeeper:
             config_hash=self._identity["config_hash"],
             milestone=state.stream.milestone(step),
         )
-        self.newest = folder
         prune_checkpoints(self._root, keep=self._config.train.checkpoints.keep)
         return folder
 
@@ -128,9 +128,12 @@ class CheckpointKeeper:
                 f"{path}/train_state.json has schema {document['schema_version']}, this version reads "
                 f"{STATE_VERSION}; continue with the version of nested-lm that wrote it"
             )
-        load_weights(state.model, read_tensors(path, "model"), where=path)
+        place, parameters = self._strategy.place, state.optimizer.parameters
+        load_weights(state.model, place(read_tensors(path, "model"), state.model.state_dict()), where=path)
+        moments = read_tensors(path, "optimizer")
+        like = {name: parameters[part] for name in moments for part in name.split("/") if part in parameters}
         try:
-            state.optimizer.load_state_tensors(read_tensors(path, "optimizer"))
+            state.optimizer.load_state_tensors(place(moments, like))
         except ValueError as error:
             raise CheckpointError(f"{path}/optimizer.safetensors does not fit the run: {error}") from error
         state.stream.load_state_dict(document["stream"])
@@ -138,3 +141,20 @@ class CheckpointKeeper:
         state.update_norms.pending = dict(document["update_norms"])
         state.progress = Progress(document["step"], document["tokens"], document["seconds"])
         set_random_state(document["random"])
+
+
+def _tidied(root: Path) -> tuple[list[str], Path | None]:
+    """Remove unfinished checkpoints; return sentences about what was found, and the newest valid one.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    notes = [f"removed unfinished {name}" for name in remove_stale(root)]
+    newest = newest_checkpoint(root, report=notes.append)
+    if newest is None and list_checkpoints(root):
+        damaged = "\n  ".join(notes)
+        raise CheckpointError(
+            f"no checkpoint in {root} is whole:\n  {damaged}\n"
+            "  Restore one of them, or delete them all to start from the beginning."
+        )
+    return notes, newest

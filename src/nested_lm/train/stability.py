@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_lm.errors import NumericsError
+from nested_lm.train.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class NonFinite:
     """Where the first value that is not finite was found.
 
     tensor: `loss`, or `gradient of <parameter>`.
-    micro_batch, row, position: of the token whose loss it is; None for gradients, which belong to all tokens.
+    micro_batch, row, position: of the token whose loss it is, in the micro-batch of all ranks; None for gradients,
+        which belong to all tokens.
     """
 
     tensor: str
@@ -87,10 +89,12 @@ def first_nonfinite_loss(losses: Tensor, *, micro_batch: int) -> NonFinite | Non
     return NonFinite("loss", micro_batch, row, position)
 
 
-def first_nonfinite_gradient(parameters: Mapping[str, nn.Parameter]) -> NonFinite | None:
-    """Find the first parameter whose gradient is not finite."""
-    for name, parameter in parameters.items():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+def first_nonfinite_gradient(parameters: Mapping[str, nn.Parameter], strategy: Strategy) -> NonFinite | None:
+    """Find the first parameter whose gradient is not finite on some rank."""
+    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    mine = [not bool(torch.isfinite(strategy.own(gradient)).all()) for gradient in gradients.values()]
+    for name, is_bad in zip(gradients, strategy.reduce(mine, "max"), strict=True):
+        if is_bad:
             return NonFinite(f"gradient of {name}")
     return None
 

@@ -3,7 +3,9 @@
 Shapes: B batch, T tokens.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,10 +21,12 @@ from nested_lm.train.strategy import Strategy
 class Gradients(NamedTuple):
     """Outcome of the backward passes of one step; the gradients themselves are in `.grad`, unclipped.
 
+    Of all ranks together, but for `stats`.
+
     loss: nats per scored token over all micro-batches.
     norm: global gradient norm.
     scored_tokens: targets that count.
-    stats: model statistics, mean over micro-batches, on the device.
+    stats: model statistics, mean over this rank's micro-batches, on the device.
     nonfinite: the first value that is not finite, None when the step may be taken.
     """
 
@@ -48,9 +52,13 @@ class GradientComputer:
         self._is_autocast = precision == "bfloat16"
 
     def run(self, batches: Sequence[Batch]) -> Gradients:
-        """Compute the gradients of the mean loss over the scored tokens of all micro-batches."""
-        scored = [int((batch.targets != IGNORED_TARGET).sum()) for batch in batches]
-        total = sum(scored)
+        """Compute the gradients of the mean loss over the scored tokens of all micro-batches of all ranks.
+
+        Ranks have different numbers of scored tokens, so that each divides its losses by the number of all, and
+        gradients are summed.
+        """
+        scored = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+        total = int(self._strategy.reduce([scored], "sum")[0])
         assert total > 0, "a step without a scored token; the loader never packs one"
         sums: list[Tensor] = []
         stats: dict[str, Tensor] = {}
@@ -64,10 +72,9 @@ class GradientComputer:
         norm = self._strategy.gradient_norm(self._parameters.values())
         # The host waits for the device here: nothing may be updated before this is known.
         *loss_sums, norm_value = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
-        loss = sum(loss_sums) / total
-        nonfinite = None
-        if not torch.isfinite(torch.tensor([*loss_sums, norm_value])).all():
-            nonfinite = self._locate(batches)
+        loss = self._strategy.reduce([sum(loss_sums)], "sum")[0] / total
+        # Both numbers are those of all ranks, so that all skip a step or none.
+        nonfinite = None if math.isfinite(loss) and math.isfinite(norm_value) else self._locate(batches)
         mean_stats = {name: value / len(batches) for name, value in stats.items()}
         return Gradients(loss, norm, total, mean_stats, nonfinite)
 
@@ -95,6 +102,8 @@ class GradientComputer:
     def _locate(self, batches: Sequence[Batch]) -> NonFinite:
         """Name the first value that is not finite; the forward passes are run again to find its token."""
         for index, batch in enumerate(batches):
-            if found := first_nonfinite_loss(self.losses(batch)[0], micro_batch=index):
-                return found
-        return first_nonfinite_gradient(self._parameters) or NonFinite("gradient norm")
+            mine = first_nonfinite_loss(self.losses(batch)[0], micro_batch=index)
+            for rank, found in enumerate(self._strategy.share(mine)):
+                if found is not None and found.row is not None:
+                    return replace(found, row=found.row + rank * len(batch.inputs))  # of the batch of all ranks
+        return first_nonfinite_gradient(self._parameters, self._strategy) or NonFinite("gradient norm")

@@ -1,19 +1,27 @@
 """How a model is spread over devices: the seam between the loop and parallelism."""
 
+import math
+import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nested_lm.config.train import TrainConfig
 from nested_lm.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Strategy(Protocol):
-    """How one model is spread over devices. Holds no loss, schedule or logging."""
+    """How one model is spread over devices. Holds no loss, schedule or logging.
+
+    Every method but `accumulate` and `backward` may talk to the other ranks, so all ranks must call it, in one order.
+    """
 
     device: torch.device
     rank: int
@@ -39,8 +47,36 @@ class Strategy(Protocol):
         """Scale gradients of global norm `norm` down to at most `max_norm`."""
         ...
 
+    def step_whole(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step an optimizer that must see whole parameters, such as one that orthogonalises matrices."""
+        ...
+
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collect whole tensors for a checkpoint. Collective: every rank calls it; rank 0 writes."""
+        """Collect whole tensors for a checkpoint. Only rank 0, which writes it, gets them; the others get nothing."""
+        ...
+
+    def place(self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut whole tensors as those of the same name and shape in `like` are; leave the others whole."""
+        ...
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Collect one tensor on every rank."""
+        ...
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that lies on this rank."""
+        ...
+
+    def reduce(self, values: Sequence[float], how: Literal["sum", "max"]) -> list[float]:
+        """Add numbers over all ranks, or take the largest, each for itself; float64."""
+        ...
+
+    def share(self, item: T) -> list[T]:
+        """Items of all ranks, in their order. For small and rare things."""
+        ...
+
+    def lead(self, action: Callable[[], T]) -> T:
+        """Let rank 0 act, such as write a file; its result, or its error, is that of every rank."""
         ...
 
 
@@ -74,9 +110,86 @@ class SingleDevice:
         """Scale in place."""
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
+    def step_whole(self, optimizer: torch.optim.Optimizer) -> None:
+        """Every parameter is whole already."""
+        optimizer.step()
+
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor is whole already."""
         return dict(tensors)
+
+    def place(self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing is cut."""
+        del like
+        return dict(tensors)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """It is."""
+        return tensor
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """All of it."""
+        return tensor
+
+    def reduce(self, values: Sequence[float], how: Literal["sum", "max"]) -> list[float]:
+        """There is one rank."""
+        del how
+        return [float(value) for value in values]
+
+    def share(self, item: T) -> list[T]:
+        """There is one rank."""
+        return [item]
+
+    def lead(self, action: Callable[[], T]) -> T:
+        """Act."""
+        return action()
+
+
+@contextmanager
+def open_strategy(config: TrainConfig) -> Iterator[Strategy]:
+    """Choose how a run is spread, from its configuration and the launcher's environment.
+
+    `fsdp2` with one process is the single device: there is nothing to spread, and the numbers are the same.
+
+    Raises:
+        ConfigError: a device that is not there, or several processes and a strategy for one.
+    """
+    device = choose_device(config.device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if world_size == 1:
+        yield SingleDevice(device)
+        return
+    if config.strategy == "single":
+        raise ConfigError(
+            f"{world_size} processes were launched, but train.strategy is single, so each would train the whole run; "
+            "set train.strategy=fsdp2, or start one process without torchrun"
+        )
+    from nested_lm.train.strategy_fsdp import FullyShard
+
+    with FullyShard.launched(device) as strategy:
+        yield strategy
+
+
+def micro_batches(config: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Share a step's sequences among ranks: micro-batches of a rank, and the sequences in each.
+
+    Ranks share the micro-batches as far as these divide, then the sequences of each, so that the sequences of a step
+    are the same for any number of ranks and no rank holds more than `batch_size` at once.
+
+    Raises:
+        ConfigError: the ranks cannot share a step evenly.
+    """
+    fewer = math.gcd(config.accumulation, world_size)
+    rest = world_size // fewer
+    if config.batch_size % rest:
+        total = config.accumulation * config.batch_size
+        near = max(count for count in range(1, world_size) if total % count == 0)
+        raise ConfigError(
+            f"{world_size} processes cannot share a step of {config.accumulation} micro-batches of "
+            f"{config.batch_size} sequences evenly; start a number of processes that divides {total}, such as {near}, "
+            "or change train.accumulation (the clocks of the model count whole steps)"
+        )
+    return config.accumulation // fewer, config.batch_size // rest
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

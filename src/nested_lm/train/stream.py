@@ -7,10 +7,11 @@ from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.loader import Batch, PackedLoader, period_plan
 from nested_lm.data.shards import TokenDataset
+from nested_lm.train.strategy import micro_batches
 
 
 class TrainingStream:
-    """Hands out the micro-batches of each step.
+    """Hands out this rank's micro-batches of each step.
 
     A shuffled stream is one loader. A chronological one is a loader per group of periods, used one after the
     other for the same number of steps each; a number of steps that does not divide evenly is rounded down, so
@@ -22,7 +23,7 @@ class TrainingStream:
 
     def __init__(self, config: RunConfig, dataset: TokenDataset, *, rank: int, world_size: int) -> None:
         train = config.train
-        self._accumulation = train.accumulation
+        self._micro_batches, batch_size = micro_batches(train, world_size)
         groups: list[tuple[int, ...] | None] = [None]
         if isinstance(train.stream, Chronological):
             groups = list(period_plan(dataset, train.stream.periods))
@@ -34,7 +35,7 @@ class TrainingStream:
             PackedLoader(
                 dataset,
                 context_length=train.context_length,
-                batch_size=train.batch_size,
+                batch_size=batch_size,
                 seed=config.seed,
                 align=config.document_alignment,
                 rank=rank,
@@ -48,7 +49,7 @@ class TrainingStream:
         """Micro-batches of the next step."""
         loader = self._loaders[self._step // self.steps_per_period]
         self._step += 1
-        return [loader.next() for _ in range(self._accumulation)]
+        return [loader.next() for _ in range(self._micro_batches)]
 
     def milestone(self, step: int) -> str | None:
         """Name of the border that lies after `step` steps: `period-0` before the first period, and so on."""

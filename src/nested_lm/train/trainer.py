@@ -24,7 +24,7 @@ from nested_lm.optim.groups import plan_groups
 from nested_lm.optim.schedule import rate_multiplier
 from nested_lm.train.console import TrainConsole
 from nested_lm.train.metrics import MetricsLog, open_sinks, read_records
-from nested_lm.train.recorder import Recorder
+from nested_lm.train.recorder import Outlets, Recorder
 from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, open_run_folder
 from nested_lm.train.saving import CheckpointKeeper, RunState
 from nested_lm.train.signals import StopRequest
@@ -32,7 +32,7 @@ from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
 from nested_lm.train.start import load_start
 from nested_lm.train.state import Progress, seed_everything
 from nested_lm.train.step import GradientComputer, Gradients
-from nested_lm.train.strategy import SingleDevice, Strategy, choose_device, peak_memory_mb
+from nested_lm.train.strategy import Strategy, open_strategy, peak_memory_mb
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.update_norms import UpdateNorms
 from nested_lm.train.validation import Validator, open_validator
@@ -77,6 +77,9 @@ def train(
     same configuration continues from the newest valid one, bit for bit on a CPU; a finished run says so and
     returns. SIGTERM or Ctrl-C finish the current step, save, and return with `stopped_by` set.
 
+    Started by torchrun with `train.strategy` fsdp2, every process calls this and trains its share; rank 0 alone
+    writes. The number of processes changes the result by rounding only, and may change when a run is resumed.
+
     Args:
         config: what to train and where.
         resume: `never` refuses a folder that already holds a run.
@@ -89,8 +92,7 @@ def train(
         CheckpointError: damaged or foreign checkpoints, or no space for a new one.
         NumericsError: too many steps in a row that are not finite.
     """
-    with StopRequest() as stop:
-        device = choose_device(config.train.device)
+    with StopRequest() as stop, open_strategy(config.train) as strategy:
         torch.set_float32_matmul_precision(config.train.matmul_precision)
         seed_everything(config.seed)
         dataset = TokenDataset.open(Path(config.data.output_dir), "train")
@@ -105,9 +107,10 @@ def train(
         start = None
         if config.train.init_from is not None and not list_checkpoints(Path(config.output_dir) / CHECKPOINTS):
             start = load_start(model, config, dataset)
-        identity = open_run_folder(config, dataset, resume=resume, device=str(device), parameters=size, start=start)
-        trainer = Trainer(config, model, dataset, SingleDevice(device), identity=identity)
-        return trainer.run(stop, evaluators, console=console or Console())
+        about = {"device": str(strategy.device), "parameters": size, "start": start}
+        identity = strategy.lead(lambda: open_run_folder(config, dataset, resume=resume, **about))
+        trainer = Trainer(config, model, dataset, strategy, identity=identity)
+        return trainer.run(stop, evaluators, console=console or Console(quiet=strategy.rank > 0))
 
 
 class Trainer:
@@ -148,7 +151,7 @@ class Trainer:
         is_resumed = self._keeper.newest is not None
         if is_resumed:
             self._keeper.restore(self._state)
-            if self._is_finished():
+            if self._strategy.lead(self._is_finished):
                 console.print(f"{self._folder}: finished at step {self._total_steps}, nothing to do", markup=False)
                 return self._summary(None)
         self._recorder = self._open_recorder(console, resume_step=self._state.progress.step if is_resumed else -1)
@@ -163,7 +166,7 @@ class Trainer:
         """Steps, checkpoints and evaluations, each when it is due; every wait polls for a stop request."""
         progress = self._state.progress
         self._evaluate_if_due(stop, evaluators)  # a run that was ended between checkpoint and evaluation
-        while progress.step < self._total_steps and stop.name is None:
+        while progress.step < self._total_steps and not self._is_asked_to(stop):
             self._step()
             if self._is_due(self._settings.checkpoints.every_tokens) or self._milestone() is not None:
                 self._save()
@@ -223,7 +226,9 @@ class Trainer:
         }
         if progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps:
             fields |= self._state.update_norms.take()
-            fields |= {name: value.item() for name, value in gradients.stats.items()}
+            stats = [value.item() for value in gradients.stats.values()]
+            means = [total / self._strategy.world_size for total in self._strategy.reduce(stats, "sum")]
+            fields |= dict(zip(gradients.stats, means, strict=True))
         # A statistic may overflow while the loss is finite; JSON has no word for that but null.
         return {name: value if math.isfinite(value) else None for name, value in fields.items()}
 
@@ -234,7 +239,9 @@ class Trainer:
             return
         devices = [self._strategy.device] if self._strategy.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # an evaluation that is repeated or left out changes no training
-            scores = self._validator.run(state.model, self._scoring, is_stopped=lambda: stop.name is not None)
+            scores = self._validator.run(
+                state.model, self._scoring, self._strategy, is_stopped=lambda: self._is_asked_to(stop)
+            )
             if scores is None:
                 return
             for evaluator in evaluators:
@@ -279,6 +286,14 @@ class Trainer:
         self._recorder.event("stop", progress, {"signal": stop.name}, note=note)
         return self._summary(stop.name)
 
+    def _is_asked_to(self, stop: StopRequest) -> bool:
+        """Whether a signal reached any rank; then all of them stop, for the same reason."""
+        names = list(EXIT_CODES)
+        asked = int(self._strategy.reduce([names.index(stop.name)], "max")[0])
+        if asked:
+            stop.set(names[asked])
+        return asked > 0
+
     def _is_due(self, every_tokens: int) -> bool:
         """Whether the last step passed a multiple of `every_tokens`, or was the last of all."""
         progress = self._state.progress
@@ -300,6 +315,17 @@ class Trainer:
         return any(record["event"] == "done" for record in read_records(self._folder / METRICS))
 
     def _open_recorder(self, console: Console, *, resume_step: int) -> Recorder:
+        """Open what records go to, on rank 0; every rank knows which evaluations the log holds."""
+        outlets: list[Outlets] = []
+
+        def open_outlets() -> set[int]:
+            outlets.append(self._open_outlets(console, resume_step=resume_step))
+            return outlets[0].log.evaluated_steps
+
+        evaluated = self._strategy.lead(open_outlets)
+        return Recorder(outlets[0] if outlets else None, evaluated=evaluated)
+
+    def _open_outlets(self, console: Console, *, resume_step: int) -> Outlets:
         """Open the log, the sinks that are asked for, and the console."""
         sinks = open_sinks(
             self._settings.logging,
@@ -315,7 +341,7 @@ class Trainer:
             every_steps=self._settings.logging.every_steps,
             console=console,
         )
-        return Recorder(MetricsLog(self._folder / METRICS, resume_step=resume_step), sinks, live)
+        return Outlets(MetricsLog(self._folder / METRICS, resume_step=resume_step), sinks, live)
 
     def _summary(self, stopped_by: str | None) -> TrainSummary:
         """Describe how the call ended."""
@@ -330,7 +356,9 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
     groups = plan_groups(parameters, model.parameter_roles(), settings.optimizer)
     clock = LevelClock(config.model.channel.periods)
     restarts = config.model.channel.restarts_levels
-    optimizer = ClockedOptimizer(parameters, groups, clock, settings.optimizer, restarts=restarts)
+    optimizer = ClockedOptimizer(
+        parameters, groups, clock, settings.optimizer, restarts=restarts, step_whole=strategy.step_whole
+    )
     stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
     norms = UpdateNorms(
         optimizer,
@@ -338,6 +366,7 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
         step_tokens=settings.step_tokens,
         total_steps=stream.total_steps,
         memories=model.memories,
+        whole=strategy.whole,
     )
     watch = NonFiniteWatch(limit=settings.max_nonfinite_steps)
     return RunState(model, optimizer, stream, watch, norms, Progress())

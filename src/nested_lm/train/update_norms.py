@@ -1,6 +1,6 @@
 """How far each group of parameters moves in an update, relative to its size: per role, level and memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ class UpdateNorms:
     wait for the record in `pending`, which is part of the checkpoint state.
 
     memories: names of the memories whose starts are stacked in the parameters of role `memory`.
+    whole: collects the norm of a tensor that is cut over ranks.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class UpdateNorms:
         step_tokens: int,
         total_steps: int,
         memories: tuple[str, ...] = (),
+        whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.pending: dict[str, float] = {}
+        self._whole = whole
         self._parameters = optimizer.parameters
         self._every, self._total = every_steps, total_steps
         self._parts: dict[str, list[Part]] = {}
@@ -54,8 +57,8 @@ class UpdateNorms:
         """Compare with the copies that `before` made."""
         for label, old in before.items():
             new = self._tensors(label)
-            change = _norm([a.detach() - b for a, b in zip(new, old, strict=True)])
-            size = _norm(old)
+            change = self._norm([a.detach() - b for a, b in zip(new, old, strict=True)])
+            size = self._norm(old)
             self.pending[label] = (change / size if size else change).item()
 
     def take(self) -> dict[str, float]:
@@ -71,6 +74,10 @@ class UpdateNorms:
             for name, memory in self._parts[label]
         ]
 
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        """Norm over all tensors together."""
+        return torch.stack([self._whole(torch.linalg.vector_norm(tensor)) for tensor in tensors]).norm()
+
 
 def _split(
     label: str, names: tuple[str, ...], parameters: Mapping[str, nn.Parameter], memories: tuple[str, ...]
@@ -80,8 +87,3 @@ def _split(
         return {label: [(name, None) for name in names]}
     assert all(parameters[name].shape[1] == len(memories) for name in names)
     return {f"memory/{memory}": [(name, index) for name in names] for index, memory in enumerate(memories)}
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Norm over all tensors together."""
-    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).norm()

@@ -13,13 +13,15 @@ from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch, evalua
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.train.step import GradientComputer
+from nested_lm.train.strategy import Strategy
 
 
 class Validator:
     """Scores the same validation batches every time.
 
     Bits per byte divides by the bytes of exactly the tokens that were scored; the end of a document is scored
-    but has no bytes of its own, so that documents of any length compare.
+    but has no bytes of its own, so that documents of any length compare. Ranks share the batches: each scores every
+    world-size-th one.
 
     batches: fixed, on the CPU.
     token_bytes: bytes that each token id stands for, 0 for the end of text.
@@ -32,9 +34,11 @@ class Validator:
         self.num_bytes = int(sum(token_bytes[targets].sum() for targets in scored))
 
     def run(
-        self, model: nn.Module, computer: GradientComputer, *, is_stopped: Callable[[], bool]
+        self, model: nn.Module, computer: GradientComputer, strategy: Strategy, *, is_stopped: Callable[[], bool]
     ) -> dict[str, float] | None:
         """Score all batches; None when asked to stop on the way.
+
+        is_stopped: asked before each batch; says the same on every rank.
 
         Returns:
             `validation_loss` in nats per token and `validation_bpb` in bits per byte.
@@ -44,12 +48,17 @@ class Validator:
         model.eval()
         try:
             with torch.no_grad():
-                for batch in self._batches:
+                for first in range(0, len(self._batches), strategy.world_size):
                     if is_stopped():
                         return None
-                    total += computer.losses(batch)[0].sum(dtype=torch.float64).item()
+                    # Every rank must run the model equally often: one without a batch left runs the last one in vain.
+                    mine = first + strategy.rank
+                    losses = computer.losses(self._batches[min(mine, len(self._batches) - 1)])[0]
+                    if mine < len(self._batches):
+                        total += losses.sum(dtype=torch.float64).item()
         finally:
             model.train(was_training)
+        total = strategy.reduce([total], "sum")[0]
         return {
             "validation_loss": total / self.num_tokens,
             "validation_bpb": total / math.log(2) / self.num_bytes,
