@@ -25,7 +25,18 @@ TRANSFORMER = {
     "mixer": {"kind": "attention", "num_heads": 2},
     "channel": {"kind": "swiglu", "expansion": 2.0},
 }
-MODELS = {"hope": HOPE, "transformer": TRANSFORMER}
+NESTED = HOPE | {
+    "channel": {
+        "kind": "cms",
+        "wiring": "nested",
+        "levels": [
+            level | {"in_context": {"period_tokens": period, "rate": 0.02, "rule": {"kind": "momentum"}}}
+            for level, period in zip(HOPE["channel"]["levels"], (4, 8), strict=True)
+        ],
+        "in_context": {"lifetime": "document", "meta_gradient": "first_order"},
+    }
+}
+MODELS = {"hope": HOPE, "transformer": TRANSFORMER, "nested": NESTED}
 
 
 @pytest.fixture

@@ -56,8 +56,9 @@ def disarm(monkeypatch, signal_after):
         ("hope", ADAMW, (1, 3, 6)),
         ("hope", MUON, (5,)),
         ("hope", DEEP, (5,)),
+        ("nested", ADAMW, (6,)),
     ],
-    ids=["transformer-adamw", "hope-adamw", "hope-muon", "hope-deep"],
+    ids=["transformer-adamw", "hope-adamw", "hope-muon", "hope-deep", "nested-in-context"],
 )
 def test_a_stopped_run_continues_bit_for_bit(
     make_config, signal_after, disarm, model, optimizer, stops, comparable, final_bytes
