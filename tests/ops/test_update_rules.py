@@ -158,6 +158,11 @@ class TestEveryRule:
             rule.inertia = 0.5
 
 
+def test_gradient_descent_by_hand():
+    weights, _ = run(make_rule("gd", {}), torch.tensor([1.0, 2.0]), [torch.tensor([4.0, -2.0])] * 2, rate=0.25)
+    assert weights.tolist() == [-1.0, 3.0]
+
+
 def test_momentum_by_hand():
     weights, state = run(make_rule("momentum", {"inertia": 0.5}), torch.zeros(2), [torch.ones(2)] * 3, rate=1.0)
     assert state.momentum.tolist() == [-1.75, -1.75]  # 1, then 0.5 + 1, then 0.75 + 1
