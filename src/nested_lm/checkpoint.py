@@ -296,6 +296,11 @@ class LoadedCheckpoint:
     tokens: int
     milestone: str | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
 
 def load_model(path: Path, *, device: torch.device | str, tokenizer_hash: str | None = None) -> LoadedCheckpoint:
     """Verify a checkpoint and load its model in evaluation mode.

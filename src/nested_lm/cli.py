@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -17,6 +17,7 @@ from nested_lm import __version__
 from nested_lm.errors import CheckpointError, ConfigError, NestedLMError
 
 if TYPE_CHECKING:
+    from nested_lm.checkpoint import LoadedCheckpoint
     from nested_lm.config.run import RunConfig
 
 INTERRUPTED = 130
@@ -37,6 +38,17 @@ Overrides = Annotated[
     typer.Argument(metavar="[key=value]...", help="Changes to the preset, such as train.batch_size=8."),
 ]
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="Name such as hope/demo, or a YAML file.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (newest checkpoint) or checkpoint.")
+]
+CheckpointOption = Annotated[
+    Path, typer.Option("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="Run folder or checkpoint.")
+]
+TextFiles = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Text, JSON lines or Parquet; - for standard input.")
+]
+TextField = Annotated[str, typer.Option(help="Field of JSON lines and Parquet rows that holds the text.")]
+MaxDocument = Annotated[int, typer.Option(min=1, help="Refuse a longer text.")]
 
 
 class Resume(StrEnum):
@@ -47,7 +59,7 @@ class Resume(StrEnum):
 
 
 class Device(StrEnum):
-    """Where `generate` computes."""
+    """Where a trained model computes."""
 
     auto = "auto"
     cpu = "cpu"
@@ -222,45 +234,123 @@ def evaluate(
 @app.command()
 @_reports_errors
 def generate(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (newest checkpoint) or checkpoint."),
-    ],
+    source: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to it.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="Keep so many likely tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed writes the same text.")] = 1,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on from what `memorize` read; the file is not changed.")
+    ] = None,
+    update_memory: Annotated[
+        bool, typer.Option("--update-memory", help="Store prompt and new text in the --memory file as well.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
 ) -> None:
     """Continue a text with a trained model."""
     if top_p == 0.0:
         raise ConfigError("--top-p 0 keeps no token; choose a value above 0, up to 1 (which keeps all)")
+    if update_memory and memory is None:
+        raise ConfigError("--update-memory needs a file to update; name it with --memory")
     import torch
 
-    from nested_lm.checkpoint import find_checkpoint, load_model
     from nested_lm.nn.generation import generate as sample
 
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-    path = find_checkpoint(source, report=functools.partial(typer.echo, err=True))
-    loaded = load_model(path, device=chosen)
+    loaded = _open_checkpoint(source, device)
+    state = None
+    if memory is not None:
+        from nested_lm.streaming.verbs import open_memory
+
+        state = open_memory(memory, loaded)
     end = loaded.tokenizer.end_of_text
-    tokens = torch.tensor([[loaded.tokenizer.start_of_text, *loaded.tokenizer.encode(prompt)]], device=chosen)
-    new = sample(
+    tokens = [[loaded.tokenizer.start_of_text, *loaded.tokenizer.encode(prompt)]]
+    generation = sample(
         loaded.model,
-        tokens,
+        torch.tensor(tokens, device=loaded.device),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         generator=torch.Generator().manual_seed(seed),
-    )[0].tolist()
-    if end in new:  # the model ended the document
-        new = new[: new.index(end)]
-    typer.echo(prompt + loaded.tokenizer.decode(new))
+        stop=end,
+        state=state,
+    )
+    new = generation.tokens[0].tolist()
+    typer.echo(prompt + loaded.tokenizer.decode(new[:-1] if new[-1] == end else new))
+    if memory is not None and update_memory:
+        from nested_lm.streaming.verbs import update_memory as store
+
+        store(memory, loaded, generation, stop=end)
+
+
+@app.command()
+@_reports_errors
+def memorize(
+    files: TextFiles,
+    checkpoint: CheckpointOption,
+    memory: Annotated[Path, typer.Option(metavar="FILE", help="Memory file to write.")],
+    go_on: Annotated[bool, typer.Option("--continue", help="Read on from the memory that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the memory that is there.")] = False,
+    text_field: TextField = "text",
+    max_document_mib: MaxDocument = 64,
+    max_state_mib: Annotated[int, typer.Option(min=1, help="Refuse a state that takes more memory.")] = 1024,
+    device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
+) -> None:
+    """Read documents into a memory file that `generate` and `score` can use. Until the end nothing is changed."""
+    if go_on and overwrite:
+        raise ConfigError("--continue keeps what the memory holds, --overwrite drops it; give one of them")
+    from nested_lm.streaming import verbs
+
+    mode: Literal["new", "continue", "overwrite"] = "continue" if go_on else "overwrite" if overwrite else "new"
+    verbs.check_memorize(memory, files, mode)
+    texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
+    loaded = _open_checkpoint(checkpoint, device)
+    done = verbs.memorize(loaded, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
+    for line in verbs.describe_memorized(done, loaded, memory):
+        typer.echo(line)
+
+
+@app.command()
+@_reports_errors
+def score(
+    files: TextFiles,
+    checkpoint: CheckpointOption,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also score with this memory; the file is not changed.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the nats of every token here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 8,
+    text_field: TextField = "text",
+    max_document_mib: MaxDocument = 64,
+    device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
+) -> None:
+    """Bits per byte of documents, each by itself: without a memory, and with it."""
+    from nested_lm.streaming import verbs
+
+    verbs.check_files(files)
+    texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
+    scores = verbs.score(_open_checkpoint(checkpoint, device), texts, memory, batch_size=batch_size)
+    for line in verbs.describe_scores(scores):
+        typer.echo(line)
+    if as_json is not None:
+        verbs.write_scores(as_json, scores)
+        typer.echo(f"nats of every token in {as_json}")
+
+
+def _open_checkpoint(source: Path, device: Device) -> "LoadedCheckpoint":
+    """Load the model that a verb names, on the device it asks for."""
+    import torch
+
+    from nested_lm.checkpoint import find_checkpoint, load_model
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+    return load_model(find_checkpoint(source, report=functools.partial(typer.echo, err=True)), device=chosen)
 
 
 @app.command()

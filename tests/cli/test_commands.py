@@ -151,7 +151,7 @@ class TestArguments:
 class TestGenerate:
     @pytest.fixture
     def seen(self, stub):
-        """Stubs of a tokenizer that knows characters and a model that writes `ab`, ends, and writes on."""
+        """Stubs of a tokenizer that knows characters and a model that writes `ab` and ends."""
         import torch
 
         calls = {}
@@ -164,11 +164,11 @@ class TestGenerate:
 
         def load_model(path, *, device):
             calls.update(path=path, device=device)
-            return SimpleNamespace(model="model", tokenizer=tokenizer)
+            return SimpleNamespace(model="model", tokenizer=tokenizer, device=device)
 
         def generate(model, tokens, *, generator, **options):
             calls.update(options, model=model, tokens=tokens.tolist(), seed=generator.initial_seed())
-            return torch.tensor([[ord("a"), ord("b"), 0, ord("c")]])
+            return SimpleNamespace(tokens=torch.tensor([[ord("a"), ord("b"), 0]]))
 
         stub(
             "nested_lm.checkpoint",
@@ -192,6 +192,8 @@ class TestGenerate:
             "top_p": 0.95,
             "top_k": 3,
             "seed": 9,
+            "stop": 0,
+            "state": None,
         }
 
     def test_an_empty_prompt_is_the_start_of_a_document(self, run, seen, tmp_path):

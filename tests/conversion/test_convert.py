@@ -71,7 +71,7 @@ class TestTheSameModel:
         settings = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
         expected = original.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, 9:]
         options = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "generator": torch.Generator()}
-        found = generate(loaded.model, prompt, max_new_tokens=30, **options)
+        found = generate(loaded.model, prompt, max_new_tokens=30, **options).tokens
         assert torch.equal(found, expected)
         assert len(set(found[0].tolist())) > 5
 

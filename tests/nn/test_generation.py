@@ -9,7 +9,7 @@ from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
 
 def sample(model, prompt, seed=0, **kwargs):
     settings = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | kwargs
-    return generate(model, prompt, generator=torch.Generator().manual_seed(seed), **settings)
+    return generate(model, prompt, generator=torch.Generator().manual_seed(seed), **settings).tokens
 
 
 def test_filters_against_worked_numbers():

@@ -30,7 +30,7 @@ def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -
             top_p=config.top_p,
             top_k=config.top_k,
             generator=torch.Generator().manual_seed(seed),
-        )[0].tolist()
+        ).tokens[0].tolist()
         ended = tokenizer.end_of_text in drawn
         kept = drawn[: drawn.index(tokenizer.end_of_text)] if ended else drawn
         samples.append(TextSample(prompt=prompt, text=tokenizer.decode(kept), tokens=len(kept), ended=ended, seed=seed))

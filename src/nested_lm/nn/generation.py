@@ -3,11 +3,25 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.state import StreamState
+
+SEGMENT_TOKENS = 512
+"""Long texts are read in calls of about this many tokens: faster per token than fewer, and more take more memory."""
+
+
+class Generation(NamedTuple):
+    """Sampled tokens. state: after the prompt and all of them but the last, which no call has read yet."""
+
+    tokens: Int[Tensor, "B N"]
+    state: StreamState
 
 
 @torch.no_grad()
@@ -20,7 +34,9 @@ def generate(
     top_p: float,
     top_k: int,
     generator: torch.Generator,
-) -> Int[Tensor, "B N"]:
+    stop: int | None = None,
+    state: StreamState | None = None,
+) -> Generation:
     """Continue each row by `max_new_tokens` sampled tokens. Memory is constant for models with constant state.
 
     Args:
@@ -29,6 +45,8 @@ def generate(
         top_p: smallest set of tokens whose probabilities sum to at least this is kept; 1 keeps all.
         top_k: number of most likely tokens kept; 0 keeps all.
         generator: source of randomness, on the CPU, so that a seed means the same text on every device.
+        stop: end early once every row has drawn this token; rows that drew it before go on meanwhile.
+        state: where the streams stand before the prompt, a row for each; None for new streams. It is not changed.
 
     Raises:
         ValueError: an empty prompt or an option out of range.
@@ -40,15 +58,45 @@ def generate(
             f"temperature {temperature}, top_p {top_p}, top_k {top_k}: allowed are temperature >= 0, "
             "0 < top_p <= 1, top_k >= 0"
         )
-    logits, state, _ = model(tokens)
-    chosen = []
-    for step in range(max_new_tokens):
-        probabilities = next_token_probabilities(logits[:, -1], temperature=temperature, top_p=top_p, top_k=top_k)
-        token = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(tokens.device)  # (B, 1)
-        chosen.append(token)
-        if step + 1 < max_new_tokens:
-            logits, state, _ = model(token, state=state)
-    return torch.cat(chosen, dim=1) if chosen else tokens[:, :0]
+    logits, state = read_prompt(model, tokens, state=state)
+    chosen: list[Tensor] = []
+    stopped = torch.zeros(tokens.shape[0], dtype=torch.bool)
+    while len(chosen) < max_new_tokens and not bool(stopped.all()):
+        if chosen:
+            output = model(chosen[-1], state=state)
+            logits, state = output.logits[:, -1], output.state
+        probabilities = next_token_probabilities(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+        token = torch.multinomial(probabilities.cpu(), 1, generator=generator)  # (B, 1)
+        if stop is not None:
+            stopped |= token[:, 0] == stop
+        chosen.append(token.to(tokens.device))
+    return Generation(torch.cat(chosen, dim=1) if chosen else tokens[:, :0], state)
+
+
+def read_prompt(
+    model: LanguageModel, tokens: Int[Tensor, "B T"], *, state: StreamState | None
+) -> tuple[Float[Tensor, "B V"], StreamState]:
+    """Read tokens in segments, keeping no more than one segment's activations.
+
+    Returns: the logits after the last token, and the state.
+    """
+    begin, logits = 0, None
+    while begin < tokens.shape[1]:
+        end = begin + segment_room(model, 0 if state is None else state.position)
+        output = model(tokens[:, begin:end], state=state)
+        logits, state, begin = output.logits[:, -1], output.state, end
+    assert logits is not None, "a prompt has tokens"
+    assert state is not None
+    return logits, state
+
+
+def segment_room(model: LanguageModel, position: int) -> int:
+    """Tokens that the next call of a long stream reads, so that calls end on borders of the model's chunks.
+
+    position: of the stream. Where calls end makes no difference but to speed and rounding.
+    """
+    length = math.ceil(SEGMENT_TOKENS / model.config.alignment) * model.config.alignment
+    return length - position % length
 
 
 def next_token_probabilities(

@@ -1,0 +1,1 @@
+"""Streams that outlive a process: memory files, reading documents into them, scoring documents with them."""
