@@ -48,10 +48,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _chunks_fit_the_context(self) -> "RunConfig":
         alignment = self.model.alignment
-        if self.train.context_length % alignment:
-            near = max(1, round(self.train.context_length / alignment)) * alignment
+        for index, length in enumerate(self.train.context_lengths):
+            if length % alignment == 0:
+                continue
+            is_last = index == len(self.train.curriculum)
+            where = "train.context_length" if is_last else f"train.curriculum[{index}].context_length"
+            near = max(1, round(length / alignment)) * alignment
             raise ValueError(
-                f"train.context_length {self.train.context_length} is not a multiple of {alignment}, "
+                f"{where} {length} is not a multiple of {alignment}, "
                 f"the tokens between two places where a document may start: the longest chunk of the model's memories, "
                 f"and the shortest in-context period of its levels; try {near}"
             )
@@ -62,12 +66,13 @@ class RunConfig(Section):
         if not self.model.writes_in_context:
             return self
         period = self.model.channel.alignment
-        if period >= self.train.context_length:
+        shortest = min(self.train.context_lengths)
+        if period >= shortest:
             raise ValueError(
                 f"the shortest in-context period of model.channel, {period} tokens, is not shorter than "
-                f"train.context_length {self.train.context_length}: a level writes when the first token after its "
+                f"the shortest train.context_length {shortest}: a level writes when the first token after its "
                 f"period is there, so none would ever write in training; try a period of "
-                f"{max(1, self.train.context_length // 4)}"
+                f"{max(1, shortest // 4)}"
             )
         if self.train.compile:
             raise ValueError(

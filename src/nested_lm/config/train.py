@@ -114,11 +114,19 @@ class Logging(Section):
     wandb_project: str | None = None  # null: W&B is off; offline when no key is set
 
 
+class ContextStage(Section):
+    """An early stage of training, at a shorter context; the tokens of a step stay the same."""
+
+    context_length: Count  # tokens; divides train.context_length
+    until_tokens: PositiveInt  # training tokens after which the next stage begins; a whole number of steps
+
+
 class TrainConfig(Section):
     """One training run."""
 
     budget_tokens: PositiveInt
-    context_length: Count  # tokens
+    context_length: Count  # tokens; of the last stage, of validation, and of the batch sizes below
+    curriculum: Annotated[tuple[ContextStage, ...], Field(strict=False)] = ()  # stages before context_length is reached
     batch_size: Count  # sequences of a micro-batch: the most a device holds at once
     accumulation: Count = 1  # micro-batches a step, of all devices together
     init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
@@ -144,6 +152,11 @@ class TrainConfig(Section):
         return self.context_length * self.batch_size * self.accumulation
 
     @property
+    def context_lengths(self) -> tuple[int, ...]:
+        """Tokens of a sequence, stage by stage."""
+        return (*(stage.context_length for stage in self.curriculum), self.context_length)
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.budget_tokens // self.step_tokens)
@@ -157,6 +170,33 @@ class TrainConfig(Section):
             )
         if self.strategy == "fsdp2" and self.compile:
             raise ValueError("compile has not been proven with strategy fsdp2; set compile=false, or strategy=single")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "TrainConfig":
+        begin, step = 0, self.step_tokens
+        for index, stage in enumerate(self.curriculum):
+            where = f"curriculum[{index}]"
+            if self.context_length % stage.context_length:
+                near = max(n for n in range(1, stage.context_length + 1) if self.context_length % n == 0)
+                raise ValueError(
+                    f"{where}.context_length {stage.context_length} does not divide context_length "
+                    f"{self.context_length}, so the tokens of a step could not stay the same; try {near}"
+                )
+            if stage.until_tokens % step:
+                near = max(1, round(stage.until_tokens / step)) * step
+                raise ValueError(
+                    f"{where}.until_tokens {stage.until_tokens:,} is not a whole number of steps of {step:,} tokens; "
+                    f"try {near}"
+                )
+            if not begin < stage.until_tokens < self.num_steps * step:
+                raise ValueError(
+                    f"{where}.until_tokens {stage.until_tokens:,} must lie after {begin:,}, where it begins, and "
+                    f"before the end of the budget, {self.num_steps * step:,}"
+                )
+            begin = stage.until_tokens
+        if self.curriculum and isinstance(self.stream, Chronological):
+            raise ValueError("a curriculum needs a shuffled stream; set stream.kind=shuffled, or remove curriculum")
         return self
 
     @model_validator(mode="after")

@@ -41,12 +41,13 @@ class EvaluationBatch(NamedTuple):
 class PackedLoader:
     """Endless batches of one split, epoch after epoch, each document piece once an epoch.
 
-    The rows of an epoch are a function of (data, seed, epoch, context length, align, periods) and of nothing
+    The rows of an epoch are a function of (data, seed, epoch, context length, align, periods, part) and of nothing
     else. A global batch is `batch_size * world_size` rows in that order; rank k takes the k-th run of
     `batch_size` rows. A global batch may begin in one epoch and end in the next.
 
     batch_size: rows of one rank. align: every piece starts at a multiple of it. periods: take only documents
-    of these chronological periods; None takes all, dated or not.
+    of these chronological periods; None takes all, dated or not. part: take only this range of the documents, as
+    shares of their tokens in an order drawn from the seed, so that loaders of other parts read other documents.
 
     Raises: DataError when no document is left.
     """
@@ -62,6 +63,7 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
         periods: tuple[int, ...] | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         assert context_length >= 1
         assert batch_size >= 1
@@ -72,7 +74,8 @@ class PackedLoader:
         self._align = align
         self._rank = rank
         self._world_size = world_size
-        self._pieces = Pieces.of(dataset, _chosen(dataset, periods), context_length)
+        documents = _part(dataset, _chosen(dataset, periods), part, seed)
+        self._pieces = Pieces.of(dataset, documents, context_length)
         self._identity = {
             "data_hash": dataset.data_hash,
             "split": dataset.split,
@@ -80,6 +83,7 @@ class PackedLoader:
             "context_length": context_length,
             "align": align,
             "periods": None if periods is None else list(periods),
+            **({} if part == (0.0, 1.0) else {"part": list(part)}),
         }
         self._seed = seed
         self._epoch = 0
@@ -233,3 +237,19 @@ def _chosen(dataset: TokenDataset, periods: tuple[int, ...] | None) -> np.ndarra
             "  Give the split a larger share in the data preset, or choose other periods."
         )
     return np.array(chosen, dtype=np.int64)
+
+
+def _part(dataset: TokenDataset, documents: np.ndarray, part: tuple[float, float], seed: int) -> np.ndarray:
+    """Those of the documents whose middle token lies in the part, in an order drawn from the seed."""
+    if part == (0.0, 1.0):
+        return documents
+    shuffled = documents[Permutation(len(documents), seed, 0, 1)(np.arange(len(documents)))]  # a key no epoch has
+    tokens = np.array([dataset.documents[index].tokens + 1 for index in shuffled], dtype=np.float64)
+    middle = (np.cumsum(tokens) - tokens / 2) / tokens.sum()
+    chosen: np.ndarray = np.sort(shuffled[(part[0] <= middle) & (middle < part[1])])
+    if not len(chosen):
+        raise DataError(
+            f"{dataset.folder}: the {dataset.split} split has too few documents for {part[1] - part[0]:.2%} of its "
+            "tokens\n  Drop that stage of train.curriculum, or use more text."
+        )
+    return chosen
