@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.audit.conftest import MODELS
 
 from nested_lm.audit import optimizers
 from nested_lm.audit.runner import CHECKS
@@ -177,6 +178,11 @@ class TestMemories:
 
         break_operation(monkeypatch, memory_chunked, "self_modify", change)
         assert f"{figure} tokens" in missed("long_stream", make_subject("hope"))
+
+    def test_a_memory_that_fades_to_nothing_is_dead_although_far_from_its_start(self, make_subject, missed):
+        mixer = MODELS["hope"]["mixer"] | {"decay_towards": "zero", "decay_horizon_tokens": 4}
+        found = missed("long_stream", make_subject("hope", mixer=mixer))
+        assert "smallest memory after independent tokens" in found
 
 
 class TestGradients:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from nested_lm.audit.finding import Finding, at_least, broken, does_not_apply
 from nested_lm.audit.probe import difference, next_token_loss
+from nested_lm.audit.shrink import span
 from nested_lm.audit.subject import Subject
 from nested_lm.audit.training import make_optimizer
 from nested_lm.config.model import ModelConfig
@@ -32,7 +33,7 @@ class Switch(NamedTuple):
 def ablations(subject: Subject) -> Iterator[Finding]:
     """Switch each mechanism off (or on, where this model has it off) and train a step: finite, and not the same."""
     plain = subject.config.model_dump(mode="json")
-    tokens = subject.random_tokens(2, subject.length)
+    tokens = subject.random_tokens(1, span(subject.config) + 13)
     with torch.no_grad():
         expected = subject.build()(tokens).logits
     for switch in (*_memory_switches(plain), *_channel_switches(subject, plain)):

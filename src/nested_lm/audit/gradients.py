@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nested_lm.audit.finding import Finding, at_least, at_most, broken, does_not_apply
 from nested_lm.audit.memories import NO_MEMORY
 from nested_lm.audit.probe import TINY, next_token_loss, recorded, state_tensors
+from nested_lm.audit.shrink import span
 from nested_lm.audit.subject import Subject
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
@@ -34,9 +35,8 @@ def gradients(subject: Subject) -> list[Finding]:
     """Every parameter gets a gradient; it is the derivative; and it reaches every start through the writes."""
     config, findings = _differentiable(subject)
     model = subject.build(config)
-    length = subject.length
-    cut = length // 2 + 1
-    tokens = subject.random_tokens(1, length)
+    cut = span(subject.config) + 3  # the first call passes a border of everything, and what is written there
+    tokens = subject.random_tokens(1, cut + 10)
     head, tail = tokens[:, :cut], tokens[:, cut:]
     findings += _every_parameter(model, tokens)
     groups = list(_groups(model))

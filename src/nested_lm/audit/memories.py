@@ -253,14 +253,26 @@ def _idle_change(call: Call) -> float:
 
 
 def _sizes(call: Call) -> Iterator[float]:
-    """Size of each memory that is written, head by head: of its distance from the start, relative to the start."""
+    """Size of each memory that is written, head by head, relative to its start.
+
+    Of the distance from the start, which is what writes make; of each layer's whole weights where retention shrinks
+    those, because a memory that fades to nothing is then far from its start, and dead.
+    """
     if not call.is_memory:
         yield from call.output.state.flatten(2).norm(dim=-1).flatten().tolist()
         return
     rule, start, state = call.arguments["rule"], call.arguments["start"], call.output.state
     assert isinstance(state, MemoryState)
-    written = torch.tensor(rule.rates) > 0
-    moved = sum(tensor.square().sum((-2, -1)) for tensor in state.current)  # (B, H, M)
-    at_start = sum(tensor.square().sum((-2, -1)) for tensor in start)  # (H, M)
-    assert isinstance(moved, Tensor)
-    yield from (moved / at_start).sqrt()[..., written.to(moved.device)].flatten().tolist()
+    written = [index for index, rate in enumerate(rule.rates) if rate > 0]
+    whole = rule.decay_towards == "zero"
+    layers = [
+        (tensor + origin if whole else tensor, origin)
+        for tensor, origin in zip(state.current, start, strict=True)
+        if tensor.numel()
+    ]
+    moved = [found.square().sum((-2, -1)) for found, _ in layers]  # (B, H, M) each
+    origins = [origin.square().sum((-2, -1)) for _, origin in layers]  # (H, M) each
+    if not whole:
+        moved, origins = [torch.stack(moved).sum(0)], [torch.stack(origins).sum(0)]
+    for squared, at_start in zip(moved, origins, strict=True):
+        yield from (squared / at_start).sqrt()[..., written].flatten().tolist()
