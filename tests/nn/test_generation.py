@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nested_lm.nn import generation
 from nested_lm.nn.generation import generate, next_token_probabilities
+from nested_lm.nn.state import iterate_tensors
 from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
 
 
@@ -55,3 +57,58 @@ def test_options_out_of_range_are_refused(wrong):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="the prompt is empty"):
         sample(build(HOPE), tokens(1, 0))
+
+
+class TestStreams:
+    @pytest.mark.parametrize("settings", [HOPE, TRANSFORMER], ids=["hope", "transformer"])
+    def test_going_on_from_a_state_is_one_pass_over_both_texts(self, settings):
+        model, read, prompt = build(settings), tokens(2, 13), tokens(2, 6, seed=1)
+        with torch.no_grad():
+            state = model(read).state
+        before = [tensor.clone() for tensor in iterate_tensors(state.layers)]
+        found = sample(model, prompt, temperature=0.0, state=state)
+        assert torch.equal(found, sample(model, torch.cat([read, prompt], dim=1), temperature=0.0))
+        assert all(map(torch.equal, iterate_tensors(state.layers), before))
+
+    @pytest.mark.parametrize("settings", [HOPE, TRANSFORMER], ids=["hope", "transformer"])
+    def test_a_long_prompt_is_read_in_segments(self, settings, monkeypatch):
+        model, prompt = build(settings), tokens(2, 45)
+        whole = sample(model, prompt, temperature=0.0)
+        lengths, forward = [], model.forward
+        monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
+        monkeypatch.setattr(
+            model, "forward", lambda ids, *, state: lengths.append(ids.shape[1]) or forward(ids, state=state)
+        )
+        assert torch.equal(sample(model, prompt, temperature=0.0), whole)
+        assert lengths == [16, 16, 13] + [1] * 8
+
+    def test_the_state_is_that_before_the_last_token(self):
+        model, prompt = build(HOPE), tokens(2, 5)
+        generated = generate(
+            model,
+            prompt,
+            max_new_tokens=4,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        expected = model(torch.cat([prompt, generated.tokens[:, :-1]], dim=1)).state
+        assert generated.state.position == expected.position == 8
+        for one, other in zip(iterate_tensors(generated.state.layers), iterate_tensors(expected.layers), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        # Not a tensor of inference mode, which no later pass could be differentiated through.
+        model(generated.tokens[:, -1:], state=generated.state).logits.sum().backward()
+
+    def test_it_stops_when_every_row_has_drawn_the_token(self):
+        model, prompt = build(HOPE), tokens(3, 5)
+        plain = sample(model, prompt, max_new_tokens=60)
+        stop = int(plain[0, 4])
+        first = [row.index(stop) if stop in row else 60 for row in plain.tolist()]
+        found = sample(model, prompt, max_new_tokens=60, stop=stop)
+        assert torch.equal(found, plain[:, : max(first) + 1])
+        alone = sample(model, prompt[:1], max_new_tokens=60)[0].tolist()
+        assert (
+            sample(model, prompt[:1], max_new_tokens=60, stop=alone[5])[0].tolist()
+            == alone[: alone.index(alone[5]) + 1]
+        )

@@ -26,7 +26,9 @@ from nested_lm.streaming.tree import first_difference, flatten, form_hash, rebui
 LAYOUT_VERSION = 1
 """Of the header and of how trees are named. A state's own form is compared by itself."""
 
-_HEADER, _SEAL = "nested_lm_memory", "nested_lm_memory_xxh3_128"
+_HEADER = "nested_lm_memory"
+"""Key of the metadata whose value is the header's digest, a line break, and the header. One key: safetensors keeps no
+order of several, and the same state shall be the same file."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryH
     )
     fields = {name: getattr(header, name) for name in header.__dataclass_fields__} | {"model": model.as_document()}
     text = json.dumps({"layout": LAYOUT_VERSION, **fields}, allow_nan=False)
-    write_atomically(path, save(tensors, {_HEADER: text, _SEAL: xxhash.xxh3_128_hexdigest(text.encode())}))
+    write_atomically(path, save(tensors, {_HEADER: f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}"}))
     return header
 
 
@@ -122,9 +124,7 @@ def read_header(path: Path) -> MemoryHeader:
     Raises:
         CheckpointError: no such file, not a memory file, of another layout, or damaged.
     """
-    metadata = _read_metadata(path)
-    text = metadata[_HEADER]
-    sealed = xxhash.xxh3_128_hexdigest(text.encode()) == metadata.get(_SEAL)
+    seal, _, text = _read_metadata(path).partition("\n")
     try:
         fields = json.loads(text)
         version = fields.pop("layout")
@@ -137,7 +137,7 @@ def read_header(path: Path) -> MemoryHeader:
             f"  It was written by version {fields.get('written_by')}: use that, or read the documents again with "
             "`nested-lm memorize`."
         )
-    if not sealed:
+    if seal != xxhash.xxh3_128_hexdigest(text.encode()):
         raise _damaged(path, "its header was changed after it was written")
     return MemoryHeader(**fields | {"model": ModelIdentity.of_document(fields["model"])})
 
@@ -159,7 +159,7 @@ def describe_bytes(count: int) -> str:
     return f"{size:.1f} {unit}"
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def _read_metadata(path: Path) -> str:
     if not path.is_file():
         raise CheckpointError(
             f"{path} is not there; make a memory file with `nested-lm memorize --checkpoint RUN FILE --memory {path}`"
@@ -174,7 +174,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
             f"{path} is a safetensors file, but not a memory: its metadata has no {_HEADER!r}; "
             "name a file that `nested-lm memorize` wrote"
         )
-    return metadata
+    return metadata[_HEADER]
 
 
 def _read_tensors(path: Path, header: MemoryHeader) -> dict[str, Tensor]:
