@@ -87,6 +87,9 @@ class _DeltaMixer(nn.Module):
             part.unflatten(-1, (config.num_heads, -1)) for part in functional.silu(mixed).split(self.channels, dim=-1)
         )
         rate = config.rate_max * torch.sigmoid(rate_logit)
+        if context.frozen:
+            rate = torch.zeros_like(rate)
+            log_decay = None if log_decay is None else torch.zeros_like(log_decay)
         reads, matrix = run_recurrence(
             "gated_delta_rule",
             unit(query) / math.sqrt(config.head_width),

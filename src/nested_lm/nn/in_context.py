@@ -125,6 +125,19 @@ class InContextWriter:
         pending = zero if level.ratio > 1 else ()
         return LevelState(zero, pending, initial_trees(level.rule, zero))
 
+    def fast_copies(self, state: StreamState) -> Fast:
+        """The fast copies that a state holds, by block."""
+        assert isinstance(state.in_context, InContextState)
+        return self.spread(tuple(level.distance for level in state.in_context.levels))
+
+    def spread(self, copies: "Copies") -> Fast:
+        """Sort the copies by block."""
+        fast: Fast = tuple({} for _ in self.mlps)
+        for level, distances in zip(self.levels, copies, strict=True):
+            for layer, distance in zip(level.layers, distances, strict=True):
+                fast[layer][level.level] = distance
+        return fast
+
     def read(
         self, predict: Predict, tokens: Int[Tensor, "B T"], resets: Bool[Tensor, "B T"] | None, state: StreamState
     ) -> ModelOutput:
@@ -238,12 +251,12 @@ class _Reading:
         if part.shape[1] == self.writer.period and not is_last:
             by = self._alias(copies)
             with torch.enable_grad():
-                output = self.predict(part, resets, self.now, self._spread(by.copies))
+                output = self.predict(part, resets, self.now, self.writer.spread(by.copies))
             self.kept = _Pass(output.logits, by)
             if not self.is_trained:
                 output = ModelOutput(output.logits.detach(), output.state.detach(), output.stats)
         else:
-            output = self.predict(part, resets, self.now, self._spread(copies))
+            output = self.predict(part, resets, self.now, self.writer.spread(copies))
         self.now = output.state
         self.outputs.append(output)
 
@@ -307,16 +320,10 @@ class _Reading:
         by = self._alias(tuple(level.distance for level in self.levels))
         border = self.border if self.is_second_order else self.border.detach()
         with torch.enable_grad():
-            output = self.predict(self.window, self._resets(self.window.shape[1]), border, self._spread(by.copies))
+            output = self.predict(
+                self.window, self._resets(self.window.shape[1]), border, self.writer.spread(by.copies)
+            )
         return _Pass(output.logits, by)
-
-    def _spread(self, copies: Copies) -> Fast:
-        """Sort the copies by block."""
-        fast: Fast = tuple({} for _ in self.writer.mlps)
-        for level, distances in zip(self.writer.levels, copies, strict=True):
-            for layer, distance in zip(level.layers, distances, strict=True):
-                fast[layer][level.level] = distance
-        return fast
 
     def _write(self, gradients: Copies) -> None:
         """Step the levels that are due, and add to what the others wait with."""

@@ -21,11 +21,13 @@ class StepContext(NamedTuple):
     position: tokens of the stream before this call.
     resets: where a document starts; None when no row starts one in this call.
     documents: running number of each token's document in its row; None when no row ever started a second one.
+    frozen: fast weights are read and not written.
     """
 
     position: int
     resets: Bool[Tensor, "B T"] | None
     documents: Int[Tensor, "B T"] | None
+    frozen: bool = False
 
 
 class RMSNorm(nn.Module):

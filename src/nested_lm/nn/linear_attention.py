@@ -54,6 +54,8 @@ class LinearAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, config.num_heads, config.head_width)).unbind(dim=2)
         if config.feature_map == "elu":
             query, key = functional.elu(query) + 1, functional.elu(key) + 1
+        if context.frozen:
+            value = torch.zeros_like(value)  # adds nothing
         reads, matrix = run_recurrence(
             "linear_attention",
             query,

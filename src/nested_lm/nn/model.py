@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.config.model import ModelConfig
+from nested_lm.nn.attention import Attention
 from nested_lm.nn.block import Block
 from nested_lm.nn.in_context import Fast, InContextWriter
 from nested_lm.nn.layers import RMSNorm, StepContext
@@ -62,6 +63,11 @@ class LanguageModel(nn.Module):
         return all(block.mixer.has_constant_state for block in self.blocks)
 
     @property
+    def has_fast_weights(self) -> bool:
+        """Whether reading writes anything but a cache of keys and values."""
+        return self.writer is not None or any(not isinstance(block.mixer, Attention) for block in self.blocks)
+
+    @property
     def memories(self) -> tuple[str, ...]:
         """Names of the self-modifying memories of a head; none when no block has any."""
         found = (module.rule.adapt for module in self.modules() if isinstance(module, SelfModifyingTitans))
@@ -81,6 +87,7 @@ class LanguageModel(nn.Module):
         *,
         resets: Bool[Tensor, "B T"] | None = None,
         state: StreamState | None = None,
+        predictions: Literal["all", "last"] = "all",
     ) -> ModelOutput:
         """Predict the token after each token.
 
@@ -91,18 +98,32 @@ class LanguageModel(nn.Module):
             tokens: token ids.
             resets: True at the first token of a document, whose state starts afresh. A start must lie on a multiple
                 of `ModelConfig.alignment`, counted from the start of the stream.
-            state: where the streams stand; None for streams that begin here. It is not changed.
+            state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
+                fast weight is written.
+            predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
 
         Raises:
-            ValueError: a document starts inside a chunk or an in-context segment.
+            ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen.
         """
         state = self.initial_state(tokens.shape[0]) if state is None else state
+        if state.frozen and resets is not None:
+            raise ValueError("a document cannot start in a frozen state, whose memories keep what they hold")
+        last = predictions == "last"
         if self.writer is None:
-            return self._predict(tokens, resets, state, tuple({} for _ in self.blocks))
-        return self.writer.read(self._predict, tokens, resets, state)
+            return self._predict(tokens, resets, state, tuple({} for _ in self.blocks), last_only=last)
+        if state.frozen:
+            return self._predict(tokens, resets, state, self.writer.fast_copies(state), last_only=last)
+        output = self.writer.read(self._predict, tokens, resets, state)
+        return output._replace(logits=output.logits[:, -1:]) if last else output
 
     def _predict(
-        self, tokens: Int[Tensor, "B T"], resets: Bool[Tensor, "B T"] | None, state: StreamState, fast: Fast
+        self,
+        tokens: Int[Tensor, "B T"],
+        resets: Bool[Tensor, "B T"] | None,
+        state: StreamState,
+        fast: Fast,
+        *,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way."""
         context, packed = self._context(resets, state, tokens.shape[1])
@@ -118,8 +139,9 @@ class LanguageModel(nn.Module):
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in found.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits = functional.linear(self.norm(x), head)
-        return ModelOutput(logits, StreamState(tuple(layers), state.position + tokens.shape[1], packed), stats)
+        logits = functional.linear(self.norm(x[:, -1:] if last_only else x), head)
+        after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
+        return ModelOutput(logits, after, stats)
 
     def _block(self, block: Block, *given: Any) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """Run one block; with kernels that can be differentiated twice where training needs that."""
@@ -136,7 +158,7 @@ class LanguageModel(nn.Module):
         documents = None
         if packed:
             documents = self._documents(resets, state, tokens)
-        return StepContext(state.position, resets, documents), packed
+        return StepContext(state.position, resets, documents, state.frozen), packed
 
     def _documents(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> Tensor | None:
         """Number the documents of each row, going on from the attention cache; None when no block attends."""

@@ -30,6 +30,9 @@ START_OUTER_SCALE = 0.1
 START_LINEAR_SCALE = 0.1
 """Linear memories start at the identity plus noise this much smaller than 1/sqrt(fan-in)."""
 
+CLOSED = 1e4
+"""Gate logit of this size: rate and momentum are 0 and retention is 1 exactly, whatever the memories add to it."""
+
 
 class SelfModifyingState(NamedTuple):
     """Fast weights of every memory, and the last tokens the convolution still needs."""
@@ -102,6 +105,8 @@ class SelfModifyingTitans(nn.Module):
         query, key = unit(mixed[:, :, 0]), unit(mixed[:, :, 1])
         value = unit(mixed[:, :, 2]) if config.unit_values else mixed[:, :, 2]
         gates = (self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2)
+        if context.frozen:
+            gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
         output = memory_chunked.self_modify(
             MemoryInputs(key, value, query, *gates),
             self.start_weights(),

@@ -44,12 +44,14 @@ class StreamState:
     position: tokens read since the streams began; the same for every row.
     packed: some row has begun a new document since position 0, so attention must mask older documents.
     in_context: fast copies of the levels that are written while the model reads, a tree like `layers`; None without.
+    frozen: fast weights are read and no longer written. Convolution tails and attention caches go on.
     """
 
     layers: tuple[Any, ...]
     position: int
     packed: bool
     in_context: Any = None
+    frozen: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
         """Apply a function to every tensor."""
@@ -59,6 +61,10 @@ class StreamState:
     def detach(self) -> "StreamState":
         """Cut the graph: no gradient flows into earlier calls."""
         return self.map(Tensor.detach)
+
+    def freeze(self) -> "StreamState":
+        """Stop all writes of fast weights from here on: what is read later leaves no trace in them. For good."""
+        return replace(self, frozen=True)
 
     def to(self, device: torch.device | str) -> "StreamState":
         """Move to a device."""
