@@ -1,6 +1,6 @@
 # make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (about ten minutes on two cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
-# make bench  timings, flat memory       make clean   remove the environment and everything the demo wrote
+# make bench  timings, flat memory      make clean   remove the environment and everything the demo wrote
 
 PYTHON ?= python3
 VENV := .venv
