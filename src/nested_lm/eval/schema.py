@@ -10,33 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
+from nested_lm.eval.interval import Interval, Natural
 
 SCHEMA_VERSION = 1
 
-Natural = Annotated[int, Field(ge=0)]
 Row = tuple[float, ...]
-
-
-class Interval(Section):
-    """A number and its 95 % interval.
-
-    `low` and `high` are null where no interval can be had: a bootstrap over one document has no spread, and
-    to print a width of zero there would claim certainty.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    n: Count  # documents or samples behind the number
-    method: str
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Interval":
-        if (self.low is None) != (self.high is None):
-            raise ValueError(f"low {self.low} and high {self.high} must both be numbers or both be null")
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-        return self
 
 
 class RunIdentity(Section):

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from nested_lm.commit import current_commit
 from nested_lm.config.architecture import flat
 from nested_lm.config.load import config_hash, dump_resolved
 from nested_lm.config.run import RunConfig
@@ -65,22 +65,6 @@ def open_run_folder(
                 f"has {found[:16]}; restore that data set, or choose another output_dir"
             )
     return identity
-
-
-def current_commit() -> str | None:
-    """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):  # no git on this machine
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def new_identity(
