@@ -60,7 +60,8 @@ class TestElevenCases:
     def test_field_of_another_variant(self, preset):
         text = mistake(preset("model:\n  mixer:\n    rope_base: 500.0\n"))
         assert "model.mixer.rope_base  (mine.yaml:6)" in text
-        assert "a key of kind attention; the kind here is self_modifying" in text
+        assert "a key of kind attention" in text
+        assert "the kind here is self_modifying" in text
         assert "model.mixer.self_modifying" not in text  # pydantic's union tag
 
     def test_width_not_a_multiple_of_heads(self, preset):
@@ -161,7 +162,9 @@ class TestOverrides:
 
     def test_unknown_group_option_lists_the_choices(self):
         text = mistake("hope/demo", ["model=hope_dmo"])
-        assert "one of hope_demo, transformer_demo" in text
+        assert "allowed  one of " in text
+        assert "hope_demo, " in text
+        assert ", transformer_demo" in text
         assert "did you mean `hope_demo`?" in text
 
     @pytest.mark.parametrize("override", ["model=3", "+seed=3", "~sead", "model.channel.levels.9.expansion=1.0"])

@@ -14,10 +14,9 @@ class EmbeddedSource(Section):
     corpus: Literal["sotu"] = "sotu"
 
 
-class FolderSource(Section):
-    """Every `.txt`, `.jsonl[.gz|.zst]` and `.parquet` file below a folder (or one such file)."""
+class FileSource(Section):
+    """Files and how their documents are read: what a folder and a data set of the hub share."""
 
-    kind: Literal["folder"]
     path: str
     text_field: str = "text"  # of JSON lines and Parquet rows
     date_field: str | None = None  # ISO date or year; null: undated, one chronological segment
@@ -26,7 +25,26 @@ class FolderSource(Section):
     max_document_bytes: PositiveInt = 64 * 1024 * 1024
 
 
-Source = Annotated[EmbeddedSource | FolderSource, Field(discriminator="kind")]
+class FolderSource(FileSource):
+    """Every `.txt`, `.jsonl[.gz|.zst]` and `.parquet` file below a folder (or one such file)."""
+
+    kind: Literal["folder"]
+
+
+class HubSource(FileSource):
+    """Files of a data set on the Hugging Face hub, fetched into the folder `path` and read from there.
+
+    The revision is a commit, so that the same preset always means the same bytes. Files below `path` that `files` does
+    not name are not read.
+    """
+
+    kind: Literal["hub"]
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]  # owner/name
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # commit
+    files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]  # names, or patterns such as data/*.parquet
+
+
+Source = Annotated[EmbeddedSource | FolderSource | HubSource, Field(discriminator="kind")]
 
 
 class TrainTokenizer(Section):
@@ -34,6 +52,7 @@ class TrainTokenizer(Section):
 
     kind: Literal["byte_bpe"]
     vocab_size: Annotated[int, Field(ge=257)]
+    max_bytes: PositiveInt | None = None  # text it is trained on, documents spread over the split; null: all of it
 
 
 class LoadTokenizer(Section):

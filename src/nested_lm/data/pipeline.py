@@ -187,7 +187,10 @@ def _tokenizer(this: _Build, inventory: Inventory) -> TextTokenizer:
         write_atomically(path, Path(this.config.tokenizer.path).read_bytes())
         tokenizer = TextTokenizer.load(path)
     else:
-        wanted = {entry.place for entry in inventory.of_split("train")}
+        entries = inventory.of_split("train")
+        limit = this.config.tokenizer.max_bytes
+        stride = 1 if limit is None else -(-sum(entry.bytes for entry in entries) // limit)
+        wanted = {entry.place for entry in entries[::stride]}
         texts = (text for _, text in inventory.texts(this.corpus, wanted=wanted))
         tokenizer = train_tokenizer(texts, this.config.tokenizer.vocab_size, path)
     write_atomically(marker, json.dumps({"sha256": tokenizer.hash}).encode())

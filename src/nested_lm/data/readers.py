@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from nested_lm.config.data import FolderSource
+from nested_lm.config.data import FileSource
 from nested_lm.data.document import BadDocument, Document, judge, parse_date
 from nested_lm.errors import DataError
 
@@ -26,7 +26,7 @@ _PARQUET_ROWS = 256
 _JSON_EXPANSION = 6  # a character of one byte can be spelt as the six of "\u0061"
 
 
-def read_file(path: Path, name: str, source: FolderSource) -> Iterator[Item]:
+def read_file(path: Path, name: str, source: FileSource) -> Iterator[Item]:
     """Documents of one file. `name` is its path below the source folder and starts every document's id."""
     try:
         if name.endswith(".txt"):
@@ -40,7 +40,7 @@ def read_file(path: Path, name: str, source: FolderSource) -> Iterator[Item]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_text(path: Path, name: str, source: FolderSource) -> Item:
+def _read_text(path: Path, name: str, source: FileSource) -> Item:
     limit = source.max_document_bytes
     size = path.stat().st_size
     if size > limit:
@@ -62,7 +62,7 @@ def _open_lines(path: Path, name: str) -> IO[bytes]:
     return path.open("rb", buffering=_BLOCK_BYTES)
 
 
-def _read_json_lines(stream: IO[bytes], path: Path, name: str, source: FolderSource) -> Iterator[Item]:
+def _read_json_lines(stream: IO[bytes], path: Path, name: str, source: FileSource) -> Iterator[Item]:
     limit = source.max_document_bytes * _JSON_EXPANSION + _BLOCK_BYTES
     number = 0
     while True:
@@ -83,7 +83,7 @@ def _read_json_lines(stream: IO[bytes], path: Path, name: str, source: FolderSou
             yield _parse_line(line, position, f"{name}:{number}", source)
 
 
-def _parse_line(line: bytes, position: str, identity: str, source: FolderSource) -> Item:
+def _parse_line(line: bytes, position: str, identity: str, source: FileSource) -> Item:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def _parse_line(line: bytes, position: str, identity: str, source: FolderSource)
     return _from_row(row, position, identity, source)
 
 
-def _from_row(row: dict[str, Any], position: str, identity: str, source: FolderSource) -> Item:
+def _from_row(row: dict[str, Any], position: str, identity: str, source: FileSource) -> Item:
     if row.get(source.text_field) is None:
         fields = ", ".join(sorted(row)[:8]) or "none"
         return BadDocument(position, "no_text", f"no field {source.text_field!r}; fields: {fields}")
@@ -116,7 +116,7 @@ def _from_row(row: dict[str, Any], position: str, identity: str, source: FolderS
     )
 
 
-def _read_parquet(path: Path, name: str, source: FolderSource) -> Iterator[Item]:
+def _read_parquet(path: Path, name: str, source: FileSource) -> Iterator[Item]:
     arrow = _optional("pyarrow", path)
     parquet = _optional("pyarrow.parquet", path)
     columns = [source.text_field] + ([source.date_field] if source.date_field is not None else [])
@@ -138,7 +138,7 @@ def _read_parquet(path: Path, name: str, source: FolderSource) -> Iterator[Item]
         raise _damaged(path, row_number, str(error).splitlines()[0], unit="row") from error
 
 
-def _from_arrow(batch: Any, index: int, position: str, identity: str, source: FolderSource) -> Item:
+def _from_arrow(batch: Any, index: int, position: str, identity: str, source: FileSource) -> Item:
     try:
         row = {key: batch.column(key)[index].as_py() for key in batch.schema.names}
     except UnicodeDecodeError as error:

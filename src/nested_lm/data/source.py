@@ -9,10 +9,11 @@ from pathlib import Path
 
 import xxhash
 
-from nested_lm.config.data import EmbeddedSource, FolderSource, Source
+from nested_lm.config.data import EmbeddedSource, FileSource, FolderSource, HubSource, Source
 from nested_lm.data.atomic import write_atomically
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.document import BadDocument, Document
+from nested_lm.data.hub import fetch
 from nested_lm.data.readers import SUFFIXES, Item, read_file
 from nested_lm.errors import DataError
 
@@ -55,7 +56,7 @@ def open_corpus(source: Source, digests: Path) -> Corpus:
 
     digests: file that remembers sizes, times and digests, so that unchanged files are not read again.
 
-    Raises: DataError when the source is missing or has no file that can be read.
+    Raises: DataError when the source is missing, cannot be fetched, or has no file that can be read.
     """
     if isinstance(source, EmbeddedSource):
         corpus = CORPORA[source.corpus]
@@ -67,9 +68,14 @@ def open_corpus(source: Source, digests: Path) -> Corpus:
             on_bad_document="error",
             read=lambda: read_documents(corpus),
         )
-    files, ignored = _find(source)
+    if isinstance(source, HubSource):
+        files, ignored = fetch(source), 0
+        described = f"{source.repository} at {source.revision}"
+    else:
+        files, ignored = _find(source)
+        described = source.path
     return Corpus(
-        description=f"{source.path} ({len(files)} files)",
+        description=f"{described} ({len(files)} files)",
         licence=source.licence,
         digest=_digest(files, digests),
         ignored=ignored,
@@ -97,7 +103,7 @@ def _find(source: FolderSource) -> tuple[dict[str, Path], int]:
     return dict(sorted(files.items())), len(paths) - len(files)
 
 
-def _read_all(files: dict[str, Path], source: FolderSource) -> Iterator[Item]:
+def _read_all(files: dict[str, Path], source: FileSource) -> Iterator[Item]:
     for name, path in files.items():
         yield from read_file(path, name, source)
 
