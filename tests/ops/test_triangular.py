@@ -13,6 +13,12 @@ def test_inverse_of_any_size(size):
     torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64).expand(3, -1, -1), atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("size", [5, 20])
+def test_gradient_is_a_finite_difference(size):
+    lower = (0.3 * torch.randn(2, size, size, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(unit_lower_inverse, (lower,), fast_mode=True)
+
+
 def test_entries_above_the_diagonal_are_ignored():
     lower = torch.randn(2, 20, 20, dtype=torch.float64)
     assert torch.equal(unit_lower_inverse(lower), unit_lower_inverse(lower.tril(-1)))

@@ -5,6 +5,7 @@ Shapes: C tokens of a chunk.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,10 +34,38 @@ def unit_lower_inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*ba
 
     Forward substitution inside blocks of 16, exact pairwise merging above. (The product form
     (I - L)(I + L^2)(I + L^4)... needs fewer steps but loses every digit for correlated keys.) Never in reduced
-    precision: one wrong write is carried through the rest of the chunk.
+    precision: one wrong write is carried through the rest of the chunk. An operator of its own, so that compilers take
+    it as it is and its gradient is one product instead of a walk back through the blocks.
     """
+    inverse: Tensor = _unit_lower_inverse(lower)
+    return inverse
+
+
+@torch.library.custom_op("nested_lm::unit_lower_inverse", mutates_args=())
+def _unit_lower_inverse(lower: Tensor) -> Tensor:
     with full_precision():
-        return _inverse(lower)
+        inverse: Tensor = _inverse(lower)
+        return inverse
+
+
+@_unit_lower_inverse.register_fake
+def _(lower: Tensor) -> Tensor:
+    return lower.new_empty(lower.shape)
+
+
+def _keep_inverse(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    del inputs
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    """Gradient of the inverse: d(X) = -X dL X, below the diagonal."""
+    (inverse,) = ctx.saved_tensors
+    gradient: Tensor = -(inverse.mT @ grad @ inverse.mT).tril(-1)
+    return gradient
+
+
+_unit_lower_inverse.register_autograd(_backward, setup_context=_keep_inverse)
 
 
 def _inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*batch C C"]:
@@ -44,13 +73,13 @@ def _inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*batch C C"]:
     if size <= BLOCK:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
         solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-        return solved
+        return solved.contiguous()
     half = BLOCK
     while half * 2 < size:
         half *= 2
     top = _inverse(lower[..., :half, :half])
     bottom = _inverse(lower[..., half:, half:])
-    inverse = torch.zeros_like(lower)
+    inverse = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)
     inverse[..., :half, :half] = top
     inverse[..., half:, half:] = bottom
     inverse[..., half:, :half] = -(bottom @ lower[..., half:, :half] @ top)
