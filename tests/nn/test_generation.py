@@ -77,7 +77,7 @@ class TestStreams:
         lengths, forward = [], model.forward
         monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
         monkeypatch.setattr(
-            model, "forward", lambda ids, *, state: lengths.append(ids.shape[1]) or forward(ids, state=state)
+            model, "forward", lambda ids, **given: lengths.append(ids.shape[1]) or forward(ids, **given)
         )
         assert torch.equal(sample(model, prompt, temperature=0.0), whole)
         assert lengths == [16, 16, 13] + [1] * 8

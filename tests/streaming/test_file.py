@@ -80,6 +80,12 @@ class TestRoundTrip:
         more = tokens(1, 6, seed=1)
         assert torch.equal(model(more, state=loaded).logits, model(more, state=state).logits)
 
+    def test_a_frozen_state(self, tmp_path):
+        model = build("hope")
+        state = model(tokens(1, 9)).state.freeze()
+        save_memory(tmp_path / "m", state, identity_of(model))
+        assert load_memory(tmp_path / "m", model, identity_of(model)).frozen
+
     def test_special_values_survive(self, tmp_path):
         model = build("hope", torch.float32)
         state = model(tokens(1, 8)).state
@@ -105,7 +111,7 @@ class TestRoundTrip:
         state = StreamState((((torch.ones(1, 2), 3, 0.1, True, "x"), None),), position=0, packed=False)
         flat = flatten(state)
         template = StreamState((((torch.zeros(1, 2), 0, 0.0, False, ""), None),), position=0, packed=False)
-        assert rebuild(template, flat.tensors, json.loads(json.dumps(flat.values)))[0] == state.layers
+        assert rebuild(template, flat.tensors, json.loads(json.dumps(flat.values))) == state
         with pytest.raises(TypeError, match=r"layers\.0 is a list; a state holds"):
             flatten(StreamState(([],), position=0, packed=False))
 

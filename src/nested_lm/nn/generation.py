@@ -103,7 +103,7 @@ def read_prompt(
     begin, logits = 0, None
     while begin < tokens.shape[1]:
         end = begin + segment_room(model, 0 if state is None else state.position)
-        output = model(tokens[:, begin:end], state=state)
+        output = model(tokens[:, begin:end], state=state, predictions="last")
         logits, state, begin = output.logits[:, -1], output.state, end
     assert logits is not None, "a prompt has tokens"
     assert state is not None

@@ -1,12 +1,12 @@
 """Memory files: the state of a stream on disk, for the model that made it and no other.
 
 One safetensors file: the state's tensors by path, and in its metadata a JSON header with the layout's version, the
-model's identity, the position, the form of the tree and digests. Written aside and renamed, so that a file is whole or
+model's identity, the position, the form of the state and digests. Written aside and renamed, so that a file is whole or
 the one before. No pickle, no names of code.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,12 @@ order of several, and the same state shall be the same file."""
 class MemoryHeader:
     """What a memory file says about itself.
 
-    model: whom it belongs to. position: tokens read. packed: as in `StreamState`. streams: rows of the batch.
-    state_bytes: memory that the state takes. written_by: version of this package.
-    form, form_hash: of the tree. values: leaves that are no tensors, by path. tensors_hash: of the tensors.
+    model: whom it belongs to. streams: rows of the batch. state_bytes: memory that the state takes.
+    written_by: version of this package. form, form_hash: of the state. values: leaves that are no tensors, by path.
+    tensors_hash: of the tensors.
     """
 
     model: ModelIdentity
-    position: int
-    packed: bool
     streams: int
     state_bytes: int
     written_by: str
@@ -50,6 +48,11 @@ class MemoryHeader:
     form_hash: str
     values: dict[str, Any]
     tensors_hash: str
+
+    @property
+    def position(self) -> int:
+        """Tokens read."""
+        return int(self.values["position"])
 
 
 def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryHeader:
@@ -67,8 +70,6 @@ def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryH
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in flat.tensors.items()}
     header = MemoryHeader(
         model=model,
-        position=state.position,
-        packed=state.packed,
         streams=num_streams(state),
         state_bytes=state.num_bytes(),
         written_by=__version__,
@@ -113,9 +114,7 @@ def load_memory(path: Path, model: LanguageModel, identity: ModelIdentity) -> St
     tensors = _read_tensors(path, header)
     for name, tensor in tensors.items():
         _check_shape(path, name, tensor, expected.tensors[name])
-    layers, in_context = rebuild(template, tensors, header.values)
-    state = replace(template, layers=layers, position=header.position, packed=header.packed, in_context=in_context)
-    return state.to(next(model.parameters()).device)
+    return rebuild(template, tensors, header.values).to(next(model.parameters()).device)
 
 
 def read_header(path: Path) -> MemoryHeader:

@@ -6,7 +6,7 @@ name code to run.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import xxhash
@@ -31,21 +31,20 @@ class FlatTree:
 
 
 def flatten(state: StreamState) -> FlatTree:
-    """Take the trees of a state apart.
+    """Take a state apart, all of its fields.
 
     Raises:
         TypeError: a leaf of a type that cannot be stored.
     """
     flat = FlatTree({}, {}, {})
-    for path, node in _walk(state.layers, "layers"):
-        _note(path, node, flat)
-    for path, node in _walk(state.in_context, "in_context"):
-        _note(path, node, flat)
+    for field in fields(state):
+        for path, node in _walk(getattr(state, field.name), field.name):
+            _note(path, node, flat)
     return flat
 
 
-def rebuild(template: StreamState, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Build `layers` and `in_context` with the types of a template and the given leaves."""
+def rebuild(template: StreamState, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> StreamState:
+    """Build a state with the types of a template and the given leaves."""
 
     def build(path: str, node: Any) -> Any:
         if isinstance(node, Tensor):
@@ -55,7 +54,7 @@ def rebuild(template: StreamState, tensors: Mapping[str, Tensor], values: Mappin
             return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
         return None if node is None else values[path]
 
-    return build("layers", template.layers), build("in_context", template.in_context)
+    return StreamState(**{field.name: build(field.name, getattr(template, field.name)) for field in fields(template)})
 
 
 def first_difference(found: Form, expected: Form) -> tuple[str, str, str] | None:
