@@ -12,7 +12,6 @@ from nested_lm.audit.shrink import span
 from nested_lm.audit.subject import Subject
 from nested_lm.audit.training import make_optimizer
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.model import LanguageModel
 
 DIFFERENT = 1e-6
 """Smallest change of logits that a mechanism must make, relative to the largest logit; float64."""
@@ -22,12 +21,10 @@ class Switch(NamedTuple):
     """A mechanism and how it is switched.
 
     change: edits the mixer's (or the model's) configuration, as plain values.
-    adjust: changes the built model, where no setting does it.
     """
 
     name: str
     change: Callable[[dict[str, Any]], None]
-    adjust: Callable[[LanguageModel], None] | None = None
 
 
 def ablations(subject: Subject) -> Iterator[Finding]:
@@ -48,22 +45,18 @@ def ablations(subject: Subject) -> Iterator[Finding]:
         except ValidationError as error:
             yield broken(figure, f"refused: {error.errors()[0]['msg']}")
             continue
-        yield _try(subject, config, switch, figure, tokens, expected)
+        yield _try(subject, config, figure, tokens, expected)
 
 
 def _try(
     subject: Subject,
     config: ModelConfig,
-    switch: Switch,
     figure: str,
     tokens: torch.Tensor,
     expected: torch.Tensor,
 ) -> Finding:
     """Compare the logits of the changed model before a training step; they must be finite after it, too."""
     model = subject.build(config)
-    if switch.adjust is not None:
-        with torch.no_grad():
-            switch.adjust(model)
     with torch.no_grad():
         changed = difference(model(tokens).logits, expected)
     next_token_loss(model, tokens).backward()
@@ -91,6 +84,9 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
 
     settings = of(plain)
     for memory in ("k", "v", "q", "eta", "alpha"):
+        if memory == "alpha" and settings["retention"] == "full":
+            yield does_not_apply("change of logits, alpha memory", "retention is held at 1, so there is no gate for it")
+            continue
         is_there = memory in settings["adapt"]
 
         def toggle(document: dict[str, Any], memory: str = memory, *, is_there: bool = is_there) -> None:
@@ -114,9 +110,12 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
 
     def keep_everything(document: dict[str, Any]) -> None:
         of(document)["adapt"] = [name for name in of(document)["adapt"] if name != "alpha"]
+        of(document)["retention"] = "full"
 
-    # No setting turns retention off; the gate is held at 1 instead.
-    yield Switch("retention off (gate held at 1)", keep_everything, _hold_retention)
+    if settings["retention"] == "learned":
+        yield Switch("retention off (held at 1)", keep_everything)
+    else:
+        yield Switch("retention on", lambda document: of(document).update(retention="learned"))
 
 
 def _memory_path(plain: dict[str, Any]) -> tuple[str, ...] | None:
@@ -126,15 +125,6 @@ def _memory_path(plain: dict[str, Any]) -> tuple[str, ...] | None:
     if isinstance(plain["mixer"].get("memory"), dict):
         return ("mixer", "memory")
     return None
-
-
-def _hold_retention(model: LanguageModel) -> None:
-    """Keep all of the fast weights: the slow part of the retention gate is far above zero whatever the token."""
-    for module in model.modules():
-        if hasattr(module, "gate_bias") and hasattr(module, "rule"):
-            heads = module.config.num_heads
-            module.gates.weight[heads : 2 * heads] = 0.0
-            module.gate_bias[heads : 2 * heads] = 1e4
 
 
 def _channel_switches(subject: Subject, plain: dict[str, Any]) -> Iterator[Switch | Finding]:

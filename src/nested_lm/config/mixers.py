@@ -80,6 +80,7 @@ class SelfModifying(MixerSection):
     targets: Literal["generated", "values"] = "generated"  # M(v) of each memory, or the value itself (Titans)
     gradient: Literal["border", "fresh", "self_referential"] = "border"  # where it is taken; the last two: depth 1
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
+    retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
     momentum: bool = False  # a running sum of writes with a decay of its own for every token
     momentum_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the running sum kept at the start
@@ -146,6 +147,12 @@ class SelfModifying(MixerSection):
         if self.depth == 1 and self.expansion != 1.0:
             raise ValueError(
                 f"expansion {self.expansion:g} is the hidden width of two-layer memories; leave it out with depth: 1"
+            )
+        if self.retention == "full" and "alpha" in self.adapt:
+            rest = ", ".join(name for name in self.adapt if name != "alpha")
+            raise ValueError(
+                f"retention full leaves nothing for the alpha memory to decide; use adapt: [{rest}], or "
+                "retention: learned"
             )
         self.rule()
         return self

@@ -69,7 +69,7 @@ class SelfModifyingTitans(nn.Module):
         hidden = 0 if config.depth == 1 else round(config.expansion * head_width)
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
         self.conv = CausalConv(3 * heads * head_width, config.conv_width)
-        num_gates = 3 if config.momentum else 2
+        num_gates = 1 + (config.retention == "learned") + config.momentum
         self.gates = nn.Linear(width, num_gates * heads, bias=False)  # slow part of rate, decay and momentum
         self.gate_bias = nn.Parameter(torch.empty(num_gates * heads))
         self.readout_rate = nn.Parameter(torch.empty(heads, head_width)) if "eta" in self.rule.adapt else None
@@ -104,7 +104,9 @@ class SelfModifyingTitans(nn.Module):
         mixed = functional.silu(mixed).view(batch, tokens, 3, config.num_heads, config.head_width)
         query, key = unit(mixed[:, :, 0]), unit(mixed[:, :, 1])
         value = unit(mixed[:, :, 2]) if config.unit_values else mixed[:, :, 2]
-        gates = (self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2)
+        gates = list((self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2))
+        if config.retention == "full":
+            gates.insert(1, torch.full_like(gates[0], CLOSED))
         if context.frozen:
             gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
         output = memory_chunked.self_modify(
@@ -170,6 +172,7 @@ class SelfModifyingTitans(nn.Module):
         if self.gain is not None:
             self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
         kept = math.exp(-1 / config.decay_horizon_tokens)
-        starts = (config.rate_init, kept, config.momentum_init)
+        retention = (kept,) if config.retention == "learned" else ()
+        starts = (config.rate_init, *retention, config.momentum_init)
         for bias, share in zip(self.gate_bias.view(-1, heads), starts, strict=False):
             bias.fill_(math.log(share / (1 - share)))
