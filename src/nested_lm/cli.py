@@ -202,7 +202,7 @@ def describe_run(config: "RunConfig") -> list[str]:
         "weights": "drawn with the seed" if plan.init_from is None else f"those of {plan.init_from}",
         "budget": f"{plan.budget_tokens:,} tokens = {plan.num_steps:,} steps of {plan.step_tokens:,} "
         f"(context {plan.context_length} x batch {plan.batch_size} x accumulation {plan.accumulation})",
-        "stream": plan.stream.kind,
+        "stream": ", ".join([plan.stream.kind, *(f"{key} {value}" for key, value in plan.stream if key != "kind")]),
         "optimizer": f"{plan.optimizer.kind}, " + ", ".join(f"{key} {value:g}" for key, value in rates.items()),
         "schedule": f"{schedule.kind}, in tokens: {', '.join(stages)}, to {schedule.final:g} of the peak",
         "precision": f"{plan.precision}, float32 products {plan.matmul_precision}, device {plan.device}",

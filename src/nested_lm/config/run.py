@@ -81,6 +81,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_not_set_back(self) -> "RunConfig":
+        if self.train.ewc is not None and self.model.channel.restarts_levels:
+            raise ValueError(
+                "train.ewc holds weights near where a period left them, but with wiring nested the levels are set "
+                "back to their starts on their own clocks; use model.channel.wiring=sequential, or remove train.ewc"
+            )
+        return self
+
     @property
     def document_alignment(self) -> int:
         """Packed documents start at multiples of this many tokens, so that memory borders never cross one."""

@@ -90,13 +90,40 @@ class Shuffled(Section):
 
 
 class Chronological(Section):
-    """Periods in the order of time, one pass, equal tokens each; a checkpoint is kept at each border."""
+    """Periods one after the other, one pass, equal tokens each; a checkpoint is kept at each border.
+
+    order: `forward` in the order of time; `reverse` the other way round, a control for how hard each period's text
+        is; `shuffled` deals all dated documents out at random, a control without a shift: nothing should be forgotten.
+    replay: share of the rows that come from earlier periods, among those that were read; 0: none. They take the
+        place of new rows, so that runs with and without replay see equally many tokens.
+    """
 
     kind: Literal["chronological"]
     periods: Annotated[int, Field(ge=2)]
+    order: Literal["forward", "reverse", "shuffled"] = "forward"
+    replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 Stream = Annotated[Shuffled | Chronological, Field(discriminator="kind")]
+
+
+class ElasticWeights(Section):
+    """Elastic weight consolidation: what earlier periods depend on is held in place by a quadratic penalty.
+
+    The penalty is strength / 2 x sum of F (weight - weight at the last border)^2, F the diagonal of the Fisher
+    information a token, summed over the periods that are over.
+
+    Source: Kirkpatrick et al., arXiv 1612.00796, in the online form of arXiv 1805.06370 without decay.
+    """
+
+    strength: PositiveFloat
+    sequences: Count = 64  # rows of a period that its Fisher information is estimated on
+
+
+class Probe(Section):
+    """A fixed batch of held-out text of every period, scored after every step: what each update does to each period."""
+
+    sequences: Count = 1  # rows of each period
 
 
 class Checkpoints(Section):
@@ -131,6 +158,8 @@ class TrainConfig(Section):
     accumulation: Count = 1  # micro-batches a step, of all devices together
     init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
     stream: Stream = Shuffled(kind="shuffled")
+    ewc: ElasticWeights | None = None  # of a chronological stream
+    probe: Probe | None = None  # of a chronological stream
     optimizer: Optimizer
     schedule: Schedule
     clip_norm: PositiveFloat = 1.0
@@ -170,6 +199,18 @@ class TrainConfig(Section):
             )
         if self.strategy == "fsdp2" and self.compile:
             raise ValueError("compile has not been proven with strategy fsdp2; set compile=false, or strategy=single")
+        return self
+
+    @model_validator(mode="after")
+    def _periods_are_there(self) -> "TrainConfig":
+        for name in ("ewc", "probe"):
+            if getattr(self, name) is not None and not isinstance(self.stream, Chronological):
+                raise ValueError(
+                    f"{name} looks back at the periods of a chronological stream, and the stream is shuffled; set "
+                    f"stream.kind=chronological, or remove {name}"
+                )
+            if getattr(self, name) is not None and self.strategy != "single":
+                raise ValueError(f"{name} has not been proven with strategy {self.strategy}; set strategy=single")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,15 @@ from nested_lm.data.permutation import Permutation
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError
 
-__all__ = ["IGNORED_TARGET", "Batch", "EvaluationBatch", "PackedLoader", "evaluation_batches", "period_plan"]
+__all__ = [
+    "IGNORED_TARGET",
+    "Batch",
+    "EvaluationBatch",
+    "PackedLoader",
+    "chosen_documents",
+    "evaluation_batches",
+    "period_plan",
+]
 
 _BLOCK_PIECES = 8192  # planned at once; part of the order, so changing it changes every run
 
@@ -74,7 +82,7 @@ class PackedLoader:
         self._align = align
         self._rank = rank
         self._world_size = world_size
-        documents = _part(dataset, _chosen(dataset, periods), part, seed)
+        documents = chosen_documents(dataset, periods=periods, part=part, seed=seed)
         self._pieces = Pieces.of(dataset, documents, context_length)
         self._identity = {
             "data_hash": dataset.data_hash,
@@ -101,13 +109,14 @@ class PackedLoader:
         """Scored tokens of one epoch."""
         return int(self._pieces.positions.sum())
 
-    def next(self) -> Batch:
-        """This rank's rows of the next global batch."""
-        first = self._rank * self._batch_size
+    def next(self, batch_size: int | None = None) -> Batch:
+        """This rank's rows of the next global batch. batch_size: rows of one rank; None: as always."""
+        batch_size = batch_size or self._batch_size
+        first = self._rank * batch_size
         mine: list[list[Placed]] = []
-        for index in range(self._batch_size * self._world_size):
+        for index in range(batch_size * self._world_size):
             row = self._next_row()
-            if first <= index < first + self._batch_size:
+            if first <= index < first + batch_size:
                 mine.append(row)
         arrays = fill(self._dataset, self._pieces, mine)
         return Batch(torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets), torch.from_numpy(arrays.resets))
@@ -239,6 +248,13 @@ def _chosen(dataset: TokenDataset, periods: tuple[int, ...] | None) -> np.ndarra
     return np.array(chosen, dtype=np.int64)
 
 
+def chosen_documents(
+    dataset: TokenDataset, *, periods: tuple[int, ...] | None, part: tuple[float, float], seed: int
+) -> np.ndarray:
+    """Indices of the documents that a `PackedLoader` with these settings reads. Raises DataError when none is left."""
+    return _part(dataset, _chosen(dataset, periods), part, seed)
+
+
 def _part(dataset: TokenDataset, documents: np.ndarray, part: tuple[float, float], seed: int) -> np.ndarray:
     """Those of the documents whose middle token lies in the part, in an order drawn from the seed."""
     if part == (0.0, 1.0):
@@ -250,6 +266,6 @@ def _part(dataset: TokenDataset, documents: np.ndarray, part: tuple[float, float
     if not len(chosen):
         raise DataError(
             f"{dataset.folder}: the {dataset.split} split has too few documents for {part[1] - part[0]:.2%} of its "
-            "tokens\n  Drop that stage of train.curriculum, or use more text."
+            "tokens\n  Use fewer stages (train.curriculum) or periods (train.stream.periods), or more text."
         )
     return chosen

@@ -24,11 +24,14 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
+from nested_lm.train.elastic import ElasticPenalty
 from nested_lm.train.stability import NonFiniteWatch, check_weights
 from nested_lm.train.state import STATE_VERSION, Progress, random_state, set_random_state
 from nested_lm.train.strategy import Strategy
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.update_norms import UpdateNorms
+
+_ELASTIC = "elastic"  # file stem
 
 
 @dataclass
@@ -41,6 +44,7 @@ class RunState:
     watch: NonFiniteWatch
     update_norms: UpdateNorms
     progress: Progress
+    elastic: ElasticPenalty | None = None
 
 
 class CheckpointKeeper:
@@ -76,17 +80,20 @@ class CheckpointKeeper:
         """
         weights = self._strategy.gather(state.model.state_dict())
         moments = self._strategy.gather(state.optimizer.state_tensors())
-        self.newest = self._strategy.lead(lambda: self._write(state, weights, moments))
+        tensors = {"model": weights, "optimizer": moments}
+        if state.elastic is not None and (held := state.elastic.state_tensors()):
+            tensors[_ELASTIC] = held
+        self.newest = self._strategy.lead(lambda: self._write(state, tensors))
         return self.newest
 
-    def _write(self, state: RunState, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> Path:
+    def _write(self, state: RunState, tensors: dict[str, dict[str, Tensor]]) -> Path:
         """Write what was gathered, on rank 0."""
         step = state.progress.step
-        check_weights(weights, step=step, last_good=self.newest)
+        check_weights(tensors["model"], step=step, last_good=self.newest)
         folder = self._root / folder_name(step)
         write_checkpoint(
             folder,
-            tensors={"model": weights, "optimizer": moments},
+            tensors=tensors,
             documents={
                 "train_state.json": {
                     "schema_version": STATE_VERSION,
@@ -136,6 +143,11 @@ class CheckpointKeeper:
             state.optimizer.load_state_tensors(place(moments, like))
         except ValueError as error:
             raise CheckpointError(f"{path}/optimizer.safetensors does not fit the run: {error}") from error
+        if state.elastic is not None and (path / f"{_ELASTIC}.safetensors").exists():  # none before the first border
+            try:
+                state.elastic.load_state_tensors(read_tensors(path, _ELASTIC))
+            except ValueError as error:
+                raise CheckpointError(f"{path}/{_ELASTIC}.safetensors does not fit the run: {error}") from error
         state.stream.load_state_dict(document["stream"])
         state.watch.load_state_dict(document["watch"])
         state.update_norms.pending = dict(document["update_norms"])

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch
-from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.nn.model import LanguageModel, ModelOutput, token_losses
 from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.train.stability import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
 from nested_lm.train.strategy import Strategy
@@ -51,11 +51,13 @@ class GradientComputer:
         self._model, self._parameters, self._strategy = model, parameters, strategy
         self._is_autocast = precision == "bfloat16"
 
-    def run(self, batches: Sequence[Batch]) -> Gradients:
+    def run(self, batches: Sequence[Batch], *, add_penalty: Callable[[], None] | None = None) -> Gradients:
         """Compute the gradients of the mean loss over the scored tokens of all micro-batches of all ranks.
 
         Ranks have different numbers of scored tokens, so that each divides its losses by the number of all, and
         gradients are summed.
+
+        add_penalty: adds the gradient of a penalty on the weights, which the norm then includes and the loss does not.
         """
         scored = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
         total = int(self._strategy.reduce([scored], "sum")[0])
@@ -69,6 +71,8 @@ class GradientComputer:
                 self._strategy.backward(losses.sum() / total)
             for name, value in found.items():
                 stats[name] = stats[name] + value if name in stats else value
+        if add_penalty is not None:
+            add_penalty()
         norm = self._strategy.gradient_norm(self._parameters.values())
         # The host waits for the device here: nothing may be updated before this is known.
         *loss_sums, norm_value = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
@@ -80,10 +84,18 @@ class GradientComputer:
 
     def losses(self, batch: Batch | EvaluationBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (B, T) of a micro-batch in nats, 0 where not scored, and the model's statistics."""
+        output = self._output(batch)
+        return token_losses(output.logits, batch.targets.to(self._strategy.device)), output.stats
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Predictions (B, T, V) of a micro-batch, with a graph."""
+        return self._output(batch).logits
+
+    def _output(self, batch: Batch | EvaluationBatch) -> ModelOutput:
         device = self._strategy.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
-            output = self._model(batch.inputs.to(device), resets=batch.resets.to(device))
-        return token_losses(output.logits, batch.targets.to(device)), output.stats
+            output: ModelOutput = self._model(batch.inputs.to(device), resets=batch.resets.to(device))
+        return output
 
     def explain(self, model: LanguageModel, batches: Sequence[Batch]) -> str | None:
         """Say where in the forward passes of a step a value first is not finite; None: nowhere.

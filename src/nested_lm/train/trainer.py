@@ -23,7 +23,9 @@ from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
 from nested_lm.optim.schedule import rate_multiplier
 from nested_lm.train.console import TrainConsole
+from nested_lm.train.elastic import ElasticPenalty, diagonal_fisher
 from nested_lm.train.metrics import MetricsLog, open_sinks, read_records
+from nested_lm.train.probe import PeriodProbe, open_probe
 from nested_lm.train.recorder import Outlets, Recorder
 from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, open_run_folder
 from nested_lm.train.saving import CheckpointKeeper, RunState
@@ -142,6 +144,7 @@ class Trainer:
         self._total_steps = self._state.stream.total_steps
         self._budget_tokens = self._total_steps * settings.step_tokens
         self._validator: Validator = open_validator(config)
+        self._probe: PeriodProbe | None = open_probe(config, self._state.stream.groups) if settings.probe else None
         self._keeper = CheckpointKeeper(self._folder / CHECKPOINTS, config, dataset, strategy, identity=identity)
 
     def run(self, stop: StopRequest, evaluators: Sequence[Evaluator], *, console: Console) -> TrainSummary:
@@ -168,6 +171,7 @@ class Trainer:
         self._evaluate_if_due(stop, evaluators)  # a run that was ended between checkpoint and evaluation
         while progress.step < self._total_steps and not self._is_asked_to(stop):
             self._step()
+            self._consolidate_if_due()
             if self._is_due(self._settings.checkpoints.every_tokens) or self._milestone() is not None:
                 self._save()
             self._evaluate_if_due(stop, evaluators)
@@ -177,7 +181,8 @@ class Trainer:
         state, began = self._state, time.perf_counter()
         position = state.stream.state_dict()
         batches = state.stream.next_step()
-        gradients = self._gradients.run(batches)
+        elastic = state.elastic
+        gradients = self._gradients.run(batches, add_penalty=elastic.add_gradient if elastic else None)
         progress = state.progress
         progress.step += 1
         progress.tokens += self._settings.step_tokens
@@ -194,6 +199,17 @@ class Trainer:
             self._recorder.event("step", progress, self._step_fields(gradients, multiplier, seconds))
         else:
             self._skip(gradients.nonfinite, position, batches)
+
+    def _consolidate_if_due(self) -> None:
+        """At a border, note what the period that is over depends on; nothing follows the last one."""
+        state, step = self._state, self._state.progress.step
+        group = state.stream.passed_group(step)
+        if state.elastic is None or group is None or step == self._total_steps:
+            return
+        rows = state.stream.first_rows(group, state.elastic.settings.sequences)
+        seed = self._config.seed + step
+        fisher = diagonal_fisher(state.optimizer.parameters, self._scoring.logits, rows, seed=seed)
+        state.elastic.consolidate(fisher)
 
     def _skip(self, found: NonFinite, position: dict[str, Any], batches: Sequence[Batch]) -> None:
         """Record a step whose values are not finite; its record stands in for the step record."""
@@ -227,8 +243,12 @@ class Trainer:
         if progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps:
             fields |= self._state.update_norms.take()
             stats = [value.item() for value in gradients.stats.values()]
+            if self._state.elastic is not None:
+                fields["ewc_penalty"] = self._state.elastic.value()
             means = [total / self._strategy.world_size for total in self._strategy.reduce(stats, "sum")]
             fields |= dict(zip(gradients.stats, means, strict=True))
+        if self._probe is not None:
+            fields |= self._probe.run(self._state.model, self._scoring)
         # A statistic may overflow while the loss is finite; JSON has no word for that but null.
         return {name: value if math.isfinite(value) else None for name, value in fields.items()}
 
@@ -369,4 +389,5 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
         whole=strategy.whole,
     )
     watch = NonFiniteWatch(limit=settings.max_nonfinite_steps)
-    return RunState(model, optimizer, stream, watch, norms, Progress())
+    elastic = ElasticPenalty(parameters, settings.ewc) if settings.ewc else None
+    return RunState(model, optimizer, stream, watch, norms, Progress(), elastic)
