@@ -12,7 +12,7 @@ from nested_lm.config.load import config_hash, dump_resolved, load_campaign, loa
 from nested_lm.eval.results import PARAMETER_TOLERANCE
 from nested_lm.nn.sizing import count_parameters
 
-RUNS = [n for n in preset_names() if n.partition("/")[0] not in {*PARTS, "campaign"}]
+RUNS = [n for n in preset_names() if n.partition("/")[0] not in {*PARTS, "campaign", "ablations"}]
 CAMPAIGNS = [n for n in preset_names() if n.startswith("campaign/")]
 DATA = [n for n in preset_names() if n.startswith("data/")]
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from nested_lm.config.ablation import AblationConfig
 from nested_lm.config.campaign import CampaignConfig
 from nested_lm.config.compose import PARTS, Preset, compose_preset, find_preset, preset_names
 from nested_lm.config.data import DataConfig
@@ -39,6 +40,11 @@ def load_data(name_or_path: str, overrides: Sequence[str] = ()) -> DataConfig:
 def load_campaign(name_or_path: str, overrides: Sequence[str] = ()) -> CampaignConfig:
     """Load a campaign's preset; arguments and errors as for `load_run`."""
     return _load(CampaignConfig, name_or_path, overrides)
+
+
+def load_ablation(name_or_path: str, overrides: Sequence[str] = ()) -> AblationConfig:
+    """Load an ablation grid; arguments and errors as for `load_run`. The variants are not resolved."""
+    return _load(AblationConfig, name_or_path, overrides)
 
 
 def parse_run(data: dict[str, Any], source: str) -> RunConfig:
@@ -87,10 +93,11 @@ def _judge(root: type[S], values: dict[str, Any], provenance: Provenance, source
         return None, explain(error, root, provenance, source)
 
 
-_PURPOSES: dict[type[Section], tuple[str, str]] = {  # words and verb for what a preset describes
-    RunConfig: ("a run", "train"),
-    DataConfig: ("a data set", "data"),
-    CampaignConfig: ("a campaign", "campaign"),
+_PURPOSES: dict[type[Section], tuple[str, str]] = {  # words for what a preset describes, and what takes it
+    RunConfig: ("a run", "`nested-lm train {}` takes it"),
+    DataConfig: ("a data set", "`nested-lm data {}` takes it"),
+    CampaignConfig: ("a campaign", "`nested-lm campaign {}` takes it"),
+    AblationConfig: ("an ablation grid", "name it in a step of kind grid of a campaign"),
 }
 
 
@@ -103,8 +110,8 @@ def _check_purpose(root: type[Section], preset: Preset, name: str) -> None:
     if actual is None:
         found, repair = f"the part `{folder}` of a run", "name a preset that uses it"
     else:
-        found, verb = _PURPOSES[actual]
-        repair = f"`nested-lm {verb} {name}` takes it"
+        found, taken = _PURPOSES[actual]
+        repair = taken.format(name)
     choices = [other for other in preset_names() if _purpose(other.partition("/")[0]) is root]
     raise ConfigError(
         f"{name} is {found}, not {_PURPOSES[root][0]}\n"
@@ -115,5 +122,9 @@ def _check_purpose(root: type[Section], preset: Preset, name: str) -> None:
 
 def _purpose(folder: str) -> type[Section] | None:
     """What the presets of a folder describe; None for the parts that runs are composed of."""
-    special: dict[str, type[Section]] = {"data": DataConfig, "campaign": CampaignConfig}
+    special: dict[str, type[Section]] = {
+        "data": DataConfig,
+        "campaign": CampaignConfig,
+        "ablations": AblationConfig,
+    }
     return special.get(folder, None if folder in PARTS else RunConfig)
