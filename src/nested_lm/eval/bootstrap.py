@@ -73,8 +73,11 @@ class Bootstrap:
         return Interval(value=value, low=float(low), high=float(high), n=n, method=self.method)
 
 
-def wilson(successes: int, n: int) -> Interval:
-    """Wilson score interval of a share: honest at 0 of n and n of n, where the bootstrap has no spread."""
+def wilson(successes: float, n: int) -> Interval:
+    """Wilson score interval of a share: honest at 0 of n and n of n, where the bootstrap has no spread.
+
+    successes: a sum of n scores from 0 to 1. Scores between vary less than 0 and 1 do, so theirs is on the safe side.
+    """
     assert 0 <= successes <= n, f"{successes} of {n}"
     assert n > 0, "a share of nothing"
     share = successes / n

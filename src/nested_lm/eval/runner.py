@@ -12,7 +12,6 @@ import torch
 import xxhash
 
 from nested_lm.checkpoint import (
-    MANIFEST,
     LoadedCheckpoint,
     list_checkpoints,
     load_model,
@@ -26,6 +25,7 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval import continual, language_modelling, needle, sampling
 from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
@@ -120,7 +120,7 @@ class _Evaluation:
                 identity=self.identity,
                 settings=settings,
                 checkpoint=mark,
-                device=torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                device=device_name(self.device),
                 metrics=metrics,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 wall_seconds=seconds,
@@ -149,21 +149,7 @@ class _Evaluation:
     @cached_property
     def identity(self) -> RunIdentity:
         """What the numbers come from. The arm is the kind of mixer and channel memory."""
-        run = self.loaded.identity
-        return RunIdentity(
-            run_id=run["run_id"],
-            name=run["name"],
-            arm=f"{self.config.model.mixer.kind}+{self.config.model.channel.kind}",
-            config_hash=run["config_hash"],
-            data_hash=run["data_hash"] or self._data_hash(),
-            tokenizer_hash=run["tokenizer_hash"],
-            commit=run["commit"],
-            seed=run["seed"],
-            parameters=run["parameters"],
-            tokens=self.loaded.tokens,
-            step=self.loaded.step,
-            context_length=self.config.train.context_length,
-        )
+        return identify(self.loaded, data_hash=self._data_hash)
 
     def _data_hash(self) -> str:
         """Identity of the data set in use, for a converted model, which was trained on none of ours."""
@@ -193,13 +179,8 @@ class _Evaluation:
         return self.splits[name]
 
 
-def _digest(path: Path) -> str:
-    """Digest of a checkpoint: its manifest holds the digests of all its files."""
-    return xxhash.xxh3_128_hexdigest((path / MANIFEST).read_bytes())
-
-
 def _newest_mark(evaluation: _Evaluation) -> CheckpointMark:
-    return CheckpointMark(name=evaluation.path.name, digest=_digest(evaluation.path))
+    return mark_checkpoint(evaluation.path)
 
 
 def _section_settings(name: str) -> Callable[[_Evaluation], dict[str, Any]]:
@@ -265,7 +246,7 @@ def _borders(evaluation: _Evaluation) -> list[Path]:
 
 def _border_mark(evaluation: _Evaluation) -> CheckpointMark:
     borders = _borders(evaluation)
-    joined = xxhash.xxh3_128_hexdigest("".join(map(_digest, borders)).encode())
+    joined = xxhash.xxh3_128_hexdigest("".join(mark_checkpoint(path).digest for path in borders).encode())
     return CheckpointMark(name=f"{borders[0].name} to {borders[-1].name}", digest=joined)
 
 

@@ -58,14 +58,12 @@ class Reader:
     """Reads prompts with one model, within a limit, and counts.
 
     max_state_bytes: of the states of all rows that are read side by side.
-    tokens_asked: of all prompts. tokens_read: without what was shared.
-    on_tokens: told tokens of prompts as they are done, shared or not.
+    on_tokens: told tokens of prompts as they are done, shared or not. tokens_read: those that the model read.
     """
 
     model: LanguageModel
     max_state_bytes: int
     on_tokens: Callable[[int], None]
-    tokens_asked: int = field(default=0, init=False)
     tokens_read: int = field(default=0, init=False)
 
     @property
@@ -100,7 +98,6 @@ class Reader:
                 state = self.model(self.tensor(part[first]), state=state, predictions="last").state
                 self._check(state, count, rows, begin + part.shape[1], length)
                 self.tokens_read += part[first].size
-                self.tokens_asked += part.size
                 self.on_tokens(part.size)
             return state.select(torch.from_numpy(group))
 

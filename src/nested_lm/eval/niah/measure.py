@@ -1,0 +1,220 @@
+"""One task at one length: makes the samples, reads them in batches, scores them and their controls."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.eval.niah.answers import Forced, decode_greedily, force, read_question, string_match
+from nested_lm.eval.niah.haystack import Haystack
+from nested_lm.eval.niah.lists import make_list_sample
+from nested_lm.eval.niah.prompts import Prompt, Sample, make_sample
+from nested_lm.eval.niah.reading import OutOfRoomError, Reader
+from nested_lm.eval.niah.tasks import Task
+
+_PENDING_TOKENS = 1 << 24
+"""Prompts that wait for others whose question is as long: read them before they take more memory than this."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured of every task. batch_rows: prompts read side by side. max_new_tokens: None as RULER has it."""
+
+    depths: tuple[float, ...]
+    samples: int
+    seed: int
+    batch_rows: int
+    max_new_tokens: int | None
+
+
+class Row(NamedTuple):
+    """What became of one prompt of the full length. frozen: the same without writes after the text."""
+
+    sample: int
+    depth: float | None
+    distance: int | None
+    has_needle: bool
+    match: float
+    nats: float
+    exact: bool
+    rank: int
+    frozen: tuple[float, bool, int] | None
+    output: str
+
+
+class ControlRow(NamedTuple):
+    """What became of one sample's question without its text: nats, exact, rank."""
+
+    sample: int
+    only: tuple[float, bool, int] | None
+    reset: tuple[float, bool, int]
+
+
+class Measured(NamedTuple):
+    """All rows of one task and length, samples ascending."""
+
+    rows: list[Row]
+    controls: list[ControlRow]
+    state_bytes: int
+    tokens: int
+    tokens_read: int
+    seconds: float
+
+
+class _Entry(NamedTuple):
+    """One prompt of one sample."""
+
+    number: int
+    sample: Sample
+    prompt: Prompt
+    has_needle: bool
+
+
+def rows_of_a_sample(task: Task, grid: Grid) -> int:
+    """Prompts of the full length that a sample has, its control included."""
+    return (len(grid.depths) if task.has_depth else 1) + 1
+
+
+def measure_length(
+    reader: Reader, tokenizer: TextTokenizer, task: Task, haystack: Haystack | None, length: int, grid: Grid
+) -> Measured:
+    """Read and score all samples.
+
+    Raises:
+        DataError: no prompt of this length can be made.
+        OutOfRoomError: not even one prompt fits into memory.
+        NumericsError: a score is not finite.
+    """
+    return _LengthMeasurement(reader, tokenizer, task, haystack, length, grid).run()
+
+
+class _LengthMeasurement:
+    def __init__(
+        self,
+        reader: Reader,
+        tokenizer: TextTokenizer,
+        task: Task,
+        haystack: Haystack | None,
+        length: int,
+        grid: Grid,
+    ) -> None:
+        self.reader, self.tokenizer = reader, tokenizer
+        self.task, self.haystack, self.length, self.grid = task, haystack, length, grid
+        self.batch_rows = grid.batch_rows
+        self.state_bytes = 0
+
+    def run(self) -> Measured:
+        """Measure."""
+        started = time.perf_counter()
+        read = self.reader.tokens_read
+        rows: list[Row] = []
+        controls: list[ControlRow] = []
+        for entries in self._batches():
+            rows += self._read(entries)
+            controls += [self._control(entry) for entry in entries if not entry.has_needle]
+        return Measured(
+            sorted(rows, key=lambda row: (row.sample, not row.has_needle, row.depth or 0.0)),
+            sorted(controls, key=lambda row: row.sample),
+            self.state_bytes,
+            len(rows) * self.length,
+            self.reader.tokens_read - read,
+            time.perf_counter() - started,
+        )
+
+    def _sample(self, number: int) -> Sample:
+        if self.haystack is None:
+            return make_list_sample(self.task, self.tokenizer, length=self.length, seed=self.grid.seed, number=number)
+        return make_sample(
+            self.task,
+            self.tokenizer,
+            self.haystack,
+            length=self.length,
+            depths=self.grid.depths,
+            seed=self.grid.seed,
+            number=number,
+        )
+
+    def _batches(self) -> Iterator[list[_Entry]]:
+        """Prompts whose questions are equally long, samples together."""
+        waiting: dict[int, list[_Entry]] = defaultdict(list)
+        for number in range(self.grid.samples):
+            sample = self._sample(number)
+            group = waiting[len(sample.question)]
+            group += [_Entry(number, sample, prompt, True) for prompt in sample.prompts]
+            group.append(_Entry(number, sample, sample.without, False))
+            if len(group) + rows_of_a_sample(self.task, self.grid) > self.batch_rows:
+                yield waiting.pop(len(sample.question))
+            elif sum(map(len, waiting.values())) * self.length > _PENDING_TOKENS:
+                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+        yield from waiting.values()
+
+    def _read(self, entries: Sequence[_Entry]) -> list[Row]:
+        """Score prompts, fewer at a time where memory ends."""
+        if len(entries) > self.batch_rows:
+            return self._halves(entries)
+        try:
+            return self._score(entries)
+        except OutOfRoomError:
+            if len(entries) == 1:
+                raise
+            self.batch_rows = len(entries) - len(entries) // 2
+            return self._halves(entries)
+
+    def _halves(self, entries: Sequence[_Entry]) -> list[Row]:
+        middle = len(entries) - len(entries) // 2
+        return self._read(entries[:middle]) + self._read(entries[middle:])
+
+    def _score(self, entries: Sequence[_Entry]) -> list[Row]:
+        size = len(entries[0].sample.question)
+        state = self.reader.read(np.stack([entry.prompt.tokens[:-size] for entry in entries]))
+        self.state_bytes = max(self.state_bytes, state.num_bytes() // len(entries))
+        questions = np.stack([entry.sample.question for entry in entries])
+        answers = [entry.sample.answer for entry in entries]
+        questioned = read_question(self.reader, state, questions)
+        forced = force(self.reader, questioned, answers)
+        references = [entry.sample.references for entry in entries]
+        outputs = decode_greedily(
+            self.reader,
+            questioned,
+            references,
+            self.tokenizer,
+            max_new_tokens=self.grid.max_new_tokens or self.task.max_new_tokens,
+        )
+        frozen: list[tuple[float, bool, int]] | list[None] = [None] * len(entries)
+        if self.reader.model.has_fast_weights:
+            frozen = _each(force(self.reader, read_question(self.reader, state.freeze(), questions), answers))
+        end = self.length - size
+        return [
+            Row(
+                entry.number,
+                entry.prompt.depth,
+                end - entry.prompt.needles[0] if entry.prompt.needles else None,
+                entry.has_needle,
+                string_match(output, entry.sample.references),
+                *score,
+                kept,
+                output,
+            )
+            for entry, output, score, kept in zip(entries, outputs, _each(forced), frozen, strict=True)
+        ]
+
+    def _control(self, entry: _Entry) -> ControlRow:
+        """Ask without the text."""
+        sample = entry.sample
+        size = len(sample.question)
+        start = np.array([[self.tokenizer.start_of_text]])
+        reset = self._ask(start, sample)
+        only = None if sample.only is None else self._ask(sample.only[None, :-size], sample)
+        return ControlRow(entry.number, only, reset)
+
+    def _ask(self, text: np.ndarray, sample: Sample) -> tuple[float, bool, int]:
+        questioned = read_question(self.reader, self.reader.read(text), sample.question[None])
+        return _each(force(self.reader, questioned, [sample.answer]))[0]
+
+
+def _each(forced: Forced) -> list[tuple[float, bool, int]]:
+    return list(zip(forced.nats.tolist(), forced.exact.tolist(), forced.rank.tolist(), strict=True))
