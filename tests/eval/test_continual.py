@@ -3,11 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nested_lm.data.chronology import ReadingGroup
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError, NumericsError
-from nested_lm.eval import continual
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.continual import SegmentDocuments, segment_documents
+from nested_lm.eval.continual import chronological
+from nested_lm.eval.continual import matrix as continual
+from nested_lm.eval.continual.chronological import SegmentDocuments, segment_documents
 
 # Rows: untrained, after segment 1, 2, 3. Columns: segments 1, 2, 3. Lower is better.
 LOSSES = np.array(
@@ -64,12 +66,14 @@ def test_metrics_work_on_a_stack_of_resamples():
 
 def summary(nats, *, documents=4):
     """Every document of a segment has 100 bytes and 50 tokens."""
-    segments = [SegmentDocuments((s,), ([],), np.full(documents, 100.0)) for s in range(nats[0].shape[0])]
-    return continual.summarise(
+    segments = [
+        SegmentDocuments(ReadingGroup(f"period {s}", (s,)), ([],), np.full(documents, 100.0))
+        for s in range(nats[0].shape[0])
+    ]
+    return chronological.summarise(
         [list(row) for row in nats],
         [np.full(documents, 50)] * len(segments),
         segments,
-        labels=[f"period {s}" for s in range(len(segments))],
         trained_tokens=[1000 * (s + 1) for s in range(len(segments))],
         bootstrap=Bootstrap(samples=200),
     )
@@ -100,14 +104,18 @@ def test_a_loss_that_is_not_finite_is_refused():
         summary(nats)
 
 
+def groups(*periods):
+    return [ReadingGroup("1825-1874" if 1 in chosen else "start", chosen) for chosen in periods]
+
+
 def test_segments_hold_the_dated_held_out_documents(data_config):
     splits = [TokenDataset.open(Path(data_config.output_dir), name) for name in ("validation", "test")]
-    segments = segment_documents(splits, [(0, 1), (2, 3)], context_length=16, max_pieces=None)
+    segments = segment_documents(splits, groups((0, 1), (2, 3)), seed=0, context_length=16, max_pieces=None)
     for segment in segments:
         rows = [
             split.documents[index] for split, chosen in zip(splits, segment.indices, strict=True) for index in chosen
         ]
-        assert {row.period for row in rows} <= set(segment.periods)
+        assert {row.period for row in rows} <= set(segment.group.periods)
         assert segment.bytes.tolist() == [row.bytes for row in rows]
     assert sum(len(segment.bytes) for segment in segments) == sum(len(split.documents) for split in splits)
 
@@ -115,5 +123,5 @@ def test_segments_hold_the_dated_held_out_documents(data_config):
 def test_a_segment_without_held_out_documents_is_refused(data_config):
     splits = [TokenDataset.open(Path(data_config.output_dir), "test")]
     splits[0].documents = [row for row in splits[0].documents if row.period == 0]
-    with pytest.raises(DataError, match=r"no validation or test document is dated in 1825-1849, 1850-1874"):
-        segment_documents(splits, [(0,), (1, 2)], context_length=16, max_pieces=None)
+    with pytest.raises(DataError, match=r"no validation or test document is dated in 1825-1874"):
+        segment_documents(splits, groups((0,), (1, 2)), seed=0, context_length=16, max_pieces=None)

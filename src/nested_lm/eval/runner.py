@@ -20,11 +20,12 @@ from nested_lm.checkpoint import (
 )
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
-from nested_lm.data.loader import period_plan
+from nested_lm.data.chronology import reading_groups
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
-from nested_lm.eval import continual, language_modelling, needle, sampling
+from nested_lm.eval import language_modelling, needle, sampling
 from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.continual import chronological
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import load_result, write_result
@@ -256,6 +257,7 @@ def _continual_settings(evaluation: _Evaluation) -> dict[str, Any]:
     section = evaluation.config.eval.continual.model_dump(mode="json")
     return section | {
         "periods": stream.periods,
+        "order": stream.order,
         "bootstrap_samples": evaluation.config.eval.bootstrap_samples,
     }
 
@@ -265,27 +267,27 @@ def _measure_continual(evaluation: _Evaluation) -> Metrics:
     assert isinstance(stream, Chronological)
     training = evaluation.split("train")
     splits = (evaluation.split("validation"), evaluation.split("test"))
-    plan = period_plan(training, stream.periods)
+    groups = reading_groups(training, stream.periods, order=stream.order)
     max_pieces = evaluation.config.eval.continual.pieces_per_document
-    segments = continual.segment_documents(
-        splits, plan, context_length=evaluation.reading.context_length, max_pieces=max_pieces
+    segments = chronological.segment_documents(
+        splits,
+        groups,
+        seed=evaluation.config.seed,
+        context_length=evaluation.reading.context_length,
+        max_pieces=max_pieces,
     )
     nats, tokens, trained = [], [], []
     for path in _borders(evaluation):
         loaded = load_model(path, device=evaluation.device, tokenizer_hash=training.tokenizer_hash)
-        scored, tokens = continual.score_segments(
+        scored, tokens = chronological.score_segments(
             loaded.model, splits, segments, reading=evaluation.reading, max_pieces=max_pieces
         )
         nats.append(scored)
         trained.append(loaded.tokens)
-    labels = [
-        f"{training.periods[periods[0]].first_year}-{training.periods[periods[-1]].last_year}" for periods in plan
-    ]
-    return continual.summarise(
+    return chronological.summarise(
         nats,
         tokens,
         segments,
-        labels=labels,
         trained_tokens=trained[1:],
         bootstrap=evaluation.bootstrap,
     )
@@ -323,7 +325,7 @@ _TASKS = {
         "eval.sampling is null",
     ),
     "continual": _Task(
-        continual.TASK_VERSION,
+        chronological.TASK_VERSION,
         _continual_settings,
         _border_mark,
         _measure_continual,

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
 
+from nested_lm.data.chronology import ReadingGroup
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.errors import DataError
 from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.continual.matrix import accuracy, backward_transfer, forgetting, forward_transfer, plasticity
 from nested_lm.eval.language_modelling import BITS, Reading
 from nested_lm.eval.schema import ContinualMetrics, Interval, Segment
 from nested_lm.eval.scoring import score_window, scored_bytes
@@ -22,76 +23,37 @@ from nested_lm.nn.model import LanguageModel
 
 TASK_VERSION = "1"
 
-Losses = Float[np.ndarray, "*resamples rows segments"]
-
-
-def forgetting(losses: Losses) -> Float[np.ndarray, "*resamples segments segments"]:
-    """F[t][s] = L[t][s] - min over s <= u <= t of L[u][s], for t >= s; NaN above the diagonal.
-
-    What the model knew of a segment before it read it (u < s) does not count. Never negative. Row t - 1 is
-    checkpoint t.
-    """
-    trained = losses[..., 1:, :]
-    read = np.tril(np.ones(trained.shape[-2:], dtype=bool))
-    best = np.minimum.accumulate(np.where(read, trained, np.inf), axis=-2)
-    return np.where(read, trained - best, np.nan)
-
-
-def backward_transfer(losses: Losses) -> np.ndarray:
-    """BWT = -mean over s < S of (L[S][s] - L[s][s]). Positive: later segments helped earlier ones."""
-    return -(losses[..., -1, :] - _diagonal(losses))[..., :-1].mean(axis=-1)
-
-
-def forward_transfer(losses: Losses) -> np.ndarray:
-    """FWT = -mean over s > 1 of (L[s-1][s] - L[0][s]). Positive: earlier segments helped later ones."""
-    before = np.diagonal(losses[..., :-1, :], axis1=-2, axis2=-1)  # L[s-1][s]
-    return -(before - losses[..., 0, :])[..., 1:].mean(axis=-1)
-
-
-def plasticity(losses: Losses) -> np.ndarray:
-    """Mean over s of L[s][s]: how well a segment is learnt when it is read."""
-    return _diagonal(losses).mean(axis=-1)
-
-
-def accuracy(losses: Losses) -> np.ndarray:
-    """ACC = mean over s of L[S][s]: loss over all segments at the end."""
-    return losses[..., -1, :].mean(axis=-1)
-
-
-def _diagonal(losses: Losses) -> np.ndarray:
-    return np.diagonal(losses[..., 1:, :], axis1=-2, axis2=-1)
-
 
 @dataclass(frozen=True)
 class SegmentDocuments:
     """Held-out documents of one segment: indices into each held-out split, and the bytes scored of each."""
 
-    periods: tuple[int, ...]
+    group: ReadingGroup
     indices: tuple[list[int], ...]  # one list a split
     bytes: np.ndarray
 
 
 def segment_documents(
     splits: Sequence[TokenDataset],
-    plan: Sequence[tuple[int, ...]],
+    groups: Sequence[ReadingGroup],
     *,
+    seed: int,
     context_length: int,
     max_pieces: int | None,
 ) -> list[SegmentDocuments]:
     """Collect the held-out documents of every segment, and the bytes that `score_segments` scores of them.
 
+    seed: of the run, which also deals out the documents of a shuffled stream.
+
     Raises DataError when a segment has none: its column could not be filled.
     """
     token_bytes = bytes_per_token(splits[0])
     found = []
-    for periods in plan:
-        indices = tuple(
-            [index for index, row in enumerate(split.documents) if row.period in periods] for split in splits
-        )
+    for group in groups:
+        indices = tuple(_documents(split, group, seed) for split in splits)
         if not any(indices):
-            labels = [splits[0].periods[period].label for period in periods]
             raise DataError(
-                f"{splits[0].folder}: no validation or test document is dated in {', '.join(labels)}, so "
+                f"{splits[0].folder}: no validation or test document is dated in {group.label}, so "
                 "forgetting cannot be measured there; use fewer train.stream.periods or larger held-out "
                 "shares (data.split)"
             )
@@ -100,8 +62,16 @@ def segment_documents(
             for split, chosen in zip(splits, indices, strict=True)
             if chosen
         ]
-        found.append(SegmentDocuments(periods, indices, np.concatenate(sizes)))
+        found.append(SegmentDocuments(group, indices, np.concatenate(sizes)))
     return found
+
+
+def _documents(split: TokenDataset, group: ReadingGroup, seed: int) -> list[int]:
+    """Documents of a group; none where the split has none, which another split may make up for."""
+    try:
+        return group.documents(split, seed=seed)
+    except DataError:
+        return []
 
 
 def score_segments(
@@ -138,7 +108,6 @@ def summarise(
     tokens: Sequence[np.ndarray],
     segments: Sequence[SegmentDocuments],
     *,
-    labels: Sequence[str],
     trained_tokens: Sequence[int],
     bootstrap: Bootstrap,
 ) -> ContinualMetrics:
@@ -172,14 +141,14 @@ def summarise(
         kind="continual",
         segments=tuple(
             Segment(
-                label=label,
-                periods=segment.periods,
+                label=segment.group.label,
+                periods=segment.group.periods,
                 documents=len(segment.bytes),
                 bytes=int(segment.bytes.sum()),
                 tokens=int(scored.sum()),
                 trained_tokens=trained,
             )
-            for label, segment, scored, trained in zip(labels, segments, tokens, trained_tokens, strict=True)
+            for segment, scored, trained in zip(segments, tokens, trained_tokens, strict=True)
         ),
         bits_per_byte=bits_per_byte,
         nats_per_token=_matrix(columns, tokens, bootstrap, 1.0),
