@@ -36,12 +36,13 @@ class WriteRates(Section):
     """Largest inner step size of each memory, reached when its gate saturates.
 
     Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be
-    stable with unit keys, so 2 is the limit. `generators` stands for every memory but `memory` that has no rate of
+    stable with unit keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs
+    are small (docs/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate of
     its own.
     """
 
-    memory: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
-    generators: Rate = 1.0
+    memory: Annotated[float, Field(gt=0.0, le=2.0)] = 2.0
+    generators: Rate = 0.05
     k: Rate | None = None
     v: Rate | None = None
     q: Rate | None = None
@@ -90,7 +91,7 @@ class SelfModifying(MixerSection):
     gates: Literal["head", "token"] = "head"  # one rate and retention for each head, or one for all heads of a token
     damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
-    rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the largest rate at the start
+    rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of the largest rate at the start
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
 
     def rule(self) -> WriteRule:
