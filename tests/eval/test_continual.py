@@ -125,3 +125,56 @@ def test_a_segment_without_held_out_documents_is_refused(data_config):
     splits[0].documents = [row for row in splits[0].documents if row.period == 0]
     with pytest.raises(DataError, match=r"no validation or test document is dated in 1825-1874"):
         segment_documents(splits, groups((0,), (1, 2)), seed=0, context_length=16, max_pieces=None)
+
+
+class TestRegret:
+    ORACLE = np.array([3.0, 3.0, 1.0])
+
+    def test_by_hand(self):
+        found = continual.regret(LOSSES, self.ORACLE)
+        assert found.on == pytest.approx((1.0 + 0.0 + 1.0) / 3)
+        assert found.below == pytest.approx((0.5 + 2.0 + 1.0) / 3)  # segments read before
+        assert found.above == pytest.approx((3.0 + 6.0 + 4.0) / 3)  # not yet read; the untrained row does not count
+
+    def test_every_resample_has_its_own_oracle(self):
+        stack, oracles = np.stack([LOSSES, LOSSES + 1]), np.stack([self.ORACLE, self.ORACLE + 1])
+        np.testing.assert_allclose(
+            np.stack(continual.regret(stack, oracles))[:, 1], continual.regret(LOSSES, self.ORACLE)
+        )
+
+
+# Accuracies, higher is better; above the diagonal nothing is defined.
+SCORES = np.array(
+    [
+        [0.9, np.nan, np.nan, np.nan],
+        [0.6, 0.8, np.nan, np.nan],
+        [0.7, 0.9, 1.0, np.nan],
+        [0.5, 1.0, 0.4, 0.6],
+    ]
+)
+
+
+def test_scores_by_hand():
+    assert continual.final_score(SCORES) == pytest.approx((0.5 + 1.0 + 0.4 + 0.6) / 4)
+    assert continual.incremental_score(SCORES) == pytest.approx((0.9 + 0.7 + 2.6 / 3 + 2.5 / 4) / 4)
+    assert continual.score_backward_transfer(SCORES) == pytest.approx((-0.4 + 0.2 - 0.6) / 3)
+    assert continual.score_plasticity(SCORES) == pytest.approx((0.9 + 0.8 + 1.0 + 0.6) / 4)
+    # The peak of task 2 lies between its own row and the last but one; it got better still, which counts below zero.
+    assert continual.score_forgetting(SCORES) == pytest.approx((0.4 + (0.9 - 1.0) + 0.6) / 3)
+
+
+def test_a_peak_before_the_task_is_not_forgotten():
+    scores = np.array([[0.5, 1.0], [0.5, 0.2]])  # task 2 was right by luck before it was learned
+    assert continual.score_forgetting(scores) == 0.0
+
+
+def test_scores_work_on_a_stack_of_resamples():
+    stack = np.stack([SCORES, 0.5 * SCORES])
+    for metric in (
+        continual.final_score,
+        continual.incremental_score,
+        continual.score_backward_transfer,
+        continual.score_forgetting,
+        continual.score_plasticity,
+    ):
+        np.testing.assert_allclose(metric(stack), [metric(SCORES), 0.5 * metric(SCORES)])
