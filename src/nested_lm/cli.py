@@ -178,7 +178,7 @@ def _train(config: "RunConfig", resume: str) -> None:
 
 def describe_run(config: "RunConfig") -> list[str]:
     """Say in a few lines what a run is: parameters by part, steps, tokens, schedule."""
-    from nested_lm.config.load import config_hash
+    from nested_lm.config.load import training_hash
     from nested_lm.nn.sizing import count_parameters
 
     plan = config.train
@@ -193,7 +193,7 @@ def describe_run(config: "RunConfig") -> list[str]:
         stages.append(f"half a cosine {plan.budget_tokens - schedule.warmup_tokens:,}")
     rates = {key: value for key, value in plan.optimizer if key.endswith("rate")}
     rows = {
-        "run": f"{config.name}, seed {config.seed}, configuration {config_hash(config)}",
+        "run": f"{config.name}, seed {config.seed}, configuration {training_hash(config)}",
         "folder": config.output_dir,
         "data": f"{config.data.name} in {config.data.output_dir}",
         "model": f"width {config.model.width}, {config.model.num_layers} layers, "
@@ -216,8 +216,13 @@ def describe_run(config: "RunConfig") -> list[str]:
 @_reports_errors
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder with checkpoints.")],
+    overrides: Overrides = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks; all that the run's preset asks for by default.")
+        str | None, typer.Option(help="Comma-separated tasks; all that the settings ask for by default.")
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="What to measure, such as eval/demo; the run's own settings by default."),
     ] = None,
 ) -> None:
     """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
@@ -226,9 +231,13 @@ def evaluate(
         raise ConfigError(f"--tasks {tasks!r} names no task; write names with commas between, or leave it out")
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
+    if overrides and settings is None:
+        raise ConfigError(f"{overrides[0]!r} changes settings that are not named; name them with --settings PRESET")
+    from nested_lm.config.load import load_evaluation
     from nested_lm.eval.runner import evaluate_run
 
-    evaluate_run(run_dir, names)
+    chosen = None if settings is None else load_evaluation(settings, overrides or ())
+    evaluate_run(run_dir, names, settings=chosen)
 
 
 @app.command()

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nested_lm.checkpoint import write_checkpoint
+from nested_lm.commit import current_commit
+from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.load import config_hash, parse_run
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -139,6 +141,17 @@ def test_a_second_run_does_nothing(run_dir):
     assert evaluate_run(run_dir, report=lines.append) == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
     assert all("kept" in line for line in lines)
+
+
+def test_settings_of_the_call_replace_those_of_the_run(run_dir):
+    settings = EvalConfig.model_validate({"language_modelling": None, "passkey": {"lengths": [96], "samples": 2}})
+    (path,) = evaluate_run(run_dir, settings=settings, report=lambda line: None)
+    result = load_result(path)
+    assert (path.name, result.settings["lengths"], result.settings["samples"]) == ("passkey.json", [96], 2)
+    assert result.identity.commit == "abc"  # trained
+    assert result.scored_commit == current_commit()
+    with pytest.raises(ConfigError, match="'sampling' is not part of run"):
+        evaluate_run(run_dir, ("sampling",), settings=settings, report=lambda line: None)
 
 
 def test_a_new_checkpoint_is_measured_and_an_edited_result_is_measured_again(run_dir, data_config):

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from nested_lm.checkpoint import list_checkpoints, load_model, newest_checkpoint, verify_checkpoint
-from nested_lm.config.load import config_hash
+from nested_lm.config.load import training_hash
 from nested_lm.data.loader import PackedLoader
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError
@@ -89,7 +89,7 @@ class TestRunFolder:
         summary = train(config)
         identity = json.loads((summary.folder / "run.json").read_text())
         dataset = TokenDataset.open(Path(config.data.output_dir), "train")
-        assert identity["config_hash"] == config_hash(config)
+        assert identity["config_hash"] == training_hash(config)
         assert (identity["data_hash"], identity["tokenizer_hash"]) == (
             dataset.data_hash,
             dataset.tokenizer_hash,
@@ -99,6 +99,15 @@ class TestRunFolder:
         assert {"torch", "python", "nested-lm"} <= identity["versions"].keys()
         resolved = yaml.safe_load((summary.folder / "config.resolved.yaml").read_text())
         assert resolved == config.model_dump(mode="json")
+
+    def test_other_evaluation_settings_are_the_same_training(self, make_config):
+        config = make_config()
+        folder = train(config).folder
+        before = (folder / "metrics.jsonl").read_bytes()
+        changed = config.eval.model_copy(update={"batch_size": config.eval.batch_size + 1})
+        assert training_hash(config.model_copy(update={"eval": changed})) == training_hash(config)
+        train(config.model_copy(update={"eval": changed}))
+        assert (folder / "metrics.jsonl").read_bytes() == before
 
     def test_the_checkpoint_holds_all_that_evaluation_needs(self, make_config):
         config = make_config("hope")

@@ -13,6 +13,7 @@ from nested_lm.config.ablation import AblationConfig
 from nested_lm.config.campaign import CampaignConfig
 from nested_lm.config.compose import PARTS, Preset, compose_preset, find_preset, preset_names
 from nested_lm.config.data import DataConfig
+from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.explain import explain
 from nested_lm.config.provenance import Issue, Provenance, config_error, shown
 from nested_lm.config.run import RunConfig
@@ -35,6 +36,17 @@ def load_run(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def load_data(name_or_path: str, overrides: Sequence[str] = ()) -> DataConfig:
     """Load a data set's preset; arguments and errors as for `load_run`."""
     return _load(DataConfig, name_or_path, overrides)
+
+
+def load_evaluation(name_or_path: str, overrides: Sequence[str] = ()) -> EvalConfig:
+    """Load evaluation settings: an `eval/` preset or a file of its kind, or the section `eval` of a run's preset.
+
+    Overrides and errors are as for `load_run`; those of a run's preset name its sections (`eval.passkey.samples=4`).
+    """
+    preset = find_preset(name_or_path)
+    if preset.group != "eval" and {"model", "train"} <= set(compose_preset(preset, overrides).values):
+        return load_run(name_or_path, overrides).eval
+    return _load(EvalConfig, name_or_path, overrides)
 
 
 def load_campaign(name_or_path: str, overrides: Sequence[str] = ()) -> CampaignConfig:
@@ -73,6 +85,12 @@ def config_hash(config: Section) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def training_hash(config: RunConfig) -> str:
+    """Identity of a training: as `config_hash`, but without the evaluation settings, which cannot change weights."""
+    text = json.dumps(config.model_dump(mode="json", exclude={"eval"}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _load(root: type[S], name_or_path: str, overrides: Sequence[str]) -> S:
     preset = find_preset(name_or_path)
     _check_purpose(root, preset, name_or_path)
@@ -98,6 +116,7 @@ _PURPOSES: dict[type[Section], tuple[str, str]] = {  # words for what a preset d
     DataConfig: ("a data set", "`nested-lm data {}` takes it"),
     CampaignConfig: ("a campaign", "`nested-lm campaign {}` takes it"),
     AblationConfig: ("an ablation grid", "name it in a step of kind grid of a campaign"),
+    EvalConfig: ("evaluation settings", "`nested-lm eval RUN_DIR --settings {}` takes them"),
 }
 
 
@@ -126,5 +145,6 @@ def _purpose(folder: str) -> type[Section] | None:
         "data": DataConfig,
         "campaign": CampaignConfig,
         "ablations": AblationConfig,
+        "eval": EvalConfig,
     }
     return special.get(folder, None if folder in PARTS else RunConfig)

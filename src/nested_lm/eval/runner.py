@@ -18,6 +18,8 @@ from nested_lm.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
+from nested_lm.commit import current_commit
+from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import reading_groups
@@ -38,6 +40,7 @@ def evaluate_run(
     run_dir: Path,
     tasks: tuple[str, ...] | None = None,
     *,
+    settings: EvalConfig | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Run evaluations on the newest checkpoint of a run and return the paths of their result files.
@@ -47,7 +50,8 @@ def evaluate_run(
 
     Args:
         run_dir: run folder.
-        tasks: names; None: all the run's configuration asks for.
+        tasks: names; None: all that the settings ask for.
+        settings: what to measure; None: the section `eval` that the run was trained with.
         report: told one line a task.
 
     Raises:
@@ -63,8 +67,8 @@ def evaluate_run(
         raise CheckpointError(
             f"{run_dir} has no valid checkpoint below {_CHECKPOINTS}/; train the run first: `nested-lm train`"
         )
-    evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), report)
-    asked = _asked(evaluation.config)
+    evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), settings, report)
+    asked = _asked(evaluation.settings, evaluation.config)
     for name in tasks or ():
         if name not in asked:
             raise ConfigError(
@@ -74,9 +78,9 @@ def evaluate_run(
     return [evaluation.run(name) for name in tasks or asked]
 
 
-def _asked(config: RunConfig) -> tuple[str, ...]:
-    """Name the tasks of a configuration in the order they run."""
-    names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(config.eval, name) is not None]
+def _asked(settings: EvalConfig, config: RunConfig) -> tuple[str, ...]:
+    """Name the tasks that settings ask of a run, in the order they are measured."""
+    names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(settings, name) is not None]
     if isinstance(config.train.stream, Chronological):
         names.append("continual")
     return tuple(names)
@@ -85,18 +89,26 @@ def _asked(config: RunConfig) -> tuple[str, ...]:
 class _Evaluation:
     """One checkpoint, its data and the tasks that can be run on them."""
 
-    def __init__(self, run_dir: Path, path: Path, loaded: LoadedCheckpoint, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        path: Path,
+        loaded: LoadedCheckpoint,
+        settings: EvalConfig | None,
+        report: Callable[[str], None],
+    ) -> None:
         self.run_dir = run_dir
         self.path = path
         self.loaded = loaded
         self.config = loaded.config
+        self.settings = settings or loaded.config.eval
         self.report = report
         self.device = torch.device("cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu")
         loaded.model.to(self.device)
-        self.bootstrap = Bootstrap(samples=self.config.eval.bootstrap_samples)
+        self.bootstrap = Bootstrap(samples=self.settings.bootstrap_samples)
         self.reading = Reading(
             context_length=self.config.train.context_length,
-            batch_size=self.config.eval.batch_size,
+            batch_size=self.settings.batch_size,
             align=self.config.document_alignment,
         )
         self.splits: dict[str, TokenDataset] = {}
@@ -122,6 +134,7 @@ class _Evaluation:
                 settings=settings,
                 checkpoint=mark,
                 device=device_name(self.device),
+                scored_commit=current_commit(),
                 metrics=metrics,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 wall_seconds=seconds,
@@ -186,14 +199,14 @@ def _newest_mark(evaluation: _Evaluation) -> CheckpointMark:
 
 def _section_settings(name: str) -> Callable[[_Evaluation], dict[str, Any]]:
     def settings(evaluation: _Evaluation) -> dict[str, Any]:
-        section = getattr(evaluation.config.eval, name).model_dump(mode="json")
-        return section | {"bootstrap_samples": evaluation.config.eval.bootstrap_samples}
+        section = getattr(evaluation.settings, name).model_dump(mode="json")
+        return section | {"bootstrap_samples": evaluation.settings.bootstrap_samples}
 
     return settings
 
 
 def _measure_language_modelling(evaluation: _Evaluation) -> Metrics:
-    config = evaluation.config.eval.language_modelling
+    config = evaluation.settings.language_modelling
     assert config is not None
     return language_modelling.evaluate(
         evaluation.loaded.model,
@@ -206,19 +219,19 @@ def _measure_language_modelling(evaluation: _Evaluation) -> Metrics:
 
 
 def _measure_passkey(evaluation: _Evaluation) -> Metrics:
-    assert evaluation.config.eval.passkey is not None
+    assert evaluation.settings.passkey is not None
     return needle.evaluate(
         evaluation.loaded.model,
         evaluation.loaded.tokenizer,
-        evaluation.config.eval.passkey,
+        evaluation.settings.passkey,
         reading=evaluation.reading,
         bootstrap=evaluation.bootstrap,
     )
 
 
 def _measure_sampling(evaluation: _Evaluation) -> Metrics:
-    assert evaluation.config.eval.sampling is not None
-    return sampling.evaluate(evaluation.loaded.model, evaluation.loaded.tokenizer, evaluation.config.eval.sampling)
+    assert evaluation.settings.sampling is not None
+    return sampling.evaluate(evaluation.loaded.model, evaluation.loaded.tokenizer, evaluation.settings.sampling)
 
 
 def _borders(evaluation: _Evaluation) -> list[Path]:
@@ -254,11 +267,11 @@ def _border_mark(evaluation: _Evaluation) -> CheckpointMark:
 def _continual_settings(evaluation: _Evaluation) -> dict[str, Any]:
     stream = evaluation.config.train.stream
     assert isinstance(stream, Chronological)
-    section = evaluation.config.eval.continual.model_dump(mode="json")
+    section = evaluation.settings.continual.model_dump(mode="json")
     return section | {
         "periods": stream.periods,
         "order": stream.order,
-        "bootstrap_samples": evaluation.config.eval.bootstrap_samples,
+        "bootstrap_samples": evaluation.settings.bootstrap_samples,
     }
 
 
@@ -268,7 +281,7 @@ def _measure_continual(evaluation: _Evaluation) -> Metrics:
     training = evaluation.split("train")
     splits = (evaluation.split("validation"), evaluation.split("test"))
     groups = reading_groups(training, stream.periods, order=stream.order)
-    max_pieces = evaluation.config.eval.continual.pieces_per_document
+    max_pieces = evaluation.settings.continual.pieces_per_document
     segments = chronological.segment_documents(
         splits,
         groups,

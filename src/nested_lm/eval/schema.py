@@ -11,6 +11,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm.eval.interval import Interval, Natural
+from nested_lm.eval.niah.metrics import NiahMetrics
 
 SCHEMA_VERSION = 1
 
@@ -189,7 +190,7 @@ class ContinualMetrics(Section):
 
 
 Metrics = Annotated[
-    LanguageModellingMetrics | PasskeyMetrics | SamplingMetrics | ContinualMetrics,
+    LanguageModellingMetrics | PasskeyMetrics | SamplingMetrics | ContinualMetrics | NiahMetrics,
     Field(discriminator="kind"),
 ]
 
@@ -211,6 +212,7 @@ class ResultFile(Section):
     settings: dict[str, JsonValue]  # of the task; equal in every row of one table
     checkpoint: CheckpointMark
     device: str
+    scored_commit: str | None = None  # of the program that scored, identity.commit trained; null: not known
     metrics: Metrics
     created: str
     wall_seconds: NonNegativeFloat

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from nested_lm.commit import current_commit
 from nested_lm.config.architecture import flat
-from nested_lm.config.load import config_hash, dump_resolved
+from nested_lm.config.load import dump_resolved, training_hash
 from nested_lm.config.run import RunConfig
 from nested_lm.data.atomic import write_atomically
 from nested_lm.data.shards import TokenDataset
@@ -47,7 +47,7 @@ def open_run_folder(
     if not identity_file.exists():
         return _create(config, dataset, device=device, parameters=parameters, start=start)
     identity = _read_identity(identity_file)
-    if identity["config_hash"] != config_hash(config):
+    if identity["config_hash"] != training_hash(config):
         raise ConfigError(
             f"{folder} holds a run of another configuration; these fields differ (there -> now):\n"
             + "\n".join(f"  {line}" for line in _differences(folder, config))
@@ -74,7 +74,7 @@ def new_identity(
     return {
         "run_id": f"{config.name}-{uuid.uuid4().hex[:8]}",
         "name": config.name,
-        "config_hash": config_hash(config),
+        "config_hash": training_hash(config),
         "data_hash": data_hash,
         "tokenizer_hash": tokenizer_hash,
         "commit": current_commit(),
@@ -132,15 +132,16 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _differences(folder: Path, config: RunConfig) -> list[str]:
-    """List the fields that differ from the stored configuration, as `path: there -> now`."""
+    """List the fields of the training that differ from the stored configuration, as `path: there -> now`."""
     stored = folder / RESOLVED
     if not stored.exists():
         return [f"{RESOLVED} is missing, so the fields cannot be compared"]
     there = flat(OmegaConf.to_container(OmegaConf.load(stored)))
     now = flat(config.model_dump(mode="json"))
     absent = "(absent)"
-    return [
+    found = [
         f"{path}: {there.get(path, absent)} -> {now.get(path, absent)}"
         for path in sorted(set(there) | set(now))
-        if there.get(path, absent) != now.get(path, absent)
+        if there.get(path, absent) != now.get(path, absent) and not path.startswith("eval.")
     ]
+    return found or ["none: an earlier version of nested-lm began this run, and hashed its configuration otherwise"]

@@ -1,0 +1,35 @@
+"""What identifies a training, and where evaluation settings come from."""
+
+import pytest
+
+from nested_lm.config.load import config_hash, load_evaluation, load_run, training_hash
+from nested_lm.errors import ConfigError
+
+
+def test_evaluation_settings_do_not_identify_a_training():
+    run, other = load_run("hope/demo"), load_run("hope/demo", ["eval=smoke"])
+    assert config_hash(run) != config_hash(other)
+    assert training_hash(run) == training_hash(other)
+    assert training_hash(run) != training_hash(load_run("hope/demo", ["train.clip_norm=2.0"]))
+
+
+def test_settings_come_from_an_evaluation_preset_or_from_a_run():
+    assert load_evaluation("eval/demo", ["passkey.samples=5"]).passkey.samples == 5
+    assert load_evaluation("hope/demo") == load_run("hope/demo").eval
+    assert load_evaluation("hope/demo", ["eval=smoke", "eval.passkey.samples=7"]).passkey.samples == 7
+
+
+def test_settings_from_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("passkey: {lengths: [64], samples: 2}\n")
+    assert load_evaluation(str(file)).passkey.lengths == (64,)
+    file.write_text("passky: {lengths: [64]}\n")
+    with pytest.raises(ConfigError, match="did you mean `passkey`"):
+        load_evaluation(str(file))
+
+
+def test_other_presets_hold_no_settings():
+    with pytest.raises(ConfigError, match=r"data/demo is a data set, not evaluation settings(?s:.*)eval/demo"):
+        load_evaluation("data/demo")
+    with pytest.raises(ConfigError, match=r"eval/demo is evaluation settings, not a run(?s:.*)--settings eval/demo"):
+        load_run("eval/demo")
