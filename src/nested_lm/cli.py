@@ -6,23 +6,30 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 import functools
 import json
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nested_lm import __version__
-from nested_lm.errors import CheckpointError, ConfigError, NestedLMError
+from nested_lm.cli_arguments import (
+    Checkpoint,
+    CheckpointOption,
+    Device,
+    MaxDocument,
+    Overrides,
+    Preset,
+    TextField,
+    TextFiles,
+    open_checkpoint,
+    reports_errors,
+)
+from nested_lm.cli_evaluation import evaluation
+from nested_lm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nested_lm.checkpoint import LoadedCheckpoint
     from nested_lm.config.run import RunConfig
-
-INTERRUPTED = 130
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 app = typer.Typer(
     name="nested-lm",
@@ -33,23 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Changes to the preset, such as train.batch_size=8."),
-]
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="Name such as hope/demo, or a YAML file.")]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (newest checkpoint) or checkpoint.")
-]
-CheckpointOption = Annotated[
-    Path, typer.Option("--checkpoint", metavar="RUN_OR_CHECKPOINT", help="Run folder or checkpoint.")
-]
-TextFiles = Annotated[
-    list[str], typer.Argument(metavar="FILE...", help="Text, JSON lines or Parquet; - for standard input.")
-]
-TextField = Annotated[str, typer.Option(help="Field of JSON lines and Parquet rows that holds the text.")]
-MaxDocument = Annotated[int, typer.Option(min=1, help="Refuse a longer text.")]
-
 
 class Resume(StrEnum):
     """What `train` does with a run folder that holds checkpoints."""
@@ -58,43 +48,9 @@ class Resume(StrEnum):
     never = "never"
 
 
-class Device(StrEnum):
-    """Where a trained model computes."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 def main() -> None:
     """Run the command line."""
     app()
-
-
-def print_error(error: NestedLMError) -> None:
-    """Print an error once, on stderr: coloured on a terminal, plain text elsewhere."""
-    from rich.console import Console
-    from rich.text import Text
-
-    text = Text.assemble((type(error).__name__, "bold red"), ": ", str(error))
-    Console(stderr=True).print(text, soft_wrap=True)
-
-
-def _reports_errors(verb: F) -> F:
-    """Give a verb its exit codes: 2 for what a user can mend, 130 for Ctrl-C, 128 + n for signal n."""
-
-    @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return verb(*args, **kwargs)
-        except NestedLMError as error:
-            print_error(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run  # type: ignore[return-value]
 
 
 def _print_version(wanted: bool) -> None:
@@ -113,7 +69,7 @@ def root(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def data(preset: Preset, overrides: Overrides = None) -> None:
     """Build a data set: text to tokenizer, splits and token shards. Continues where it stopped."""
     from nested_lm.config.load import load_data
@@ -124,7 +80,7 @@ def data(preset: Preset, overrides: Overrides = None) -> None:
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def train(
     preset: Preset,
     overrides: Overrides = None,
@@ -212,36 +168,11 @@ def describe_run(config: "RunConfig") -> list[str]:
     return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was trained or written"]
 
 
-@app.command("eval")
-@_reports_errors
-def evaluate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder with checkpoints.")],
-    overrides: Overrides = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks; all that the settings ask for by default.")
-    ] = None,
-    settings: Annotated[
-        str | None,
-        typer.Option(metavar="PRESET", help="What to measure, such as eval/demo; the run's own settings by default."),
-    ] = None,
-) -> None:
-    """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
-    names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
-    if names == ():
-        raise ConfigError(f"--tasks {tasks!r} names no task; write names with commas between, or leave it out")
-    if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
-    if overrides and settings is None:
-        raise ConfigError(f"{overrides[0]!r} changes settings that are not named; name them with --settings PRESET")
-    from nested_lm.config.load import load_evaluation
-    from nested_lm.eval.runner import evaluate_run
-
-    chosen = None if settings is None else load_evaluation(settings, overrides or ())
-    evaluate_run(run_dir, names, settings=chosen)
+app.add_typer(evaluation, name="eval")
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def generate(
     source: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue; empty for the start of a document.")],
@@ -267,7 +198,7 @@ def generate(
 
     from nested_lm.nn.generation import generate as sample
 
-    loaded = _open_checkpoint(source, device)
+    loaded = open_checkpoint(source, device)
     state = None
     if memory is not None:
         from nested_lm.streaming.verbs import open_memory
@@ -295,7 +226,7 @@ def generate(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def memorize(
     files: TextFiles,
     checkpoint: CheckpointOption,
@@ -315,14 +246,14 @@ def memorize(
     mode: Literal["new", "continue", "overwrite"] = "continue" if go_on else "overwrite" if overwrite else "new"
     verbs.check_memorize(memory, files, mode)
     texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
-    loaded = _open_checkpoint(checkpoint, device)
+    loaded = open_checkpoint(checkpoint, device)
     done = verbs.memorize(loaded, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
     for line in verbs.describe_memorized(done, loaded, memory):
         typer.echo(line)
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def score(
     files: TextFiles,
     checkpoint: CheckpointOption,
@@ -342,7 +273,7 @@ def score(
 
     verbs.check_files(files)
     texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
-    scores = verbs.score(_open_checkpoint(checkpoint, device), texts, memory, batch_size=batch_size)
+    scores = verbs.score(open_checkpoint(checkpoint, device), texts, memory, batch_size=batch_size)
     for line in verbs.describe_scores(scores):
         typer.echo(line)
     if as_json is not None:
@@ -350,20 +281,8 @@ def score(
         typer.echo(f"nats of every token in {as_json}")
 
 
-def _open_checkpoint(source: Path, device: Device) -> "LoadedCheckpoint":
-    """Load the model that a verb names, on the device it asks for."""
-    import torch
-
-    from nested_lm.checkpoint import find_checkpoint, load_model
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
-    return load_model(find_checkpoint(source, report=functools.partial(typer.echo, err=True)), device=chosen)
-
-
 @app.command()
-@_reports_errors
+@reports_errors
 def convert(
     source: Annotated[
         str,
@@ -396,7 +315,7 @@ def convert(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def audit(
     source: Annotated[
         str,
@@ -432,7 +351,7 @@ def audit(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def campaign(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")],
     overrides: Overrides = None,
@@ -446,7 +365,7 @@ def campaign(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def report(
     campaign_dir: Annotated[Path, typer.Argument(metavar="CAMPAIGN_DIR", help="Folder of a campaign.")],
 ) -> None:
@@ -457,7 +376,7 @@ def report(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def doctor(
     output: Annotated[Path, typer.Option(help="Folder that runs would be written to.")] = Path("artifacts"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,

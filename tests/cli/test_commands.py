@@ -122,7 +122,7 @@ class TestArguments:
 
     def test_eval(self, run, stub, tmp_path):
         seen = []
-        stub("nested_lm.eval.runner", evaluate_run=lambda *arguments: seen.append(arguments))
+        stub("nested_lm.eval.runner", evaluate_run=lambda *arguments, settings: seen.append(arguments))
         assert run("eval", tmp_path).exit_code == 0
         assert run("eval", tmp_path, "--tasks", "language_modelling, passkey").exit_code == 0
         assert seen == [(tmp_path, None), (tmp_path, ("language_modelling", "passkey"))]

@@ -1,0 +1,55 @@
+"""The `nested-lm eval` verbs: a checkpoint on the tasks of its settings, and the larger suites by name."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from nested_lm.cli_arguments import Overrides, reports_errors
+from nested_lm.errors import CheckpointError, ConfigError
+
+
+class _RunFolderByDefault(TyperGroup):
+    """A group whose verb `run` may be left out: `eval RUN_DIR` is `eval run RUN_DIR`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(
+    cls=_RunFolderByDefault,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Evaluate a trained model. `eval RUN_DIR` is short for `eval run RUN_DIR`.",
+)
+
+
+@evaluation.command("run")
+@reports_errors
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder with checkpoints.")],
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks; all that the settings ask for by default.")
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="What to measure, such as eval/demo; the run's own settings by default."),
+    ] = None,
+) -> None:
+    """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
+    names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if names == ():
+        raise ConfigError(f"--tasks {tasks!r} names no task; write names with commas between, or leave it out")
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
+    if overrides and settings is None:
+        raise ConfigError(f"{overrides[0]!r} changes settings that are not named; name them with --settings PRESET")
+    from nested_lm.config.load import load_evaluation
+    from nested_lm.eval.runner import evaluate_run
+
+    chosen = None if settings is None else load_evaluation(settings, overrides or ())
+    evaluate_run(run_dir, names, settings=chosen)
