@@ -37,7 +37,6 @@ def read_question(reader: Reader, state: StreamState, questions: Int[np.ndarray,
     """Go on with a question from the end of the text. The state is not changed."""
     with reading_mode(reader.model), memory_watch():
         output = reader.model(reader.tensor(questions), state=state, predictions="last")
-    reader.tokens_read += questions.size
     return Questioned(output.logits[:, -1].float(), output.state)
 
 

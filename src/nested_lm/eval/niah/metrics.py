@@ -98,7 +98,7 @@ class LengthScores(Section):
     control_rows: ControlRows
     state_bytes: Natural
     tokens: Natural  # of all prompts
-    tokens_read: Natural  # what several prompts share, once
+    tokens_read: Natural  # of texts; what several prompts share, once
     seconds: NonNegativeFloat
 
 

@@ -58,7 +58,8 @@ class Reader:
     """Reads prompts with one model, within a limit, and counts.
 
     max_state_bytes: of the states of all rows that are read side by side.
-    on_tokens: told tokens of prompts as they are done, shared or not. tokens_read: those that the model read.
+    on_tokens: told tokens of prompts as they are done, shared or not. tokens_read: those of texts that the
+    model read; questions and answers come on top.
     """
 
     model: LanguageModel
@@ -108,8 +109,9 @@ class Reader:
             each *= length / position
         needed = _COPIES * rows * each
         if needed > self.max_state_bytes:
+            what = "a state" if rows == 1 else f"{rows} states"
             raise OutOfRoomError(
-                f"{rows} states of {length:,} tokens take {needed / MIB:,.0f} MiB while they are copied, the limit is "
+                f"{what} of {length:,} tokens: {needed / MIB:,.0f} MiB while it is copied, and the limit is "
                 f"{self.max_state_bytes / MIB:,.0f} MiB"
             )
 

@@ -1,0 +1,89 @@
+"""Models whose answers are known: one that finds needles in what it has read, one that knows nothing."""
+
+import re
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+QUESTION = re.compile(r"special magic \w+ for ([\w-]+) mentioned in the provided text is(.*)\Z", re.DOTALL)
+RECENT = 400  # tokens
+
+
+@dataclass(frozen=True)
+class OracleState:
+    """Everything read while writing was on, and the last tokens, whether it was on or not."""
+
+    memory: tuple[tuple[int, ...], ...]
+    recent: tuple[tuple[int, ...], ...]
+    frozen: bool = False
+    grows: bool = False
+
+    def select(self, rows):
+        chosen = rows.tolist()
+        return replace(
+            self,
+            memory=tuple(self.memory[row] for row in chosen),
+            recent=tuple(self.recent[row] for row in chosen),
+        )
+
+    def freeze(self):
+        return replace(self, frozen=True)
+
+    def num_bytes(self):
+        return sum(len(row) if self.grows else 1 for row in self.memory) * 1024
+
+
+class Oracle(nn.Module):
+    """Answers single needles. grows: its state does, a KiB a token, like a cache."""
+
+    has_fast_weights = True
+
+    def __init__(self, tokenizer, *, grows=False):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(alignment=1, writes_in_context=False)
+        self.tokenizer = tokenizer
+        self.has_constant_state = not grows
+        self.rows = []  # read side by side, of each call
+
+    def initial_state(self, rows):
+        return OracleState(((),) * rows, ((),) * rows, grows=not self.has_constant_state)
+
+    def forward(self, tokens, *, state=None, predictions="all"):
+        state = state or self.initial_state(len(tokens))
+        self.rows.append(len(tokens))
+        memory, recent, logits = [], [], []
+        for row, ids in enumerate(tokens.tolist()):
+            known, last = state.memory[row], state.recent[row]
+            found = []
+            for at in range(len(ids)) if predictions == "all" else [len(ids) - 1]:
+                found.append(self.predict(known, (*last, *ids[: at + 1])))
+            logits.append(torch.stack(found))
+            recent.append((*last, *ids)[-RECENT:])
+            memory.append(known if state.frozen else (*known, *ids))
+        after = replace(state, memory=tuple(memory), recent=tuple(recent))
+        return SimpleNamespace(logits=torch.stack(logits), state=after)
+
+    def predict(self, memory, recent):
+        logits = torch.zeros(self.tokenizer.vocab_size)
+        asked = QUESTION.search(self.tokenizer.decode(recent[-RECENT:]))
+        if asked is None:
+            return logits
+        value = re.search(rf"for {asked[1]} is: ([\w-]+)\.", self.tokenizer.decode(memory))
+        if value is not None:
+            answer = self.tokenizer.encode(f" {value[1]}")
+            given = self.tokenizer.encode(asked[2]) if asked[2] else []
+            follows = answer[len(given)] if answer[: len(given)] == given and len(given) < len(answer) else 0
+            logits[follows] = 20.0
+        return logits
+
+
+class Blind(Oracle):
+    """Cannot tell any token from another."""
+
+    has_fast_weights = False
+
+    def predict(self, memory, recent):
+        return torch.zeros(self.tokenizer.vocab_size)

@@ -1,0 +1,245 @@
+"""Needle curves end to end: oracles score what they must, results are whole, memory may end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from niah_oracles import Blind, Oracle
+
+from nested_lm.checkpoint import MANIFEST, LoadedCheckpoint
+from nested_lm.config.load import load_run
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
+from nested_lm.eval.niah.answers import string_match
+from nested_lm.eval.niah.metrics import NeedleLength
+from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.niah.run import default_output, evaluate_niah
+from nested_lm.eval.niah.settings import GROUPS, parse_settings
+from nested_lm.eval.niah.summary import effective_lengths
+from nested_lm.eval.results import load_result
+
+DEFAULTS = {
+    "seed": 0,
+    "haystack": None,
+    "books": (),
+    "max_new_tokens": 12,
+    "batch_rows": 8,
+    "max_state_mib": 64,
+    "bootstrap_samples": 200,
+}
+
+
+def settings(*, tasks="s1", lengths="500,700", depths="0,0.5,1", samples=3, **others):
+    return parse_settings(tasks=tasks, lengths=lengths, depths=depths, samples=samples, **(DEFAULTS | others))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_config):
+    return TextTokenizer.load(Path(data_config.output_dir) / "tokenizer.json")
+
+
+@pytest.fixture
+def measure(tokenizer, tmp_path):
+    """Measure a model and return what was written and what was said."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST).write_text("{}")
+    output = tmp_path / "run" / "results" / "niah.json"
+
+    def run(model, **changed):
+        identity = {
+            "run_id": "r1",
+            "name": "oracle",
+            "config_hash": "c" * 16,
+            "data_hash": None,
+            "tokenizer_hash": tokenizer.hash,
+            "commit": "abc",
+            "seed": 1,
+            "parameters": 1,
+        }
+        loaded = LoadedCheckpoint(model, load_run("hope/demo"), tokenizer, identity, 4, 4096, None)
+        lines = []
+        path = evaluate_niah(loaded, checkpoint, settings(**changed), output=output, report=lines.append)
+        return load_result(path), lines
+
+    return run
+
+
+def test_an_oracle_finds_every_needle_and_its_controls_say_why(measure, tokenizer):
+    result, lines = measure(Oracle(tokenizer), tasks="s1,mk2")
+    for task in result.metrics.tasks:
+        assert [entry.length for entry in task.lengths] == [500, 700]
+        assert [found.length for found in task.effective] == [None, None]  # three of three is no proof
+        for entry in task.lengths:
+            scores, controls = entry.scores, entry.scores.controls
+            assert scores.score.match.value == scores.score.exact.value == 1.0
+            assert scores.score.match.n == 3  # samples, not rows
+            assert scores.score.match.low == pytest.approx(0.4385, abs=1e-4)  # Wilson, 3 of 3
+            assert scores.score.median_rank == 1
+            assert scores.score.nats.value < 1e-3
+            assert controls.no_needle.match.value == controls.no_needle.exact.value == 0.0
+            assert controls.needle_only.exact.value == 1.0
+            assert controls.reset.exact.value == 0.0
+            assert controls.frozen.exact.value == 1.0  # what was read before the question is still there
+            assert scores.worth.value > 3
+            assert [cell.depth for cell in scores.cells] == [0.0, 0.5, 1.0]
+            assert all(cell.score.exact.value == 1.0 for cell in scores.cells)
+            distances = [cell.distance for cell in scores.cells]
+            assert distances == sorted(distances, reverse=True)
+            assert len(scores.rows.sample) == 9
+            assert scores.tokens == 12 * entry.length
+            assert scores.tokens_read < scores.tokens
+    assert result.settings["haystacks"] == {"s1": "noise", "mk2": "needle"}
+    assert result.identity.data_hash == "none"
+    assert any("match 1.000" in line for line in lines)
+
+
+def test_a_blind_model_scores_at_chance(measure, tokenizer):
+    result, _ = measure(Blind(tokenizer), tasks="s1,mv", lengths="700")
+    for task in result.metrics.tasks:
+        (entry,) = task.lengths
+        assert entry.scores.score.match.value == entry.scores.score.exact.value == 0.0
+        assert entry.scores.score.median_rank == tokenizer.vocab_size  # ties count against it
+        assert entry.scores.score.nats.value == pytest.approx(
+            torch.log(torch.tensor(float(tokenizer.vocab_size))).item(), rel=1e-5
+        )
+        assert entry.scores.worth.value == pytest.approx(0.0, abs=1e-9)
+        assert entry.scores.controls.frozen is None  # it has nothing to freeze
+
+
+def test_all_tasks_can_be_measured(measure, tokenizer):
+    result, _ = measure(Blind(tokenizer), tasks="all", lengths="1600", samples=1, depths="0.5", max_new_tokens=1)
+    assert [task.task for task in result.metrics.tasks] == list(GROUPS["all"])
+    for task in result.metrics.tasks:
+        assert bool(task.lengths[0].scores.cells) == (task.task in ("s1", "s2", "s3", "mk1", "mk2", "mk3"))
+        assert (task.lengths[0].scores.controls.needle_only is None) == (task.task in ("cwe", "fwe"))
+
+
+def test_a_growing_state_runs_until_memory_ends_and_says_so(measure, tokenizer):
+    model = Oracle(tokenizer, grows=True)  # 1 KiB a token, twice while it is copied
+    result, _ = measure(model, lengths="500,2000,4000", max_state_mib=2, depths="0,1", samples=2)
+    short, long, longer = result.metrics.tasks[0].lengths
+    assert short.scores.score.match.value == 1.0
+    assert max(model.rows[1:]) == 2  # fewer side by side, once the first segment has shown what a row takes
+    assert long.scores is None
+    assert long.stopped == "a state of 1,869 tokens: 4 MiB while it is copied, and the limit is 2 MiB"
+    assert longer.stopped == "not tried: memory ended at 2,000 tokens"
+    assert not result.metrics.constant_state
+
+
+@pytest.mark.parametrize("kind", ["self_modifying", "attention"])
+def test_batches_and_sharing_change_no_score_of_a_model(kind, measure, make_model, tmp_path):
+    found = []
+    for rows in (1, 2, 32):
+        result, _ = measure(make_model(kind), lengths="500", depths="0,1", batch_rows=rows, samples=1, max_new_tokens=2)
+        scores = result.metrics.tasks[0].lengths[0].scores
+        (tmp_path / "run" / "results" / "niah.json").unlink()
+        found.append(scores.rows.nats + scores.control_rows.no_needle_nats + scores.control_rows.reset_nats)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[2], rel=1e-4)
+
+
+def test_a_result_is_kept_until_settings_change_and_never_edited(measure, tokenizer, tmp_path):
+    path = tmp_path / "run" / "results" / "niah.json"
+    first, _ = measure(Blind(tokenizer), lengths="500")
+    again, lines = measure(Oracle(tokenizer), lengths="500", batch_rows=2)
+    assert again == first
+    assert "kept" in lines[-1]
+    changed, lines = measure(Oracle(tokenizer), lengths="500", samples=2)
+    assert changed.metrics.tasks[0].lengths[0].scores.score.match.value == 1.0
+    assert "another settings" in lines[0]
+    document = json.loads(path.read_text())
+    document["metrics"]["tasks"][0]["lengths"][0]["scores"]["score"]["match"]["value"] = 0.9
+    path.write_text(json.dumps(document))
+    with pytest.raises(ReportError, match="changed after it was written"):
+        load_result(path)
+
+
+def test_what_cannot_be_made_is_refused_before_anything_is_read_or_written(measure, tokenizer, tmp_path):
+    model = Oracle(tokenizer)
+    book = tmp_path / "short.txt"
+    book.write_text("A book of one sentence. And another.")
+    with pytest.raises(DataError, match="no room for task s1"):
+        measure(model, lengths="64,500")
+    with pytest.raises(DataError, match="haystack is too short"):
+        measure(model, tasks="s2", books=(str(book),))
+    with pytest.raises(DataError, match="is not a text file"):
+        measure(model, tasks="s2", books=("missing.txt",))
+    with pytest.raises(ConfigError, match="task cwe cannot have it"):
+        measure(model, tasks="cwe", haystack="books")
+    with pytest.raises(ConfigError, match="no task reads them"):
+        measure(model, tasks="s1", books=(str(book),))
+    assert not model.rows
+    assert not (tmp_path / "run" / "results").exists()
+
+
+def test_a_diverged_model_is_named_and_nothing_is_written(measure, tokenizer, tmp_path):
+    model = Oracle(tokenizer)
+    model.predict = lambda memory, recent: torch.full((tokenizer.vocab_size,), float("nan"))
+    with pytest.raises(NumericsError, match=r"niah on .*step-00000004: the score of an answer is not finite"):
+        measure(model)
+    assert not (tmp_path / "run" / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tasks": "s9"}, "unknown task 's9'; choices: all, niah, s1"),
+        ({"tasks": " , "}, "--tasks"),
+        ({"lengths": "2m"}, "'2m' is not a number of tokens"),
+        ({"depths": "0,2"}, "--depths"),
+        ({"depths": "deep"}, "neither how many depths"),
+        ({"samples": 0}, "--samples"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**changed)
+
+
+def test_sizes_groups_and_depths_may_be_written_short():
+    found = settings(tasks="niah,s1", lengths="32k,2k,2048", depths="11")
+    assert found.tasks == GROUPS["niah"]
+    assert found.lengths == (2048, 32768)
+    assert found.depths == tuple(index / 10 for index in range(11))
+    assert settings(depths="0.5").depths == (0.5,)
+
+
+def test_results_go_to_the_run_or_to_a_folder_of_the_checkpoint(tmp_path):
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-1"
+    assert default_output(run, checkpoint, "niah") == run / "results" / "niah.json"
+    assert default_output(checkpoint, checkpoint, "niah") == run / "results" / "step-1" / "niah.json"
+    with pytest.raises(ConfigError, match="--output"):
+        default_output(tmp_path, tmp_path, "niah")
+
+
+def test_effective_length_ends_at_the_first_length_below(measure, tokenizer):
+    result, _ = measure(Oracle(tokenizer), lengths="500")
+    scores = result.metrics.tasks[0].lengths[0].scores
+
+    def entry(length, low):
+        match = scores.score.match.model_copy(update={"low": low})
+        changed = scores.model_copy(update={"score": scores.score.model_copy(update={"match": match})})
+        return NeedleLength(length=length, scores=changed, stopped=None)
+
+    curve = [entry(2048, 0.9), entry(4096, 0.7), entry(8192, 0.4), entry(16384, 0.95)]
+    assert [(found.threshold, found.length) for found in effective_lengths(curve)] == [(0.5, 4096), (0.856, 2048)]
+    stopped = NeedleLength(length=4096, scores=None, stopped="memory ended")
+    assert [found.length for found in effective_lengths([entry(2048, 0.9), stopped, entry(8192, 0.9)])] == [2048, 2048]
+
+
+def test_string_match_is_a_share_whatever_the_case():
+    assert string_match("The numbers are 12 and ABC.", ["12", "abc", "13", "14"]) == 0.5
+
+
+def test_progress_reports_share_speed_and_time_left():
+    now = [0.0]
+    lines = []
+    progress = Progress(1000, lines.append, clock=lambda: now[0])
+    progress.label = "s1"
+    progress.add(100)
+    assert not lines
+    now[0] = 60.0
+    progress.add(150)
+    assert lines == ["s1: 25% of 1,000 tokens, 4 tokens/s, 3 min left"]
