@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from nested_lm import cli_needles
 from nested_lm.cli_arguments import Overrides, reports_errors
 from nested_lm.errors import CheckpointError, ConfigError
 
@@ -53,3 +54,6 @@ def evaluate(
 
     chosen = None if settings is None else load_evaluation(settings, overrides or ())
     evaluate_run(run_dir, names, settings=chosen)
+
+
+evaluation.command("niah")(cli_needles.niah)

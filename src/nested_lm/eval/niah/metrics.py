@@ -11,13 +11,6 @@ from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm.eval.interval import Interval, Natural
 
 
-class Code(Section):
-    """The code that scored; the code that trained is in the identity."""
-
-    version: str
-    commit: str | None  # null: not run from a git checkout
-
-
 class Score(Section):
     """Answers of one kind. match: share of the references in the output; null where nothing was generated."""
 
@@ -137,7 +130,6 @@ class NiahMetrics(Section):
     """Needle curves. max_state_mib: limit within which states were read side by side."""
 
     kind: Literal["niah"]
-    code: Code
     constant_state: bool  # false: the state grows with the text, and memory ends somewhere
     max_state_mib: Count
     tasks: Annotated[tuple[NeedleTask, ...], Field(min_length=1)]

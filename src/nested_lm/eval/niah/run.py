@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nested_lm import __version__
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
 from nested_lm.errors import ConfigError, NumericsError, ReportError
@@ -14,7 +13,7 @@ from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.haystack import Books, Haystack, Needles, Noise
 from nested_lm.eval.niah.lists import make_list_sample
 from nested_lm.eval.niah.measure import Grid, measure_length, rows_of_a_sample
-from nested_lm.eval.niah.metrics import Code, NeedleLength, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.metrics import NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.progress import Progress
 from nested_lm.eval.niah.prompts import make_sample
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
@@ -77,6 +76,7 @@ def evaluate_niah(
         schema_version=SCHEMA_VERSION,
         task="niah",
         device=device_name(loaded.device),
+        scored_commit=current_commit(),
         metrics=metrics,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_seconds=time.perf_counter() - started,
@@ -176,7 +176,6 @@ def _measure(
     seconds = sum(score.seconds for score in scores)
     return NiahMetrics(
         kind="niah",
-        code=Code(version=__version__, commit=current_commit()),
         constant_state=loaded.model.has_constant_state,
         max_state_mib=settings.max_state_mib,
         tasks=tuple(tasks),

@@ -1,0 +1,46 @@
+"""The verbs that measure memory over long texts: what they hand on, and what they refuse."""
+
+import sys
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from nested_lm import cli_needles
+from nested_lm.cli import app
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    found = []
+    module = ModuleType("nested_lm.eval.niah.run")
+    module.default_output = lambda source, path, task: source / "results" / f"{task}.json"
+    module.evaluate_niah = lambda loaded, path, settings, *, output, report: found.append((settings, output))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cli_needles, "open_source", lambda source, device: (None, source / "checkpoints" / "step-1"))
+    return found
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_niah_hands_its_settings_on(seen, tmp_path):
+    book = tmp_path / "book.txt"
+    result = invoke("niah", tmp_path, "--tasks", "s1,s2", "--lengths", "512,2k", "--depths", "3", "--books", book)
+    assert result.exit_code == 0, result.output
+    ((settings, output),) = seen
+    assert settings.tasks == ("s1", "s2")
+    assert settings.lengths == (512, 2048)
+    assert settings.depths == (0.0, 0.5, 1.0)
+    assert settings.samples == 20
+    assert settings.files == (book,)
+    assert output == tmp_path / "results" / "niah.json"
+
+
+def test_niah_refuses_what_it_does_not_know(seen, tmp_path):
+    result = invoke("niah", tmp_path, "--tasks", "s9")
+    assert result.exit_code == 2
+    assert "unknown task 's9'" in result.stderr
+    assert invoke("niah", tmp_path, "--haystack", "hay").exit_code == 2
+    assert seen == []
