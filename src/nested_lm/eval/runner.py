@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import xxhash
 
 from nested_lm.checkpoint import (
     LoadedCheckpoint,
-    list_checkpoints,
     load_model,
     newest_checkpoint,
-    verify_checkpoint,
 )
 from nested_lm.commit import current_commit
 from nested_lm.config.evaluation import EvalConfig
@@ -28,6 +25,7 @@ from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsEr
 from nested_lm.eval import language_modelling, needle, sampling
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual import chronological
+from nested_lm.eval.continual.borders import border_checkpoints, mark_borders
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import load_result, write_result
@@ -235,33 +233,13 @@ def _measure_sampling(evaluation: _Evaluation) -> Metrics:
 
 
 def _borders(evaluation: _Evaluation) -> list[Path]:
-    """Checkpoints `period-0` to `period-S` of a chronological run, in order.
-
-    Raises CheckpointError when the run has not reached all of them, or one was lost.
-    """
     stream = evaluation.config.train.stream
     assert isinstance(stream, Chronological)
-    found = {}
-    for path in list_checkpoints(evaluation.run_dir / _CHECKPOINTS):
-        try:
-            found[verify_checkpoint(path)["milestone"]] = path
-        except CheckpointError as error:
-            evaluation.report(f"skipped damaged checkpoint: {error}")
-    names = [f"period-{period}" for period in range(stream.periods + 1)]
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise CheckpointError(
-            f"{evaluation.run_dir}: border checkpoints {', '.join(missing)} are missing or damaged; "
-            "forgetting needs all of them. Finish the run with `nested-lm train ... --resume auto`, or train "
-            "it anew"
-        )
-    return [found[name] for name in names]
+    return border_checkpoints(evaluation.run_dir, stream.periods, report=evaluation.report)
 
 
 def _border_mark(evaluation: _Evaluation) -> CheckpointMark:
-    borders = _borders(evaluation)
-    joined = xxhash.xxh3_128_hexdigest("".join(mark_checkpoint(path).digest for path in borders).encode())
-    return CheckpointMark(name=f"{borders[0].name} to {borders[-1].name}", digest=joined)
+    return mark_borders(_borders(evaluation))
 
 
 def _continual_settings(evaluation: _Evaluation) -> dict[str, Any]:

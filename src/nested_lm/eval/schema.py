@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
+from nested_lm.eval.continual.schema import ContinualTaskMetrics
 from nested_lm.eval.interval import Interval, Natural
 from nested_lm.eval.niah.metrics import NiahMetrics
 
@@ -190,7 +191,7 @@ class ContinualMetrics(Section):
 
 
 Metrics = Annotated[
-    LanguageModellingMetrics | PasskeyMetrics | SamplingMetrics | ContinualMetrics | NiahMetrics,
+    LanguageModellingMetrics | PasskeyMetrics | SamplingMetrics | ContinualMetrics | NiahMetrics | ContinualTaskMetrics,
     Field(discriminator="kind"),
 ]
 
