@@ -1,0 +1,115 @@
+"""Preferring one of several answers: likelihoods of the answers after contexts that all go on from one state.
+
+The state is forked, never changed: asking writes nothing.
+
+Shapes: B contexts of one length, C answers, T tokens of the longest answer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from nested_lm.errors import CheckpointError, NumericsError
+from nested_lm.nn.generation import read_prompt
+from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.state import StreamState
+
+_ROWS = 128  # rows of answers read side by side
+_MIB = 1 << 20
+
+
+@torch.no_grad()
+def score_choices(
+    model: LanguageModel,
+    state: StreamState | None,
+    contexts: Sequence[Int[np.ndarray, "n"]],
+    choices: Sequence[Int[np.ndarray, "m"]],
+    *,
+    batch_size: int,
+) -> Float[np.ndarray, "contexts choices"]:
+    """Mean nats a token of every answer after every context.
+
+    A context is read once; each answer goes on from a fork of its state.
+
+    Args:
+        state: of one stream; None for one that has read nothing.
+        contexts, choices: token ids, at least one each.
+
+    Raises:
+        NumericsError: a likelihood is not finite.
+    """
+    start = model.initial_state(1) if state is None else state
+    order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
+    scores = np.empty((len(contexts), len(choices)))
+    begin = 0
+    while begin < len(order):
+        length = len(contexts[order[begin]])
+        rows = [index for index in order[begin : begin + batch_size] if len(contexts[index]) == length]
+        device = next(model.parameters()).device
+        tokens = torch.from_numpy(np.stack([contexts[index] for index in rows])).to(device)
+        forked = start.select(torch.zeros(len(rows), dtype=torch.long))
+        logits, after = read_prompt(model, tokens, state=forked)
+        scores[rows] = _answers(model, logits.float().log_softmax(dim=-1), after, choices)
+        begin += len(rows)
+    if not np.isfinite(scores).all():
+        raise NumericsError(
+            f"{int((~np.isfinite(scores)).sum())} of {scores.size} likelihoods are not finite; the checkpoint has "
+            "diverged, or what was read drove a memory out of range. Evaluate an earlier one"
+        )
+    return scores
+
+
+def _answers(
+    model: LanguageModel, first: torch.Tensor, state: StreamState, choices: Sequence[np.ndarray]
+) -> Float[np.ndarray, "B C"]:
+    """Mean nats of each answer, given the log probabilities (B, V) of its first token and the state there."""
+    contexts = first.shape[0]
+    found = np.zeros((contexts, len(choices)))
+    for column, choice in enumerate(choices):
+        found[:, column] = -first[:, int(choice[0])].double().cpu().numpy()
+    longer = [column for column, choice in enumerate(choices) if len(choice) > 1]
+    step = max(1, _ROWS // contexts)
+    for begin in range(0, len(longer), step):
+        columns = longer[begin : begin + step]
+        longest = max(len(choices[column]) for column in columns) - 1
+        inputs = np.zeros((len(columns), longest), dtype=np.int64)
+        targets = np.full((len(columns), longest), -1, dtype=np.int64)
+        for row, column in enumerate(columns):
+            size = len(choices[column]) - 1
+            inputs[row, :size], targets[row, :size] = choices[column][:-1], choices[column][1:]
+        rows = torch.arange(contexts).repeat_interleave(len(columns))
+        given = torch.from_numpy(np.tile(inputs, (contexts, 1))).to(first.device)
+        wanted = torch.from_numpy(np.tile(targets, (contexts, 1))).to(first.device)
+        logits = model(given, state=state.select(rows)).logits.float().log_softmax(dim=-1)
+        likelihood = logits.gather(2, wanted.clamp(min=0)[..., None])[..., 0]
+        nats = -(likelihood * (wanted >= 0)).double().sum(dim=1).cpu().numpy()
+        found[:, columns] += nats.reshape(contexts, len(columns))
+    return found / np.array([len(choice) for choice in choices])
+
+
+@torch.no_grad()
+def read_stream(
+    model: LanguageModel,
+    state: StreamState | None,
+    documents: Sequence[Int[np.ndarray, "n"]],
+    *,
+    start: int,
+    max_state_mib: int,
+) -> StreamState:
+    """Read documents one after the other, each behind a start token, and return the state.
+
+    Raises:
+        CheckpointError: the state has outgrown its limit.
+    """
+    tokens = np.concatenate([np.concatenate([[start], document]) for document in documents])
+    device = next(model.parameters()).device
+    after = read_prompt(model, torch.from_numpy(tokens)[None].to(device), state=state)[1]
+    if after.num_bytes() > max_state_mib * _MIB:
+        grows = "" if model.has_constant_state else "This model keeps keys and values of all that it has read. "
+        raise CheckpointError(
+            f"the state takes {after.num_bytes() / _MIB:,.0f} MiB after {after.position:,} tokens, the limit is "
+            f"{max_state_mib:,} MiB. {grows}Read less, or raise the limit (--max-state-mib)"
+        )
+    return after
