@@ -24,6 +24,13 @@ behaviour = json.loads(script.read_text()).get(step) if script.exists() else Non
 folder.mkdir(parents=True, exist_ok=True)
 if behaviour == "fail":
     sys.exit(3)
+if behaviour == "meet":
+    with open("met.txt", "a") as met:
+        met.write(folder.name + ":" + os.environ.get("OMP_NUM_THREADS", "?") + "\\n")
+    end = time.monotonic() + 20
+    while len(open("met.txt").read().split()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 if behaviour == "wait":
     def stop(number, frame):
         with open("signals.txt", "a") as file:
@@ -49,7 +56,7 @@ if kind == "report":
     (folder / "report.md").write_text("#")
 """
 
-LOADERS = {"load_run": cache(steps.load_run), "load_data": cache(steps.load_data)}
+LOADERS = {name: cache(getattr(steps, name)) for name in ("load_run", "load_data", "load_evaluation")}
 """Presets are composed once for all tests; they are frozen."""
 
 

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_campaign import campaign
 
 from nested_lm.campaign.ledger import Ledger
 from nested_lm.campaign.plan import run_campaign
 from nested_lm.campaign.steps import plan_steps
 from nested_lm.errors import CampaignError, ConfigError
 from nested_lm.report.manifest import read_manifest
+from tests.campaign.fake_campaign import campaign
 
 ALL = ["data text", "train hope", "train transformer", "eval hope", "eval transformer", "report out"]
 
@@ -49,7 +49,9 @@ def test_dry_run_says_steps_commands_and_states_and_writes_nothing(prefix, calls
     assert not Path("out").exists()
     assert said[2] == "[2/6] hope (after data): not run yet"
     assert shlex.split(said[3]) == [*prefix, "train", "hope/demo", "output_dir=out/hope", "seed=1"]
-    assert len(said) == 12
+    assert len(said) == 18
+    assert said[12:14] == ["to do        1 data, 2 train, 2 eval, 1 report", "tokens       1,474,560 in 2 trainings"]
+    assert said[15].startswith("time         unknown: the preset states no speed")
 
 
 def test_a_changed_run_repeats_only_what_depends_on_it(prefix, calls):

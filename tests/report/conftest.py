@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from fake_runs import write_campaign
 
 from nested_lm.report.collect import Campaign, collect
 from nested_lm.report.render import render_campaign
+from tests.report.fake_runs import write_campaign
 
 
 @pytest.fixture(scope="session")

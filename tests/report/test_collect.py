@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from fake_runs import preset, write_campaign
 
 from nested_lm.errors import ReportError
 from nested_lm.report.collect import collect, parameter_gap
+from tests.report.fake_runs import preset, write_campaign
 
 TWO = ("hope", "transformer")
 STEPS = preset("hope", "x", 1).train.num_steps

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from fake_runs import BITS, preset, write_campaign
 
 from nested_lm.eval.schema import Interval
 from nested_lm.report.collect import collect
 from nested_lm.report.findings import _verdict, checks, limits, supports, verdicts
 from nested_lm.report.tables import continual_table, duration, main_table, passkey_table
+from tests.report.fake_runs import BITS, preset, write_campaign
 
 LM = ("language_modelling",)
 

@@ -2,12 +2,12 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from fake_runs import write_campaign
 
 from nested_lm.errors import ReportError
 from nested_lm.report import plots, plots_inside
 from nested_lm.report.collect import collect
 from nested_lm.report.plot_style import require_matplotlib, running_mean, short_count, spread
+from tests.report.fake_runs import write_campaign
 
 ALL = (
     plots.overview,

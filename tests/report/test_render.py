@@ -3,9 +3,9 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from fake_runs import write_campaign
 
 from nested_lm.report.render import markdown_block, markdown_text, render_campaign
+from tests.report.fake_runs import write_campaign
 
 HOSTILE = "</blockquote><script>alert(1)</script> & `````` | {{ 7 * 7 }} <img src=x onerror=alert(2)>\x00\udc80"
 

@@ -27,13 +27,14 @@ class CampaignLock:
         self._say = say
         self._orphan_timeout_s = orphan_timeout_s
         self.descriptor = -1
+        self._steps: dict[str, int] = {}
 
     def __enter__(self) -> "CampaignLock":
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not self._try():
                 self._wait_for_orphan()
-            self._write({"campaign_pid": os.getpid(), "step": None, "step_pid": None})
+            self._write()
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -45,8 +46,14 @@ class CampaignLock:
         os.close(self.descriptor)
 
     def note_step(self, step: str, pid: int) -> None:
-        """Record which step runs now, for whoever finds the lock held."""
-        self._write({"campaign_pid": os.getpid(), "step": step, "step_pid": pid})
+        """Record a step that runs now, for whoever finds the lock held."""
+        self._steps[step] = pid
+        self._write()
+
+    def forget_step(self, step: str) -> None:
+        """Record that a step has ended."""
+        del self._steps[step]
+        self._write()
 
     def _try(self) -> bool:
         try:
@@ -55,42 +62,44 @@ class CampaignLock:
             return False
         return True
 
-    def _write(self, holder: dict[str, object]) -> None:
-        content = json.dumps(holder).encode()
+    def _write(self) -> None:
+        content = json.dumps({"campaign_pid": os.getpid(), "steps": self._steps}).encode()
         os.pwrite(self.descriptor, content, 0)
         os.ftruncate(self.descriptor, len(content))
 
     def _holder(self) -> dict[str, object]:
         try:
-            found = json.loads(os.pread(self.descriptor, 4096, 0))
+            found = json.loads(os.pread(self.descriptor, 65536, 0))
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 
     def _wait_for_orphan(self) -> None:
         holder = self._holder()
-        campaign, step, step_pid = (holder.get(key) for key in ("campaign_pid", "step", "step_pid"))
+        campaign, steps = holder.get("campaign_pid"), holder.get("steps")
         if isinstance(campaign, int) and _is_alive(campaign):
             raise CampaignError(
                 f"{self.path.parent} is in use: process {campaign} runs this campaign\n"
                 "  Two campaigns in one folder would overwrite each other. Wait for it, or stop it with "
                 f"`kill {campaign}` and start again: it continues."
             )
-        if not isinstance(step_pid, int):
+        if not isinstance(steps, dict) or not steps:
             raise CampaignError(
                 f"{self.path.parent} is in use by a process that did not say which\n"
                 "  Another campaign is just starting, or its step outlived it. Try again in a moment."
             )
-        self._say(f"step {step} (process {step_pid}) outlived its killed campaign; asking it to save and stop")
+        for step, pid in steps.items():
+            self._say(f"step {step} (process {pid}) outlived its killed campaign; asking it to save and stop")
+            if _is_alive(pid):
+                os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + self._orphan_timeout_s
-        if _is_alive(step_pid):
-            os.kill(step_pid, signal.SIGTERM)
         while not self._try():
             if time.monotonic() > deadline:
+                alive = ", ".join(f"{step} (process {pid})" for step, pid in steps.items() if _is_alive(pid))
                 raise CampaignError(
-                    f"{self.path.parent}: step {step} (process {step_pid}) of a killed campaign still runs\n"
-                    f"  It was asked to stop {self._orphan_timeout_s:.0f} s ago. Stop it with "
-                    f"`kill -9 {step_pid}` and start again: it continues from its last checkpoint."
+                    f"{self.path.parent}: of a killed campaign still runs {alive or 'a process it started'}\n"
+                    f"  It was asked to stop {self._orphan_timeout_s:.0f} s ago. Stop it with `kill -9` and start "
+                    "again: it continues from its last checkpoint."
                 )
             time.sleep(0.05)
 

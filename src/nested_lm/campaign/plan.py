@@ -2,20 +2,25 @@
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from nested_lm.campaign.cost import estimate
 from nested_lm.campaign.ledger import Attempt, Ledger
 from nested_lm.campaign.lock import CampaignLock
-from nested_lm.campaign.process import SignalRelay, run_child
+from nested_lm.campaign.process import Outcome, Running, SignalRelay
+from nested_lm.campaign.runners import Runner, command_of, open_runner
 from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
 from nested_lm.config.campaign import CampaignConfig
 from nested_lm.errors import CampaignError, CampaignInterruptedError
 from nested_lm.report.manifest import write_manifest
 
 REPORT_NAMES = ("report.html", "report.md")
+_POLL_S = 0.05
+_SHOWN_NEEDS = 6
 
 
 class State(NamedTuple):
@@ -51,20 +56,22 @@ def run_campaign(
     steps = plan_steps(config)
     folder = Path(config.output_dir)
     if dry_run:
-        _describe(steps, Ledger(folder / "ledger.jsonl"), prefix, say)
+        _describe(config, steps, Ledger(folder / "ledger.jsonl"), prefix, say)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with CampaignLock(folder, say=say) as lock, SignalRelay(say) as relay:
         write_manifest(folder, describe(config, steps))
-        failed = _run_steps(steps, Ledger(folder / "ledger.jsonl"), folder, prefix, lock, relay, say)
+        runner = open_runner(config, folder, lock)
+        campaign = _Campaign(config, steps, prefix=prefix, runner=runner, relay=relay, say=say)
+        campaign.run()
     if relay.received is not None:
         raise CampaignInterruptedError(
             f"campaign {config.name!r} was interrupted by {relay.received.name}; nothing saved is lost\n"
             "  Start it again with the same command: finished steps are kept, the running one continues.",
             signal_number=relay.received.value,
         )
-    if failed:
-        raise CampaignError(_explain(config, steps, failed, folder))
+    if campaign.failed:
+        raise CampaignError(_explain(config, steps, campaign.failed, folder))
     for name in REPORT_NAMES:
         if (folder / name).exists():
             say(f"{name:<12} {(folder / name).absolute()}")
@@ -95,60 +102,111 @@ def state_of(step: PlannedStep, steps: Sequence[PlannedStep], ledger: Ledger) ->
     return State(True, f"done in {_duration(last.seconds)}, kept")
 
 
-def _run_steps(
-    steps: Sequence[PlannedStep],
-    ledger: Ledger,
-    folder: Path,
-    prefix: Sequence[str],
-    lock: CampaignLock,
-    relay: SignalRelay,
-    say: Callable[[str], None],
-) -> dict[str, str]:
-    """Run what is to do. Returns the steps that did not succeed and why."""
-    failed: dict[str, str] = {}
-    for number, step in enumerate(steps, start=1):
-        if relay.received is not None:
-            break
-        label = f"[{number}/{len(steps)}] {step.id}"
-        if missing := [need for need in step.needs if need in failed]:
-            failed[step.id] = f"not run: it needs {', '.join(missing)}"
-            say(f"{label}: {failed[step.id]}")
-            continue
-        state = state_of(step, steps, ledger)
+class _Campaign:
+    """One pass over the steps: starts those that are ready, records those that end."""
+
+    def __init__(
+        self,
+        config: CampaignConfig,
+        steps: Sequence[PlannedStep],
+        *,
+        prefix: Sequence[str],
+        runner: Runner,
+        relay: SignalRelay,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._steps, self._prefix = config, steps, prefix
+        self._runner, self._relay, self._say = runner, relay, say
+        self._ledger = Ledger(Path(config.output_dir) / "ledger.jsonl")
+        self._labels = {step.id: f"[{number}/{len(steps)}] {step.id}" for number, step in enumerate(steps, start=1)}
+        self._waiting = list(steps)
+        self._running: dict[str, _Started] = {}
+        self.failed: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Until nothing is left to start and nothing runs. Told to stop, start nothing more and await what runs."""
+        while True:
+            if self._relay.received is None:
+                self._start_ready()
+            elif self._runner.outlives:
+                self._leave()
+                return
+            if not self._running:
+                return
+            time.sleep(_POLL_S)
+            for id, started in list(self._running.items()):
+                if (outcome := started.running.poll()) is not None:
+                    del self._running[id]
+                    self._relay.detach(started.running)
+                    self._record(started, outcome)
+
+    def _start_ready(self) -> None:
+        """Decide on every step whose needs are settled, in the order of the preset."""
+        progress = True
+        while progress and self._relay.received is None:
+            progress = False
+            for step in list(self._waiting):
+                if len(self._running) >= self._runner.parallel or self._relay.received is not None:
+                    return
+                unsettled = {*self._running, *(other.id for other in self._waiting)}
+                if unsettled.isdisjoint(step.needs):
+                    self._waiting.remove(step)
+                    self._decide(step)
+                    progress = True
+
+    def _decide(self, step: PlannedStep) -> None:
+        """Keep a step, give it up, or start it."""
+        label = self._labels[step.id]
+        if missing := [need for need in step.needs if need in self.failed]:
+            self.failed[step.id] = f"not run: it needs {', '.join(missing)}"
+            self._say(f"{label}: {self.failed[step.id]}")
+            return
+        state = state_of(step, self._steps, self._ledger)
         if state.is_done:
-            say(f"{label}: {state.reason}")
-            continue
-        command = (*prefix, *step.arguments)
-        say(f"{label}: {state.reason}\n  {shlex.join(command)}")
-        _set_aside(step, ledger, say)
+            self._say(f"{label}: {state.reason}")
+            return
+        command = command_of(step, self._prefix, self._config)
+        self._say(f"{label}: {state.reason}\n  {shlex.join(command)}")
+        _set_aside(step, self._ledger, self._say)
         started = _now()
-        outcome = run_child(
-            command,
-            relay=relay,
-            log=folder / "logs" / f"{step.id}.log",
-            inherit=lock.descriptor,
-            started=lambda pid, step=step: lock.note_step(step.id, pid),  # type: ignore[misc]
-        )
-        ledger.append(
+        running = self._runner.start(step, command)
+        self._running[step.id] = _Started(step, command, started, running)
+        self._relay.attach(running)
+
+    def _record(self, started: "_Started", outcome: Outcome) -> None:
+        step = started.step
+        self._ledger.append(
             Attempt(
                 step=step.id,
-                command=command,
+                command=started.command,
                 fingerprint=step.fingerprint,
-                started=started,
+                started=started.at,
                 ended=_now(),
                 exit_code=outcome.exit_code,
                 seconds=round(outcome.seconds, 3),
-                interrupted=relay.received is not None,
+                interrupted=self._relay.received is not None,
             )
         )
-        if relay.received is not None:
-            break
+        self._runner.ended(step)
+        if self._relay.received is not None:
+            return
         if outcome.exit_code != 0:
-            failed[step.id] = _ending(outcome.exit_code, outcome.seconds)
+            self.failed[step.id] = _ending(outcome.exit_code, outcome.seconds)
         elif not step.has_output():
-            failed[step.id] = f"stopped before its end: no finished output in {step.folder}"
-        say(f"{label}: {failed.get(step.id) or f'done in {_duration(outcome.seconds)}'}")
-    return failed
+            self.failed[step.id] = f"stopped before its end: no finished output in {step.folder}"
+        self._say(f"{self._labels[step.id]}: {self.failed.get(step.id) or f'done in {_duration(outcome.seconds)}'}")
+
+    def _leave(self) -> None:
+        """Let jobs of a cluster go on: the next call of the campaign waits for them."""
+        if self._running:
+            self._say(f"these go on without the campaign: {', '.join(self._running)}; start it again to wait for them")
+
+
+class _Started(NamedTuple):
+    step: PlannedStep
+    command: tuple[str, ...]
+    at: str
+    running: Running
 
 
 def _set_aside(step: PlannedStep, ledger: Ledger, say: Callable[[str], None]) -> None:
@@ -166,12 +224,24 @@ def _set_aside(step: PlannedStep, ledger: Ledger, say: Callable[[str], None]) ->
         say(f"  its earlier output, of other settings, is now {aside}; delete it when you no longer need it")
 
 
-def _describe(steps: Sequence[PlannedStep], ledger: Ledger, prefix: Sequence[str], say: Callable[[str], None]) -> None:
+def _describe(
+    config: CampaignConfig,
+    steps: Sequence[PlannedStep],
+    ledger: Ledger,
+    prefix: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    to_do = []
     for number, step in enumerate(steps, start=1):
         state = state_of(step, steps, ledger)
-        needs = f" (after {', '.join(step.needs)})" if step.needs else ""
+        if not state.is_done:
+            to_do.append(step)
+        needs = f" (after {', '.join(step.needs)})" if 0 < len(step.needs) <= _SHOWN_NEEDS else ""
+        needs = needs or (f" (after {len(step.needs)} steps)" if step.needs else "")
         say(f"[{number}/{len(steps)}] {step.id}{needs}: {state.reason}")
-        say(f"  {shlex.join((*prefix, *step.arguments))}")
+        say(f"  {shlex.join(command_of(step, prefix, config))}")
+    for line in estimate(config, to_do):
+        say(line)
 
 
 def _explain(config: CampaignConfig, steps: Sequence[PlannedStep], failed: dict[str, str], folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Runs one step as a child process: signals reach it once, its output is live and, off a terminal, logged."""
+"""Runs a step as a child process: signals reach it once, its output is live and, off a terminal, logged."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol
 
 from nested_lm.errors import CampaignError
 
@@ -17,21 +17,31 @@ _ECHO_S = 0.5  # `timeout` and service managers signal a process and its group: 
 
 
 class Outcome(NamedTuple):
-    """How a child ended. exit_code is negative when a signal killed it."""
+    """How a step ended. exit_code is negative when a signal killed it."""
 
     exit_code: int
     seconds: float
 
 
-class SignalRelay:
-    """While entered, passes SIGINT, SIGTERM and SIGHUP on to the running child; the second one kills it.
+class Running(Protocol):
+    """A step that was started."""
 
-    The child lives in its own process group, so Ctrl-C in a terminal reaches it exactly once: through here.
+    def poll(self) -> Outcome | None:
+        """How it ended; None while it runs."""
+
+    def stop(self, number: signal.Signals) -> None:
+        """Pass a signal on."""
+
+
+class SignalRelay:
+    """While entered, passes SIGINT, SIGTERM and SIGHUP on to the running steps; the second one kills them.
+
+    Children live in their own process groups, so Ctrl-C in a terminal reaches each exactly once: through here.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._child: subprocess.Popen[bytes] | None = None
+        self._running: list[Running] = []
         self._previous: dict[signal.Signals, object] = {}
         self.received: signal.Signals | None = None
         self._received_at = 0.0
@@ -49,11 +59,15 @@ class SignalRelay:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def attach(self, child: subprocess.Popen[bytes] | None) -> None:
-        """Name the child that gets the signals. One that came while it was being started is passed on now."""
-        self._child = child
-        if child is not None and self.received is not None:
-            child.send_signal(self.received)
+    def attach(self, running: Running) -> None:
+        """Name a step that gets the signals. One that came while it was being started is passed on now."""
+        self._running.append(running)
+        if self.received is not None:
+            running.stop(self.received)
+
+    def detach(self, running: Running) -> None:
+        """Forget a step that has ended."""
+        self._running.remove(running)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -61,62 +75,75 @@ class SignalRelay:
         if again and now - self._received_at < _ECHO_S:
             return
         self.received, self._received_at = signal.Signals(number), now
-        if self._child is None:
+        if not self._running:
             return
-        # send_signal polls first, so a child that has ended meanwhile is not signalled
-        self._child.send_signal(signal.SIGKILL if again else self.received)
-        self._say("stopping at once" if again else "asked the running step to stop; once more stops it at once")
+        for running in self._running:
+            running.stop(signal.SIGKILL if again else self.received)
+        self._say("stopping at once" if again else "asked what runs to stop; once more stops it at once")
 
 
-def run_child(
-    command: Sequence[str],
-    *,
-    relay: SignalRelay,
-    log: Path,
-    inherit: int,
-    started: Callable[[int], None],
-) -> Outcome:
-    """Run a command to its end.
+class Child:
+    """A child process.
 
-    On a terminal the child inherits it, so progress bars work; otherwise its output goes to our standard
-    output as it comes and into `log`, which is appended to.
+    On a terminal it inherits it when it has it for itself (`terminal`), so progress bars work; otherwise its output
+    goes to our standard output as it comes and into `log`, which is appended to.
 
     Args:
         command: program and arguments.
-        relay: entered; passes signals on.
-        log: file for the output when standard output is not a terminal.
+        log: file for the output.
         inherit: file descriptor that the child keeps open (the campaign's lock).
-        started: called with the child's process id.
+        terminal: let it write to our terminal, if we have one.
+        environment: variables to set besides ours.
 
     Raises:
         CampaignError: the program cannot be started.
     """
-    terminal = sys.stdout.isatty()
-    begin = time.monotonic()
-    try:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=None if terminal else subprocess.PIPE,
-            stderr=None if terminal else subprocess.STDOUT,
-            pass_fds=(inherit,),
-            process_group=0,
-        )
-    except OSError as error:
-        raise CampaignError(f"cannot start {command[0]}: {error.strerror or error}") from error
-    started(child.pid)
-    relay.attach(child)
-    try:
-        if child.stdout is not None:
-            copier = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)
-            copier.start()
-            exit_code = child.wait()
-            copier.join(timeout=5.0)  # a grandchild may hold the pipe open after the child has ended
-        else:
-            exit_code = child.wait()
-    finally:
-        relay.attach(None)
-    return Outcome(exit_code, time.monotonic() - begin)
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        inherit: int,
+        terminal: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        shared = terminal and sys.stdout.isatty()
+        self._begin = time.monotonic()
+        try:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=None if shared else subprocess.PIPE,
+                stderr=None if shared else subprocess.STDOUT,
+                pass_fds=(inherit,),
+                process_group=0,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            raise CampaignError(f"cannot start {command[0]}: {error.strerror or error}") from error
+        self._copier: threading.Thread | None = None
+        if self._child.stdout is not None:
+            self._copier = threading.Thread(target=_copy, args=(self._child.stdout, log), daemon=True)
+            self._copier.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    def poll(self) -> Outcome | None:
+        """How it ended, its output copied; None while it runs."""
+        exit_code = self._child.poll()
+        if exit_code is None:
+            return None
+        if self._copier is not None:
+            self._copier.join(timeout=5.0)  # a grandchild may hold the pipe open after the child has ended
+        return Outcome(exit_code, time.monotonic() - self._begin)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send it a signal; it polls first, so a child that has ended meanwhile is not signalled."""
+        self._child.send_signal(number)
 
 
 def _copy(source: IO[bytes], log: Path) -> None:

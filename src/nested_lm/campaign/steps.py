@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nested_lm.config.campaign import CampaignConfig, DataStep, EvalStep, TrainStep
-from nested_lm.config.load import config_hash, load_data, load_run
+from nested_lm.campaign.grid import Arm, plan_arms
+from nested_lm.config.campaign import CampaignConfig, DataStep, EvalStep, GridStep, TrainStep
+from nested_lm.config.load import config_hash, load_ablation, load_data, load_evaluation, load_run, training_hash
+from nested_lm.config.run import RunConfig
 from nested_lm.errors import ConfigError
-from nested_lm.report.manifest import CampaignManifest, RunEntry, StepEntry
+from nested_lm.report.manifest import CampaignManifest, GridEntry, RunEntry, StepEntry, VariantEntry
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class PlannedStep:
     fingerprint: hash of the resolved settings and of the fingerprints of its needs.
     outputs: a finished step has left a file of this pattern in its folder; without it the step runs again.
     folder: where the step writes.
-    run_name: of a train step.
+    run: configuration of a train step.
+    arm: of an ablation grid's train step: the grid's id and the arm.
     """
 
     id: str
@@ -32,7 +36,8 @@ class PlannedStep:
     fingerprint: str
     folder: Path
     outputs: str
-    run_name: str | None = None
+    run: RunConfig | None = None
+    arm: tuple[str, Arm] | None = None
 
     def has_output(self) -> bool:
         """Whether what the step makes is there. A training that saved and stopped early is not at its end."""
@@ -41,48 +46,154 @@ class PlannedStep:
         return self.kind != "train" or _reached_the_end(self.folder / "metrics.jsonl")
 
 
+class _Plan:
+    """Collects planned steps; `aliases` maps the id of a grid to the steps it became."""
+
+    def __init__(self, config: CampaignConfig) -> None:
+        self.config = config
+        self.steps: dict[str, PlannedStep] = {}
+        self.aliases: dict[str, tuple[str, ...]] = {}
+
+    def add(
+        self,
+        id: str,
+        kind: Literal["data", "train", "eval", "report"],
+        arguments: tuple[str, ...],
+        *,
+        after: Sequence[str],
+        settings: str,
+        folder: Path,
+        outputs: str,
+        run: RunConfig | None = None,
+        arm: tuple[str, Arm] | None = None,
+    ) -> None:
+        if id in self.steps:
+            raise ConfigError(f"{self.config.name}: two steps became {id!r}; rename the grid or the step")
+        needs = tuple(dict.fromkeys(real for name in after for real in self.aliases.get(name, (name,))))
+        text = json.dumps([kind, settings, [self.steps[need].fingerprint for need in needs]])
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.steps[id] = PlannedStep(id, kind, arguments, needs, fingerprint, folder, outputs, run, arm)
+
+    def add_run(
+        self,
+        id: str,
+        preset: str,
+        overrides: Sequence[str],
+        run: RunConfig,
+        *,
+        after: Sequence[str],
+        arm: tuple[str, Arm] | None = None,
+    ) -> None:
+        self.add(
+            id,
+            "train",
+            ("train", preset, *overrides),
+            after=after,
+            settings=training_hash(run),
+            folder=Path(run.output_dir),
+            outputs="checkpoints/*/manifest.json",
+            run=run,
+            arm=arm,
+        )
+
+    def add_evaluation(
+        self, id: str, of: str, settings: str, overrides: Sequence[str], *, after: Sequence[str] = ()
+    ) -> None:
+        folder = self.steps[of].folder
+        self.add(
+            id,
+            "eval",
+            ("eval", str(folder), *overrides, "--settings", settings),
+            after=(of, *after),
+            settings=config_hash(load_evaluation(settings, overrides)),
+            folder=folder,
+            outputs="results/*.json",
+        )
+
+    def add_suite(self, step: EvalStep) -> None:
+        folder = self.steps[step.run].folder
+        self.add(
+            step.id,
+            "eval",
+            ("eval", step.suite, str(folder), *step.options),
+            after=(step.run, *step.after),
+            settings=json.dumps([step.suite, *step.options]),
+            folder=folder,
+            outputs="results/*.json",
+        )
+
+
 def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
     """Resolve every step, in the order of the preset, which is one of its dependencies.
 
-    Raises ConfigError when a preset of a step cannot be resolved, or two runs share a folder.
+    Raises ConfigError when a preset of a step cannot be resolved, a variant of a grid changes more than one factor,
+    two runs share a folder, or several processes would train the same run side by side.
     """
-    planned: dict[str, PlannedStep] = {}
+    plan = _Plan(config)
     for step in config.steps:
-        needs = tuple(dict.fromkeys((*((step.run,) if isinstance(step, EvalStep) else ()), *step.after)))
-        run_name = None
         if isinstance(step, DataStep):
             data = load_data(step.config, step.overrides)
-            arguments = ("data", step.config, *step.overrides)
-            folder, outputs, settings = Path(data.output_dir), "manifest.json", config_hash(data)
+            plan.add(
+                step.id,
+                "data",
+                ("data", step.config, *step.overrides),
+                after=step.after,
+                settings=config_hash(data),
+                folder=Path(data.output_dir),
+                outputs="manifest.json",
+            )
         elif isinstance(step, TrainStep):
             run = load_run(step.config, step.overrides)
-            run_name = run.name
-            arguments = ("train", step.config, *step.overrides)
-            folder, outputs, settings = Path(run.output_dir), "checkpoints/*/manifest.json", config_hash(run)
+            plan.add_run(step.id, step.config, step.overrides, run, after=step.after)
         elif isinstance(step, EvalStep):
-            folder, outputs, settings = planned[step.run].folder, "results/*.json", "eval"
-            arguments = ("eval", str(folder))
+            trained = next(other for other in config.steps if other.id == step.run)
+            assert isinstance(trained, TrainStep)
+            if step.suite != "run":
+                plan.add_suite(step)
+                continue
+            settings, overrides = step.settings, step.overrides
+            if settings is None:
+                settings, overrides = trained.config, trained.overrides
+            plan.add_evaluation(step.id, step.run, settings, overrides, after=step.after)
+        elif isinstance(step, GridStep):
+            _add_grid(plan, step)
         else:
-            folder, outputs, settings = Path(config.output_dir), "report.html", config.title
-            arguments = ("report", config.output_dir)
-        planned[step.id] = PlannedStep(
-            id=step.id,
-            kind=step.kind,
-            arguments=arguments,
-            needs=needs,
-            fingerprint=_fingerprint(step.kind, settings, [planned[need].fingerprint for need in needs]),
-            folder=folder,
-            outputs=outputs,
-            run_name=run_name,
-        )
-    _refuse_shared_folders(config, planned)
-    return tuple(planned.values())
+            plan.add(
+                step.id,
+                "report",
+                ("report", config.output_dir),
+                after=step.after,
+                settings=config.title,
+                folder=Path(config.output_dir),
+                outputs="report.html",
+            )
+    _refuse_shared_folders(config, plan.steps)
+    _refuse_copies(config, plan.steps)
+    return tuple(plan.steps.values())
+
+
+def _add_grid(plan: _Plan, step: GridStep) -> None:
+    """Every arm with every seed, seed by seed, so that a grid that is cut short has whole seeds."""
+    grid = load_ablation(step.ablations)
+    arms = plan_arms(grid, shared=step.overrides, only=step.only)
+    made: list[str] = []
+    for seed in step.seeds:
+        for arm in arms:
+            name = f"{arm.name}-seed{seed}"
+            folder = f"{plan.config.output_dir}/runs/{step.id}-{name}"
+            run = arm.config.model_copy(update={"name": name, "output_dir": folder, "seed": seed})
+            overrides = (*arm.overrides, f"name={name}", f"output_dir={folder}", f"seed={seed}")
+            id = f"{step.id}.{name}"
+            plan.add_run(id, grid.base, overrides, run, after=step.after, arm=(step.id, arm))
+            plan.add_evaluation(f"{id}.eval", id, step.evaluation, ())
+            made += [id, f"{id}.eval"]
+    plan.aliases[step.id] = tuple(made)
 
 
 def describe(config: CampaignConfig, steps: tuple[PlannedStep, ...]) -> CampaignManifest:
     """What the report has to know of the campaign; folders become relative to the campaign's own."""
     root = Path(config.output_dir).absolute()
-    evaluated = {step.run for step in config.steps if isinstance(step, EvalStep)}
+    evaluated = {need for step in steps if step.kind == "eval" for need in step.needs}
 
     def relative(folder: Path) -> str:
         return Path(os.path.relpath(folder.absolute(), root)).as_posix()
@@ -95,14 +206,41 @@ def describe(config: CampaignConfig, steps: tuple[PlannedStep, ...]) -> Campaign
         runs=tuple(
             RunEntry(
                 step=step.id,
-                name=step.run_name,
+                name=step.run.name,
                 folder=relative(step.folder),
                 evaluated=step.id in evaluated,
+                grid=step.arm[0] if step.arm else None,
+                arm=step.arm[1].name if step.arm else None,
             )
             for step in steps
-            if step.run_name is not None
+            if step.run is not None
         ),
         steps=tuple(StepEntry(id=step.id, kind=step.kind, arguments=step.arguments) for step in steps),
+        grids=tuple(_describe_grid(step, steps) for step in config.steps if isinstance(step, GridStep)),
+    )
+
+
+def _describe_grid(grid: GridStep, steps: tuple[PlannedStep, ...]) -> GridEntry:
+    loaded = load_ablation(grid.ablations)
+    arms = {step.arm[1].name: step.arm[1] for step in steps if step.arm is not None and step.arm[0] == grid.id}
+    return GridEntry(
+        id=grid.id,
+        title=loaded.title,
+        base=loaded.base,
+        seeds=grid.seeds,
+        variants=tuple(
+            VariantEntry(
+                name=arm.name,
+                factor=arm.variant.factor,
+                change=arm.variant.change,
+                delta=arm.variant.delta,
+                balance=arm.variant.balance,
+                row=arm.variant.paper.row if arm.variant.paper else None,
+                reversed=arm.variant.paper is not None and arm.variant.paper.sense == "reversed",
+            )
+            for arm in arms.values()
+            if arm.variant is not None
+        ),
     )
 
 
@@ -121,10 +259,6 @@ def _reached_the_end(metrics: Path) -> bool:
     return False
 
 
-def _fingerprint(kind: str, settings: str, needs: list[str]) -> str:
-    return hashlib.sha256(json.dumps([kind, settings, needs]).encode()).hexdigest()[:16]
-
-
 def _refuse_shared_folders(config: CampaignConfig, planned: dict[str, PlannedStep]) -> None:
     owners: dict[Path, str] = {}
     for step in planned.values():
@@ -137,3 +271,16 @@ def _refuse_shared_folders(config: CampaignConfig, planned: dict[str, PlannedSte
                 f'  Give one another folder, such as overrides: ["output_dir={step.folder}-{step.id}"]'
             )
         owners[folder] = step.id
+
+
+def _refuse_copies(config: CampaignConfig, planned: dict[str, PlannedStep]) -> None:
+    """Refuse torchrun for a run that would not share its work: each process would train all of it."""
+    if config.runner.kind == "ray" or config.runner.processes == 1:
+        return
+    for step in planned.values():
+        if step.run is not None and step.run.train.strategy == "single":
+            raise ConfigError(
+                f"{config.name}: runner {config.runner.kind} starts {config.runner.processes} processes, but step "
+                f"{step.id!r} has train.strategy single, so each would train the whole run\n"
+                '  Add overrides: ["train.strategy=fsdp2"] to the step, or use runner local.'
+            )

@@ -1,10 +1,14 @@
-"""A campaign: a graph of data, training, evaluation and report steps."""
+"""A campaign: a graph of data, training, evaluation and report steps, and where they run."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nested_lm.config.section import Name, Section
+from nested_lm.config.section import Count, Name, PositiveFloat, Section
+
+Names = Annotated[tuple[Name, ...], Field(strict=False)]
+Overrides = Annotated[tuple[str, ...], Field(strict=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class DataStep(Section):
@@ -13,8 +17,8 @@ class DataStep(Section):
     kind: Literal["data"]
     id: Name
     config: str  # preset name below configs/, or a path to a YAML file
-    after: Annotated[tuple[Name, ...], Field(strict=False)] = ()
-    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    after: Names = ()
+    overrides: Overrides = ()
 
 
 class TrainStep(Section):
@@ -23,17 +27,62 @@ class TrainStep(Section):
     kind: Literal["train"]
     id: Name
     config: str
-    after: Annotated[tuple[Name, ...], Field(strict=False)] = ()
-    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    after: Names = ()
+    overrides: Overrides = ()
 
 
 class EvalStep(Section):
-    """Evaluate the newest checkpoint of a run, or the border checkpoints of a chronological one."""
+    """Evaluate the newest checkpoint of a run, or the border checkpoints of a chronological one.
+
+    suite: `run` measures what `settings` ask for; the others are the verbs of `nested-lm eval` by that name, which take
+        command line options.
+    """
 
     kind: Literal["eval"]
     id: Name
     run: Name  # id of a train step
-    after: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    settings: str | None = None  # evaluation preset; null: the section `eval` of the run's own preset
+    after: Names = ()
+    overrides: Overrides = ()  # of the settings
+    suite: Literal["run", "zeroshot", "niah", "continual"] = "run"
+    options: Overrides = ()  # of a suite's verb, such as --tasks=s1,mk1
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_suite(self) -> "EvalStep":
+        if self.suite == "run" and self.options:
+            raise ValueError("options belong to suites; suite run takes `settings` and `overrides`")
+        if self.suite != "run" and self.settings is not None:
+            raise ValueError(f"suite {self.suite} takes command line options, not settings; put them into `options`")
+        if wrong := [option for option in self.options if not option.startswith("--")]:
+            raise ValueError(f"option {wrong[0]!r} must be one word that begins with --, such as --tasks=s1,mk1")
+        return self
+
+    @model_validator(mode="after")
+    def _overrides_have_settings(self) -> "EvalStep":
+        if self.overrides and self.settings is None:
+            raise ValueError(
+                "overrides change the preset named by `settings`; name one, or put them into the train step"
+            )
+        return self
+
+
+class GridStep(Section):
+    """Train and evaluate the arms of an ablation grid, each with every seed."""
+
+    kind: Literal["grid"]
+    id: Name
+    ablations: str  # preset such as ablations/phase2_nano
+    evaluation: str  # preset of the measurements, such as eval/ablations
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
+    only: Names | None = None  # variants to take besides the base; null: all
+    after: Names = ()
+    overrides: Overrides = ()  # of every run
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> "GridStep":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} name a seed twice: the second run would be a copy; use others")
+        return self
 
 
 class ReportStep(Section):
@@ -41,10 +90,80 @@ class ReportStep(Section):
 
     kind: Literal["report"]
     id: Name
-    after: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    after: Names = ()
 
 
-Step = Annotated[DataStep | TrainStep | EvalStep | ReportStep, Field(discriminator="kind")]
+Step = Annotated[DataStep | TrainStep | EvalStep | GridStep | ReportStep, Field(discriminator="kind")]
+
+
+class Local(Section):
+    """Steps are processes of this machine."""
+
+    kind: Literal["local"]
+    parallel: Count = 1  # steps at a time
+    threads: Count | None = None  # of each step (OMP_NUM_THREADS); null: as torch chooses
+
+    @property
+    def processes(self) -> int:
+        """Processes that share one training."""
+        return 1
+
+
+class Torchrun(Section):
+    """Trainings are shared by processes that torchrun starts on this machine; other steps are single processes."""
+
+    kind: Literal["torchrun"]
+    processes: Annotated[int, Field(ge=2)]
+
+    @property
+    def parallel(self) -> int:
+        """One step at a time: it has all devices."""
+        return 1
+
+    @property
+    def threads(self) -> int | None:
+        """As torchrun chooses."""
+        return None
+
+
+class Slurm(Section):
+    """Steps are Slurm jobs on one node each, submitted through submitit; reports are rendered here."""
+
+    kind: Literal["slurm"]
+    parallel: Count = 64  # jobs in the queue at a time
+    processes: Count = 1  # that share one training, started by torchrun
+    timeout_minutes: Count  # of a job; when it ends the step saves and the job is queued again
+    cpus: Count = 8  # of a job
+    gpus: Annotated[int, Field(ge=0)] = 0  # of a job
+    memory_gb: Count | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+
+
+class Ray(Section):
+    """Not built."""
+
+    kind: Literal["ray"]
+
+    @model_validator(mode="after")
+    def _refuse(self) -> "Ray":
+        raise ValueError(
+            "runner ray is not built: no maintained launcher starts, stops and finds again the processes of a campaign "
+            "on Ray, as submitit does on Slurm. For a sweep over one preset install hydra-ray-launcher and use "
+            "`nested-lm train PRESET -m hydra/launcher=ray`; for a campaign use runner slurm, or runner local on a node"
+        )
+
+
+Runner = Annotated[Local | Torchrun | Slurm | Ray, Field(discriminator="kind")]
+
+
+class Speed(Section):
+    """What a dry run computes hours from: speeds that somebody measured, and where."""
+
+    tokens_per_s: PositiveFloat  # of one training
+    run_seconds: PositiveFloat  # besides training: start of the programs, evaluation
+    measured_on: Annotated[str, Field(min_length=1)]
 
 
 class CampaignConfig(Section):
@@ -54,6 +173,8 @@ class CampaignConfig(Section):
     title: str
     output_dir: str
     steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]
+    runner: Runner = Local(kind="local")
+    speed: Speed | None = None  # null: a dry run gives no hours
 
     @model_validator(mode="after")
     def _steps_form_a_graph(self) -> "CampaignConfig":

@@ -28,6 +28,30 @@ class RunEntry(Section):
     name: Name
     folder: str
     evaluated: bool  # an eval step names it
+    grid: Name | None = None  # id of the ablation grid it belongs to
+    arm: Name | None = None  # `base`, or the variant of that grid
+
+
+class VariantEntry(Section):
+    """One variant of a grid. row: of the paper's Table 6; reversed: our variant puts in what that row leaves out."""
+
+    name: Name
+    factor: str
+    change: str
+    delta: tuple[str, ...]
+    balance: tuple[str, ...]
+    row: str | None
+    reversed: bool
+
+
+class GridEntry(Section):
+    """An ablation grid: base preset, seeds and variants in the order of the preset."""
+
+    id: Name
+    title: str
+    base: str
+    seeds: tuple[int, ...]
+    variants: tuple[VariantEntry, ...]
 
 
 class CampaignManifest(Section):
@@ -39,6 +63,7 @@ class CampaignManifest(Section):
     data: tuple[str, ...]  # folders, relative to the campaign folder
     runs: tuple[RunEntry, ...]
     steps: tuple[StepEntry, ...]
+    grids: tuple[GridEntry, ...] = ()
 
 
 def write_manifest(folder: Path, manifest: CampaignManifest) -> None:

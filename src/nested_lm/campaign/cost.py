@@ -1,0 +1,73 @@
+"""What a campaign will cost: tokens, floating point operations, hours at a stated speed, disk."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from nested_lm.campaign.steps import PlannedStep
+from nested_lm.config.campaign import CampaignConfig
+from nested_lm.config.model import ModelConfig
+from nested_lm.config.run import RunConfig
+
+_STATE_BYTES = 12  # a parameter: float32 weights and the two moments of AdamW; most other optimizers keep less
+
+
+def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
+    """Say what the steps that are still to do will take.
+
+    Hours are those of the stated speed, so they are as good as that: variants of a grid differ in speed.
+    """
+    runs = [step.run for step in to_do if step.run is not None]
+    kinds = {kind: sum(step.kind == kind for step in to_do) for kind in ("data", "train", "eval", "report")}
+    rows = {"to do": ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "nothing"}
+    if runs:
+        tokens = sum(_tokens(run) for run in runs)
+        operations = sum(6 * _parameters(run.model) * _tokens(run) for run in runs)
+        rows["tokens"] = f"{tokens:,} in {len(runs)} trainings"
+        rows["compute"] = f"{operations:.2g} FLOPs, by 6 x parameters x tokens"
+        rows["time"] = _time(config, tokens, len(runs))
+        rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end, at about "
+        rows["disk"] += f"{_STATE_BYTES} bytes a parameter"
+    return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was run or written"]
+
+
+def _time(config: CampaignConfig, tokens: int, runs: int) -> str:
+    speed = config.speed
+    if speed is None:
+        return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
+    parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs)
+    seconds = (tokens / speed.tokens_per_s + runs * speed.run_seconds) / parallel
+    how = f"{speed.tokens_per_s:,.0f} tokens/s and {speed.run_seconds:g} s besides training for each run"
+    together = f", {parallel} at a time" if parallel > 1 else ""
+    return f"{_duration(seconds)} at {how}{together} (measured on {speed.measured_on})"
+
+
+def _tokens(run: RunConfig) -> int:
+    return run.train.num_steps * run.train.step_tokens
+
+
+@cache
+def _parameters(model: ModelConfig) -> int:
+    from nested_lm.nn.sizing import count_parameters  # imports torch
+
+    return count_parameters(model)["total"]
+
+
+def _checkpoint_bytes(run: RunConfig) -> int:
+    """Newest checkpoints, and the border checkpoints of a chronological run, which are all kept."""
+    stream = run.train.stream
+    kept = run.train.checkpoints.keep + (stream.periods + 1 if stream.kind == "chronological" else 0)
+    return kept * _STATE_BYTES * _parameters(run.model)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

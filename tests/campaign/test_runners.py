@@ -1,0 +1,262 @@
+"""Steps side by side, shared by torchrun, as jobs of a scheduler; grids as steps; what a dry run says of cost."""
+
+import json
+import shlex
+import signal
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from nested_lm.campaign import runners
+from nested_lm.campaign.ledger import Ledger
+from nested_lm.campaign.lock import CampaignLock
+from nested_lm.campaign.plan import run_campaign
+from nested_lm.campaign.slurm import JobQueue, StepJob
+from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
+from nested_lm.config.campaign import CampaignConfig, Slurm
+from nested_lm.config.load import load_campaign
+from nested_lm.errors import CampaignError, ConfigError
+from tests.campaign.fake_campaign import campaign
+
+SLURM = {"kind": "slurm", "timeout_minutes": 5, "cpus": 1}
+GRID = {
+    "kind": "grid",
+    "id": "g",
+    "ablations": "ablations/phase2_nano",
+    "evaluation": "eval/smoke",
+    "seeds": [1, 2],
+    "only": ["no-dgd"],
+    "overrides": ["train=smoke"],
+    "after": ["data"],
+}
+
+
+def with_runner(runner: dict[str, object], **changes: object) -> CampaignConfig:
+    return CampaignConfig.model_validate({**campaign().model_dump(mode="json"), "runner": runner, **changes})
+
+
+def with_grid(**changes: object) -> CampaignConfig:
+    data = {"kind": "data", "id": "data", "config": "data/demo", "overrides": ["output_dir=out/text"]}
+    report = {"kind": "report", "id": "report", "after": ["g"]}
+    steps = [data, {**GRID, **changes}, report]
+    return CampaignConfig.model_validate({"name": "grid", "title": "A grid", "output_dir": "out", "steps": steps})
+
+
+@cache
+def planned() -> tuple[PlannedStep, ...]:
+    return plan_steps(with_grid())
+
+
+class TestSideBySide:
+    def test_steps_that_do_not_need_each_other_run_together(self, prefix, calls):
+        Path("behaviour.json").write_text(json.dumps({"train hope": "meet", "train transformer": "meet"}))
+        run_campaign(with_runner({"kind": "local", "parallel": 2, "threads": 1}), prefix=prefix)
+        assert sorted(Path("met.txt").read_text().split()) == ["hope:1", "transformer:1"]  # name and OMP_NUM_THREADS
+        assert sorted(calls()[1:3]) == ["train hope", "train transformer"]
+        assert calls() == []
+
+    def test_a_failure_beside_others_stops_its_dependants_only(self, prefix, calls):
+        Path("behaviour.json").write_text(json.dumps({"train hope": "fail"}))
+        with pytest.raises(CampaignError, match="3 of 6 steps"):
+            run_campaign(with_runner({"kind": "local", "parallel": 3}), prefix=prefix)
+        assert "eval transformer" in calls()
+
+
+class TestTorchrun:
+    def test_trainings_alone_are_shared(self, prefix):
+        steps = campaign().model_dump(mode="json")["steps"]
+        for step in steps[1:3]:
+            step["overrides"].append("train.strategy=fsdp2")
+        said: list[str] = []
+        config = with_runner({"kind": "torchrun", "processes": 2}, steps=steps)
+        run_campaign(config, prefix=prefix, dry_run=True, say=said.append)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+        commands = [shlex.split(line) for line in said[1:12:2]]
+        assert commands[1][: len(launcher)] == launcher
+        assert commands[1][len(launcher) :][: len(prefix) + 1] == [*prefix, "train"]
+        assert [command[0] for command in commands] == [sys.executable] * 6
+        assert "torch.distributed.run" not in [*commands[0], *commands[3], *commands[5]]
+
+    def test_copies_of_a_run_are_refused(self):
+        with pytest.raises(ConfigError, match=r"(?s)starts 2 processes, but step 'hope' .*train\.strategy=fsdp2"):
+            plan_steps(with_runner({"kind": "torchrun", "processes": 2}))
+
+
+def test_ray_is_refused_by_name_with_what_to_use():
+    with pytest.raises(ValueError, match=r"runner ray is not built(?s:.*)hydra/launcher=ray(?s:.*)runner slurm"):
+        with_runner({"kind": "ray"})
+
+
+class TestJobs:
+    """The queue on submitit's local executor, which runs jobs as processes of this machine."""
+
+    @pytest.fixture
+    def queue(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        return lambda: JobQueue(Slurm.model_validate(SLURM), tmp_path, cluster="local", poll_s=0.05)
+
+    @staticmethod
+    def outcome(job):
+        while (found := job.poll()) is None:
+            pass
+        return found
+
+    def test_a_job_runs_its_command_and_an_earlier_one_is_found_again(self, queue, tmp_path):
+        command = [sys.executable, "-S", "-c", "print('hello'); raise SystemExit(3)"]
+        first = queue()
+        assert self.outcome(first.start("train", "f1", command)).exit_code == 3
+        assert (tmp_path / "logs/train.log").read_text() == "hello\n"
+        later = queue()  # the campaign was killed before the end reached its ledger
+        assert self.outcome(later.start("train", "f1", ["/no/such/program"])).exit_code == 3
+        later.forget("train")
+        assert not (tmp_path / "jobs/train.json").exists()
+
+    def test_a_campaign_killed_while_submitting_asks_for_a_look(self, queue, tmp_path):
+        (tmp_path / "jobs").mkdir()
+        record = {"job_id": None, "fingerprint": "f", "name": "train-f"}
+        (tmp_path / "jobs/train.json").write_text(json.dumps(record))
+        with pytest.raises(CampaignError, match=r"(?s)'train-f' may exist.*delete .*train\.json"):
+            queue().start("train", "f", ["true"])
+
+    def test_a_campaign_runs_through_jobs(self, prefix, calls, monkeypatch, tmp_path):
+        def local(config, folder, lock):
+            runner = runners.SlurmRunner(config.runner, folder, lock, cluster="local")
+            monkeypatch.setattr(runner._queue, "_poll_s", 0.05)
+            return runner
+
+        monkeypatch.setattr("nested_lm.campaign.plan.open_runner", local)
+        steps = campaign().model_dump(mode="json")["steps"][:2]
+        run_campaign(with_runner(SLURM, steps=steps), prefix=prefix)
+        assert calls() == ["data text", "train hope"]
+        assert [attempt.exit_code for attempt in Ledger(Path("out/ledger.jsonl")).attempts] == [0, 0]
+        assert list(Path("out/jobs").glob("*.json")) == []
+
+    def test_time_that_ends_lets_the_command_save_and_submits_it_again(self, tmp_path):
+        program = (
+            "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(open('saved', 'w').close()))"
+        )
+        job = StepJob(
+            [sys.executable, "-S", "-c", f"{program}\nopen('up', 'w').close()\ntime.sleep(60)"],
+            tmp_path,
+            tmp_path / "log",
+        )
+        import threading
+
+        thread = threading.Thread(target=job, daemon=True)
+        thread.start()
+        while not (tmp_path / "up").exists():
+            pass
+        again = job.checkpoint()
+        thread.join(timeout=10)
+        assert (tmp_path / "saved").exists()
+        assert again.function._command == job._command
+
+    def test_no_scheduler_and_no_submitit_are_said(self, tmp_path, monkeypatch):
+        with pytest.raises(ConfigError, match=r"(?s)cannot submit jobs from this machine.*runner=\{kind: local\}"):
+            JobQueue(Slurm.model_validate(SLURM), tmp_path)
+        monkeypatch.setitem(sys.modules, "submitit", None)
+        with pytest.raises(ConfigError, match=r"(?s)needs submitit.*nested-lm\[slurm\]"):
+            JobQueue(Slurm.model_validate(SLURM), tmp_path)
+
+
+def test_jobs_go_on_when_the_campaign_is_told_to_stop(tmp_path):
+    with CampaignLock(tmp_path, say=print):
+        assert runners.SlurmRunner.outlives
+        assert not runners.LocalRunner.outlives
+
+
+class TestGrid:
+    def test_arms_and_seeds_become_runs_and_evaluations_seed_by_seed(self, prefix):
+        steps = planned()
+        ids = [step.id for step in steps]
+        made = ["g.base-seed1", "g.no-dgd-seed1", "g.base-seed2", "g.no-dgd-seed2"]
+        assert ids == ["data", *(id for one in made for id in (one, f"{one}.eval")), "report"]
+        assert steps[-1].needs == tuple(ids[1:-1])
+        run = steps[3].run
+        assert (run.name, run.seed, run.output_dir) == ("no-dgd-seed1", 1, "out/runs/g-no-dgd-seed1")
+        assert (run.model.mixer.erase, run.train.budget_tokens) == ("none", 16384)
+        assert steps[3].arguments[:4] == ("train", "hope/demo", "train=smoke", "model.mixer.erase=none")
+        assert steps[4].arguments == ("eval", "out/runs/g-no-dgd-seed1", "--settings", "eval/smoke")
+
+    def test_the_command_of_a_step_makes_its_configuration(self, prefix):
+        from nested_lm.config.load import load_run
+
+        step = planned()[3]
+        assert load_run(step.arguments[1], step.arguments[2:]) == step.run
+
+    def test_the_manifest_says_what_the_arms_are(self, prefix):
+        config = with_grid()
+        manifest = describe(config, planned())
+        assert [(run.grid, run.arm, run.evaluated) for run in manifest.runs[:2]] == [
+            ("g", "base", True),
+            ("g", "no-dgd", True),
+        ]
+        (grid,) = manifest.grids
+        assert (grid.base, grid.seeds, [variant.row for variant in grid.variants]) == ("hope/demo", (1, 2), ["w/o DGD"])
+
+    def test_other_measurements_do_not_train_again(self, prefix):
+        before, after = planned(), plan_steps(with_grid(evaluation="eval/demo"))
+        same = {a.id for a, b in zip(before, after, strict=True) if a.fingerprint == b.fingerprint}
+        assert same == {"data", "g.base-seed1", "g.no-dgd-seed1", "g.base-seed2", "g.no-dgd-seed2"}
+
+    def test_a_seed_twice_is_refused(self):
+        with pytest.raises(ValueError, match="name a seed twice"):
+            with_grid(seeds=[1, 1])
+
+    def test_a_dry_run_says_tokens_hours_and_disk(self, prefix):
+        speed = {"tokens_per_s": 1000.0, "run_seconds": 10.0, "measured_on": "a laptop"}
+        config = with_grid().model_copy(
+            update={
+                "speed": CampaignConfig.model_validate({**with_grid().model_dump(mode="json"), "speed": speed}).speed
+            }
+        )
+        said: list[str] = []
+        run_campaign(config, prefix=prefix, dry_run=True, say=said.append)
+        text = "\n".join(said)
+        assert "to do        1 data, 4 train, 4 eval, 1 report" in text
+        assert "tokens       65,536 in 4 trainings" in text
+        assert "4.1e+11 FLOPs" in text  # 6 x 1,033,848 x 65,536
+        assert "2 min at 1,000 tokens/s and 10 s besides training for each run (measured on a laptop)" in text
+        assert "99.2 MB of checkpoints" in text  # 4 runs x 2 kept x 12 bytes x 1,033,848
+
+
+@pytest.mark.parametrize("name", ["campaign/demo", "campaign/smoke"])
+def test_the_shipped_campaigns_can_be_planned(name):
+    steps = plan_steps(load_campaign(name))
+    assert all(step.needs == (step.id.removeprefix("eval-"),) for step in steps if step.kind == "eval")
+
+
+def test_a_first_signal_leaves_jobs_alone_and_a_second_cancels_them():
+    cancelled = []
+
+    class Handle:
+        def cancel(self, check):
+            cancelled.append(check)
+
+    from nested_lm.campaign.slurm import Job
+
+    job = Job(Handle(), poll_s=1.0)
+    job.stop(signal.SIGTERM)
+    assert cancelled == []
+    job.stop(signal.SIGKILL)
+    assert cancelled == [False]
+
+
+def test_suites_are_verbs_of_their_own_and_take_options(prefix):
+    steps = campaign().model_dump(mode="json")["steps"]
+    steps[3] |= {"suite": "niah", "options": ["--tasks=s1", "--lengths=256"]}
+    planned = plan_steps(with_runner({"kind": "local"}, steps=steps))
+    assert planned[3].arguments == ("eval", "niah", "out/hope", "--tasks=s1", "--lengths=256")
+    steps[3]["options"] = ["--tasks=s1"]
+    again = plan_steps(with_runner({"kind": "local"}, steps=steps))
+    changed = [a.id for a, b in zip(planned, again, strict=True) if a.fingerprint != b.fingerprint]
+    assert changed == ["eval-hope", "report"]
+    for wrong, message in (
+        ({"settings": "eval/demo"}, "suite niah takes command line options, not settings"),
+        ({"options": ["tasks=s1"]}, "must be one word that begins with --"),
+        ({"suite": "run"}, "options belong to suites"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_runner({"kind": "local"}, steps=[*steps[:3], {**steps[3], **wrong}])
