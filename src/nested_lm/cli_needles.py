@@ -22,9 +22,7 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed asks the same ques
 BatchRows = Annotated[int, typer.Option(min=1, help="Prompts read side by side.")]
 MaxState = Annotated[
     int,
-    typer.Option(
-        min=1, help="MiB for states that are read side by side; a length of which one takes more is left out."
-    ),
+    typer.Option(min=1, help="MiB for states read side by side; a length of which one takes more is left out."),
 ]
 Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Result file; in the run's results by default.")]
 OnDevice = Annotated[Device, typer.Option(help="auto: a GPU when there is one.")]

@@ -120,7 +120,7 @@ class NeedleTask(Section):
     """One task at all its lengths, ascending."""
 
     task: str
-    ruler: str  # its name in RULER
+    upstream: str  # its name where it comes from
     haystack: str | None
     lengths: Annotated[tuple[NeedleLength, ...], Field(min_length=1)]
     effective: tuple[EffectiveLength, ...]

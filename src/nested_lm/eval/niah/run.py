@@ -166,7 +166,7 @@ def _measure(
         tasks.append(
             NeedleTask(
                 task=name,
-                ruler=task.ruler,
+                upstream=task.ruler,
                 haystack=None if haystack is None else haystack.identity,
                 lengths=tuple(lengths),
                 effective=effective_lengths(lengths),

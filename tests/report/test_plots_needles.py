@@ -1,0 +1,120 @@
+"""Figures of needle curves."""
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+
+from nested_lm.config.load import load_run
+from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.niah.measure import ControlRow, Measured, Row
+from nested_lm.eval.niah.metrics import NeedleLength, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.summary import effective_lengths, summarise
+from nested_lm.report import plots_needles
+
+DEPTHS = (0.0, 0.5, 1.0)
+PLOTS = (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
+
+
+def scores(length, reach, *, samples=4):
+    """Scores of a model that finds needles up to `reach` tokens back."""
+    rows, controls = [], []
+    for sample in range(samples):
+        for depth in DEPTHS:
+            distance = max(round((1 - depth) * (length - 100)), 30)
+            found = distance <= reach
+            rows.append(
+                Row(sample, depth, distance, True, float(found), 0.1 if found else 5.0, found, 1, None, "12 is it")
+            )
+        rows.append(Row(sample, None, None, False, 0.0, 5.0 + 0.01 * sample, False, 90, None, "no"))
+        controls.append(ControlRow(sample, (0.1, True, 1), (5.0, False, 90)))
+    return summarise(Measured(rows, controls, 1024, 12 * length, 9 * length, 2.0), Bootstrap(samples=100))
+
+
+def metrics(reach, *, stops_at=None):
+    lengths = []
+    for length in (2048, 4096, 8192):
+        if stops_at is not None and length >= stops_at:
+            lengths.append(NeedleLength(length=length, scores=None, stopped="memory ended"))
+        else:
+            lengths.append(NeedleLength(length=length, scores=scores(length, reach), stopped=None))
+    task = NeedleTask(
+        task="s1",
+        upstream="niah_single_1",
+        haystack="noise",
+        lengths=tuple(lengths),
+        effective=effective_lengths(lengths),
+    )
+    return NiahMetrics(
+        kind="niah",
+        constant_state=stops_at is None,
+        max_state_mib=2048,
+        tasks=(task,),
+        tokens_per_s=1000.0,
+        tokens_read_per_s=600.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(complete):
+    """Two runs: one finds needles 3,000 tokens back and runs to the end, the other 200 and stops at 8,192."""
+
+    def with_needles(run, found):
+        result = run.results["passkey"].model_copy(update={"task": "niah", "metrics": found})
+        return replace(run, results={"niah": result})
+
+    hope, transformer = complete.runs[:2]
+    runs = (with_needles(hope, metrics(3000)), with_needles(transformer, metrics(200, stops_at=8192)))
+    return replace(complete, runs=runs)
+
+
+def test_figures_are_whole_and_the_same_bytes_again(measured):
+    for plot in PLOTS:
+        drawing = plot(measured)
+        ET.fromstring(drawing.svg)
+        assert plot(measured).svg == drawing.svg
+        assert not re.search(r"\b20\d\d-\d\d-\d\dT", drawing.svg)
+
+
+def test_cells_show_their_values(measured):
+    svg = plots_needles.needle_matches(measured).svg
+    assert svg.count(">1.00<") >= 3 + 2 + 1  # hope at depths 0 to 1, as far as it reaches
+    assert "s1: Hope" in svg
+    assert "s1: Transformer++" in svg
+    saved = plots_needles.needle_worth(measured).svg
+    assert ">4.92<" in saved  # 5.015 without the needle, 0.1 with it
+
+
+def test_distances_gather_lengths_and_count_texts(measured):
+    task = measured.runs[0].results["niah"].metrics.tasks[0]
+    bins = list(plots_needles._by_distance(task))
+    assert [entry.found.value for entry in bins] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert bins[0].found.n == 12  # four samples of three lengths
+    assert bins[2].found.n == 8  # 1,948 tokens back in the shortest, 1,998 in the next
+    assert bins[0].distance == pytest.approx(30)
+    assert bins[-1].saved.value == pytest.approx(0.015, abs=1e-6)
+
+
+def test_lines_stand_at_windows_levels_and_the_training_context():
+    found = plots_needles.spans(load_run("hope/demo_in_context"))
+    assert found == {
+        32: "level 0 in context",
+        64: "level 1 in context",
+        256: "trained on",
+        2048: "level 0",
+        4096: "level 1",
+    }
+    assert plots_needles.spans(load_run("baselines/sliding_window_demo"))[64] == "window"
+    assert plots_needles.spans(load_run("baselines/titans_mac_demo"))[64] == "segment"
+
+
+def test_no_figure_without_needles(complete):
+    assert [plot(complete) for plot in PLOTS] == [None] * len(PLOTS)
+
+
+def test_lines_are_drawn_where_the_axis_shows_them(measured):
+    svg = plots_needles.needle_distance(measured).svg
+    assert "level 0 2.05 k" in svg
+    assert "level 1 4.1 k" in svg
+    assert "trained on 256" in svg
