@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.audit.conftest import MODELS, STEP_TOKENS
 
 from nested_lm.audit.runner import run_audit
 from nested_lm.audit.subject import open_subject
 from nested_lm.checkpoint import newest_checkpoint, read_tensors
 from nested_lm.config.load import parse_run
 from nested_lm.train.trainer import train
+from tests.audit.conftest import MODELS, STEP_TOKENS
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.audit.conftest import MODELS
 
 from nested_lm.audit import optimizers
 from nested_lm.audit.runner import CHECKS
@@ -20,6 +19,7 @@ from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.ops import memory_chunked
 from nested_lm.ops.update_rules_momentum import GradientDescent
 from nested_lm.optim.clocked import ClockedOptimizer
+from tests.audit.conftest import MODELS
 
 
 def break_operation(monkeypatch, module, name, change):

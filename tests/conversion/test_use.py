@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from tests.conftest import write_tiny_documents
 from typer.testing import CliRunner
 
 from nested_lm.checkpoint import find_checkpoint, load_model, read_tensors
 from nested_lm.cli import app
+from tests.conftest import write_tiny_documents
 
 TRAINING = [
     "train.accumulation=1",

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tests.nn.test_model import HOPE
 
 from nested_lm.config.model import ModelConfig
 from nested_lm.errors import NumericsError
 from nested_lm.eval.scoring import score_answers, score_streaming
 from nested_lm.nn.model import LanguageModel
+from tests.nn.test_model import HOPE
 
 
 @pytest.fixture

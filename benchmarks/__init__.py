@@ -1,0 +1,1 @@
+"""Measurements: speed, exactness, memory, and what models learn."""

@@ -1,0 +1,56 @@
+"""The models of the learning suite: two layers of width 32, one head, parameters within a few per cent."""
+
+from typing import Any
+
+from nested_lm.config.model import ModelConfig
+from nested_lm.nn.sizing import count_parameters
+
+WIDTH, LAYERS = 32, 2
+
+HEAD = {"num_heads": 1, "head_width": 32}
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "hope": {"kind": "self_modifying", **HEAD},
+    "hope_memory_only": {"kind": "self_modifying", **HEAD, "adapt": ["memory"]},
+    "transformer": {"kind": "attention", "num_heads": 1},
+    "sliding_window": {"kind": "attention", "num_heads": 1, "window": 16},
+    "linear_attention": {"kind": "linear_attention", **HEAD, "feature_map": "identity"},
+    "delta_net": {"kind": "delta_net", **HEAD},
+    "delta_net_negative": {"kind": "delta_net", **HEAD, "rate_max": 2.0},
+    "gated_delta_net": {"kind": "gated_delta_net", **HEAD},
+    "titans_lmm": {
+        "kind": "self_modifying",
+        **HEAD,
+        "adapt": ["memory"],
+        "targets": "values",
+        "erase": "none",
+        "momentum": True,
+        "rates": {"memory": 0.1},
+        "rate_init": 0.5,
+    },
+}
+"""Arm -> mixer; everything else is the same for all."""
+
+
+def configuration(arm: str, vocab: int) -> ModelConfig:
+    """Build one arm's model; the MLP is widened until the arm has as many parameters as Hope."""
+    goal = count_parameters(_model("hope", vocab, 2.0))["total"]
+    expansion = 2.0
+    if arm != "hope":
+        short = goal - count_parameters(_model(arm, vocab, expansion))["total"]
+        expansion = max(0.25, expansion + round(short / (LAYERS * 3 * WIDTH)) / WIDTH)
+    return _model(arm, vocab, expansion)
+
+
+def _model(arm: str, vocab: int, expansion: float) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "vocab_size": vocab,
+            "width": WIDTH,
+            "num_layers": LAYERS,
+            "mixer": MIXERS[arm],
+            "channel": {"kind": "swiglu", "expansion": expansion},
+            "tie_embeddings": False,
+            "init_std": 0.3,
+        }
+    )

@@ -1,0 +1,195 @@
+"""Generators of the learning suite: tokens, and the class that is right at every position (-100: not scored).
+
+Shapes: B batch, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+Make = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    make: batch, length, generator -> tokens (B, T) and targets (B, T), both below `vocab`.
+    train_lengths: shortest and longest training length; each batch draws one. test_lengths: what is reported.
+    chance: accuracy of a token by guessing among its likely classes; strings are right when every position is.
+    stale: from tokens and targets, the answer that was right before it was overwritten (-100: not overwritten).
+    """
+
+    name: str
+    vocab: int
+    make: Make
+    train_lengths: tuple[int, int]
+    test_lengths: tuple[int, ...]
+    steps: int
+    chance: float
+    rate: float = 3e-3
+    stale: Callable[[Tensor, Tensor], Tensor] | None = field(default=None)
+
+
+def parity(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random bits; is the number of ones so far odd?"""
+    bits = torch.randint(0, 2, (batch, length), generator=generator)
+    return bits, bits.cumsum(1) % 2
+
+
+def counted(period: int, classes: tuple[int, ...], symbols: tuple[int, ...]) -> Make:
+    """Build the language (w)* for one word w: after each symbol, the class of what may follow.
+
+    Sequences are a start token 0 and the word repeated. Only counting modulo the period tells where a word ends.
+    """
+
+    def make(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        del generator
+        position = torch.arange(length)
+        tokens = torch.tensor(symbols)[(position - 1) % len(symbols)]
+        tokens[0] = 0
+        targets = torch.tensor(classes)[position % period]
+        return tokens.expand(batch, -1), targets.expand(batch, -1)
+
+    return make
+
+
+def counters(symbols: int) -> Make:
+    """Build the language a^n b^n (two symbols) or a^n b^n c^n (three); class: which symbols may follow.
+
+    0: a or b, 1: b only, 2: c only, 3: end. Positions after the end are not scored.
+    """
+
+    def make(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        most = (length - 1) // symbols
+        n = torch.randint(max(1, most // 2), most + 1, (batch, 1), generator=generator)
+        position = torch.arange(length)[None]  # 0 is the start token
+        tokens = ((position - 1).clamp_min(0) // n + 1).clamp_max(symbols) * (position > 0) * (position <= symbols * n)
+        seen = position  # symbols read
+        targets = torch.full((batch, length), IGNORED)
+        targets[(seen <= n).expand(batch, -1)] = 0
+        targets[(seen > n) & (seen < 2 * n)] = 1
+        if symbols == 3:
+            targets[(seen >= 2 * n) & (seen < 3 * n)] = 2
+        targets[seen == symbols * n] = 3
+        return tokens, targets
+
+    return make
+
+
+def shuffle_2(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two kinds of brackets, each balanced, freely interleaved; class: which kinds are open.
+
+    Tokens 1, 2 open and 3, 4 close a kind; 0 starts.
+    """
+    depth = torch.zeros(batch, 2, dtype=torch.long)
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    targets = torch.zeros(batch, length, dtype=torch.long)
+    rows = torch.arange(batch)
+    for t in range(1, length):
+        kind = torch.randint(0, 2, (batch,), generator=generator)
+        closing = torch.rand(batch, generator=generator) < 0.5
+        closing &= depth[rows, kind] > 0
+        depth[rows, kind] += torch.where(closing, -1, 1)
+        tokens[:, t] = torch.where(closing, 3, 1) + kind
+        targets[:, t] = (depth[:, 0] > 0) + 2 * (depth[:, 1] > 0).long()
+    return tokens, targets
+
+
+_SWAPS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+
+
+def permutations(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random permutations of three things (S3); class: their product so far."""
+    tokens = torch.randint(0, 6, (batch, length), generator=generator)
+    state = torch.arange(3).expand(batch, 3)
+    targets = torch.empty_like(tokens)
+    for t in range(length):
+        state = state.gather(1, _SWAPS[tokens[:, t]])
+        targets[:, t] = (state[:, None] == _SWAPS).all(-1).long().argmax(1)
+    return tokens, targets
+
+
+KEYS, VALUES = 16, 16
+FILLER = KEYS + VALUES
+RECALL_VOCAB = FILLER + 1
+
+
+def _distinct(batch: int, count: int, below: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch, below, generator=generator).argsort(1)[:, :count]
+
+
+def _pairs(keys: Tensor, values: Tensor) -> Tensor:
+    return torch.stack([keys, values + KEYS], dim=2).flatten(1)
+
+
+def reassigned(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Six keys get values, three of them new ones; then every key is asked for, and its latest value is right."""
+    keys = _distinct(batch, 6, KEYS, generator)
+    values = torch.randint(0, VALUES, (batch, 6), generator=generator)
+    shift = torch.randint(1, VALUES, (batch, 3), generator=generator)
+    changed = (values[:, :3] + shift) % VALUES
+    latest = torch.cat([changed, values[:, 3:]], dim=1)
+    order = _distinct(batch, 6, 6, generator)
+    filler = torch.full((batch, length - 24), FILLER)
+    told = torch.cat([_pairs(keys, values), _pairs(keys[:, :3], changed), filler, keys.gather(1, order)], dim=1)
+    targets = torch.full((batch, length), IGNORED)
+    targets[:, length - 6 :] = latest.gather(1, order)
+    return told, targets
+
+
+def stale_answer(tokens: Tensor, targets: Tensor) -> Tensor:
+    """Value that an overwritten key had at first, at the positions that ask for it."""
+    stale = torch.full_like(targets, IGNORED)
+    asked = tokens[:, -6:]
+    for pair in range(3):
+        key, old = tokens[:, 2 * pair, None], tokens[:, 2 * pair + 1, None] - KEYS
+        stale[:, -6:] = torch.where(asked == key, old, stale[:, -6:])
+    return stale
+
+
+def far_recall(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Four pairs at the beginning, filler, four questions at the end."""
+    keys = _distinct(batch, 4, KEYS, generator)
+    values = torch.randint(0, VALUES, (batch, 4), generator=generator)
+    order = _distinct(batch, 4, 4, generator)
+    filler = torch.full((batch, length - 12), FILLER)
+    told = torch.cat([_pairs(keys, values), filler, keys.gather(1, order)], dim=1)
+    targets = torch.full((batch, length), IGNORED)
+    targets[:, length - 4 :] = values.gather(1, order)
+    return told, targets
+
+
+MQAR_SYMBOLS = 64
+
+
+def mqar(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Eight of 64 keys get one of 64 values; then keys are asked for at random, again and again."""
+    keys = _distinct(batch, 8, MQAR_SYMBOLS, generator)
+    values = torch.randint(0, MQAR_SYMBOLS, (batch, 8), generator=generator)
+    asked = torch.randint(0, 8, (batch, length - 16), generator=generator)
+    told = torch.stack([keys, values + MQAR_SYMBOLS], dim=2).flatten(1)
+    targets = torch.full((batch, length), IGNORED)
+    targets[:, 16:] = values.gather(1, asked)
+    return torch.cat([told, keys.gather(1, asked)], dim=1), targets
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("parity", 4, parity, (40, 40), (40, 100, 160, 320), 400, 0.5),
+        Task("aa_star", 4, counted(2, (0, 1), (1,)), (8, 40), (40, 100), 200, 0.5),
+        Task("abab_star", 4, counted(4, (0, 1, 2, 1), (1, 2)), (8, 40), (40, 100), 200, 0.5),
+        Task("a_n_b_n", 4, counters(2), (16, 41), (41, 101), 300, 0.5),
+        Task("a_n_b_n_c_n", 4, counters(3), (16, 41), (41, 101), 300, 0.4),
+        Task("shuffle_2", 5, shuffle_2, (8, 40), (40, 100), 300, 0.3),
+        Task("reassigned", RECALL_VOCAB, reassigned, (40, 40), (40, 80), 600, 1 / VALUES, stale=stale_answer),
+        Task("far_recall", RECALL_VOCAB, far_recall, (64, 64), (64, 128), 600, 1 / VALUES),
+        Task("mqar", 2 * MQAR_SYMBOLS, mqar, (64, 64), (64,), 600, 1 / MQAR_SYMBOLS),
+        Task("s3", 6, permutations, (4, 24), (24, 48), 600, 1 / 6),
+    )
+}

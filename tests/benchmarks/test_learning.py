@@ -1,0 +1,150 @@
+"""The labels of the learning suite against brute force, and one small run of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.learning import run
+from benchmarks.learning.arms import MIXERS, configuration
+from benchmarks.learning.tasks import IGNORED, KEYS, MQAR_SYMBOLS, TASKS
+
+from nested_lm.nn.sizing import count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made(name, batch=16, length=None):
+    task = TASKS[name]
+    length = length or task.train_lengths[1]
+    return task.make(batch, length, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tokens_and_targets_are_in_the_vocabulary_and_seeded(name):
+    tokens, targets = made(name)
+    again, _ = made(name)
+    assert tokens.shape == targets.shape
+    assert torch.equal(tokens, again)
+    assert tokens.min() >= 0
+    assert tokens.max() < TASKS[name].vocab
+    scored = targets[targets != IGNORED]
+    assert scored.numel()
+    assert scored.min() >= 0
+    assert scored.max() < TASKS[name].vocab
+
+
+def test_parity():
+    tokens, targets = made("parity")
+    assert all(
+        sum(row[: t + 1]) % 2 == y
+        for row, ys in zip(tokens.tolist(), targets.tolist(), strict=True)
+        for t, y in enumerate(ys)
+    )
+
+
+@pytest.mark.parametrize(("name", "word"), [("aa_star", "11"), ("abab_star", "1212")])
+def test_repeated_words(name, word):
+    tokens, targets = made(name, batch=1, length=23)
+    for t in range(23):
+        read = "".join(map(str, tokens[0, 1 : t + 1].tolist()))
+        may_end = len(read) % len(word) == 0
+        assert read == (word * 12)[: len(read)]
+        assert (targets[0, t].item() == 0) == may_end
+
+
+@pytest.mark.parametrize(("name", "symbols"), [("a_n_b_n", 2), ("a_n_b_n_c_n", 3)])
+def test_counters(name, symbols):
+    tokens, targets = made(name)
+    for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
+        n = row.count(1)
+        text = [s for s in row[1:] if s]
+        assert text == [s for s in range(1, symbols + 1) for _ in range(n)]
+        for t, target in enumerate(classes):
+            if t > symbols * n:
+                assert target == IGNORED
+                continue
+            counts = [text[:t].count(s) for s in range(1, symbols + 1)]
+            if t == symbols * n:
+                expected = 3
+            elif counts[1] == 0:
+                expected = 0
+            else:
+                expected = 1 if counts[1] < n else 2
+            assert target == expected
+
+
+def test_shuffle_2():
+    tokens, targets = made("shuffle_2")
+    for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
+        for t, target in enumerate(classes):
+            depth = [row[: t + 1].count(1 + kind) - row[: t + 1].count(3 + kind) for kind in range(2)]
+            assert min(depth) >= 0
+            assert target == (depth[0] > 0) + 2 * (depth[1] > 0)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("reassigned", 6), ("far_recall", 4)])
+def test_recall_is_the_latest_value(name, asked):
+    tokens, targets = made(name)
+    stale = TASKS[name].stale
+    stale = stale(tokens, targets) if stale else None
+    for index, (row, classes) in enumerate(zip(tokens.tolist(), targets.tolist(), strict=True)):
+        told: dict[int, list[int]] = {}
+        end = len(row) - asked
+        for t in range(0, end - 1, 2):
+            if row[t] < KEYS:
+                told.setdefault(row[t], []).append(row[t + 1] - KEYS)
+        assert classes[end:] == [told[key][-1] for key in row[end:]]
+        assert set(classes[:end]) == {IGNORED}
+        if stale is not None:
+            expected = [told[key][0] if len(told[key]) == 2 else IGNORED for key in row[end:]]
+            assert stale[index, end:].tolist() == expected
+
+
+def test_mqar():
+    tokens, targets = made("mqar")
+    for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
+        told = {row[t]: row[t + 1] - MQAR_SYMBOLS for t in range(0, 16, 2)}
+        assert classes[16:] == [told[key] for key in row[16:]]
+
+
+def test_permutations():
+    tokens, targets = made("s3", batch=4)
+    swaps = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
+        state = (0, 1, 2)
+        for token, target in zip(row, classes, strict=True):
+            state = tuple(state[i] for i in swaps[token])
+            assert swaps[target] == state
+
+
+def test_arms_have_nearly_equal_parameters():
+    sizes = {arm: count_parameters(configuration(arm, 64))["total"] for arm in MIXERS}
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+
+
+def test_interval_by_hand():
+    assert run.interval([0.5]) == "0.50"
+    assert run.interval([0.4, 0.5, 0.6]) == "0.50 (0.25-0.75)"  # 4.303 * 0.1 / sqrt(3) = 0.248
+
+
+def test_runs_skips_what_is_there_and_writes_the_table(tmp_path):
+    out, table = tmp_path / "r.json", tmp_path / "t.md"
+    command = [
+        sys.executable,
+        "benchmarks/learning/run.py",
+        "--quick",
+        "--tasks",
+        "reassigned",
+        "--arms",
+        "linear_attention",
+    ]
+    command += ["--out", str(out), "--table", str(table)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "reassigned linear_attention seed 0" in first.stdout
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+    (row,) = json.loads(out.read_text())["cells"]
+    assert 0 <= row["tokens@40"] <= 1
+    assert "| linear_attention |" in table.read_text()
