@@ -1,0 +1,193 @@
+"""The data folder: documents of the tasks as compressed JSON lines with the hub's field names, and their hashes."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nested_lm.config.section import Count, Section
+from nested_lm.data.atomic import write_atomically
+from nested_lm.errors import DataError
+from nested_lm.eval.zeroshot.tasks import TASKS, ZeroShotTask
+
+MANIFEST = "MANIFEST.json"
+_SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet", ".json")
+_AGAIN = "Make the folder again with `nested-lm eval zeroshot-data`."
+
+
+class DataFile(Section):
+    """One task's documents. source: where they were taken from."""
+
+    file: str
+    sha256: str
+    documents: Count
+    source: str
+    licence: str
+
+
+class DataManifest(Section):
+    """What a data folder holds, by task."""
+
+    version: int
+    tasks: dict[str, DataFile]
+
+
+def make_data_folder(
+    output: Path, names: Sequence[str], *, source: Path | None, report: Callable[[str], None] = print
+) -> Path:
+    """Write documents of tasks from the hub, or from files on disk, into a folder. Tasks that are there stay.
+
+    Args:
+        names: of tasks.
+        source: folder with a JSON-lines, JSON or Parquet file for each task, named as the task; None: the hub.
+
+    Returns: the manifest.
+
+    Raises:
+        DataError: a file is missing or lacks fields, or the hub cannot be reached; that task's old file stays.
+    """
+    path = output / MANIFEST
+    entries = dict(read_manifest(output).tasks) if path.exists() else {}
+    for name in names:
+        task = TASKS[name]
+        rows, origin = _from_hub(task) if source is None else _from_files(task, source)
+        documents = [_canonical(task, row, f"{origin}, document {index}") for index, row in enumerate(rows)]
+        if not documents:
+            raise DataError(f"{origin}: no document for task {name}")
+        text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        content = gzip.compress(text.encode(), mtime=0)
+        entry = DataFile(
+            file=f"{name}.jsonl.gz",
+            sha256=hashlib.sha256(content).hexdigest(),
+            documents=len(documents),
+            source=origin,
+            licence=task.licence,
+        )
+        write_atomically(output / entry.file, content)
+        entries[name] = entry
+        manifest = DataManifest(version=1, tasks={key: entries[key] for key in TASKS if key in entries})
+        write_atomically(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+        of = "" if len(documents) == task.documents else f" of the {task.documents:,} published"
+        report(f"{name}: {len(documents):,} documents{of}, licence {task.licence}")
+    return path
+
+
+def read_manifest(folder: Path) -> DataManifest:
+    """Read the manifest of a data folder.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        return DataManifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{folder} is no data folder: {path.name} cannot be read ({error.strerror})\n  {_AGAIN}"
+        ) from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {str(error).splitlines()[0]}\n  {_AGAIN}") from error
+
+
+def verified_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Files of tasks in a data folder, each checked against its hash.
+
+    Raises:
+        DataError: a task is missing, or its file was changed.
+    """
+    manifest = read_manifest(folder)
+    missing = [name for name in names if name not in manifest.tasks]
+    if missing:
+        raise DataError(
+            f"{folder} holds no documents for {', '.join(missing)}; it has {', '.join(manifest.tasks) or 'none'}\n"
+            f"  Add them with `nested-lm eval zeroshot-data {folder} --tasks {','.join(missing)}`, or name other tasks."
+        )
+    found = {}
+    for name in names:
+        entry = manifest.tasks[name]
+        path = folder / entry.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}\n  {_AGAIN}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != entry.sha256:
+            raise DataError(
+                f"{path} does not match its manifest\n"
+                f"  expected sha256 {entry.sha256}, found {digest}\n"
+                f"  The file was changed after it was written. {_AGAIN}"
+            )
+        found[name] = path
+    return found
+
+
+def _from_hub(task: ZeroShotTask) -> tuple[Iterator[dict[str, Any]], str]:
+    """Documents of a task as the hub has them."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError('the hub is read with `datasets`, which is missing; pip install "nested-lm[eval]"') from None
+    origin = f"hub {task.dataset}" + (f" {task.subset}" if task.subset else "") + f" {task.split}"
+    try:
+        loaded = datasets.load_dataset(task.dataset, task.subset, split=task.split)
+    except Exception as error:  # whatever the hub or the network gave `datasets`
+        raise DataError(
+            f"{origin} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "  Try again with a network, or take files that are there: --from FOLDER."
+        ) from error
+    return iter(loaded), origin
+
+
+def _from_files(task: ZeroShotTask, folder: Path) -> tuple[Iterator[dict[str, Any]], str]:
+    """Documents of a task from a file that bears its name."""
+    names = [f"{stem}{suffix}" for stem in (task.name, *task.other_stems) for suffix in _SUFFIXES]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{folder} has no file for task {task.name}; looked for {', '.join(names)}")
+    return _read(path), path.name
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".json":
+            yield from json.loads(path.read_text(encoding="utf-8"))
+        else:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as file:
+                yield from map(json.loads, file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _canonical(task: ZeroShotTask, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a document that its task uses. HellaSwag's are what the harness makes of the published ones."""
+    if task.name == "hellaswag":
+        row = _hellaswag(row)
+    missing = [field for field in task.fields if field not in row]
+    if missing:
+        raise DataError(f"{where} of task {task.name} has no field {missing[0]!r}; fields: {', '.join(row)}")
+    return {field: row[field] for field in task.fields}
+
+
+def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
+    """Query, choices and label, whether they are there already or have to be made from the published fields."""
+    if "ctx_a" in row:
+        from lm_eval.tasks.hellaswag.utils import preprocess
+
+        context = row["ctx_a"] + " " + row["ctx_b"].capitalize()
+        query = preprocess(row["activity_label"] + ": " + context)
+        return {
+            "query": query,
+            "choices": [preprocess(ending) for ending in row["endings"]],
+            "label": str(row["label"]),
+        }
+    return row | {"label": str(row["gold"])} if "gold" in row else row
