@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from nested_lm import cli_needles
+from nested_lm import cli_continual, cli_needles
 from nested_lm.cli_arguments import Overrides, reports_errors
 from nested_lm.errors import CheckpointError, ConfigError
 
@@ -57,3 +57,4 @@ def evaluate(
 
 
 evaluation.command("niah")(cli_needles.niah)
+evaluation.command("continual")(cli_continual.continual)

@@ -6,7 +6,7 @@ are its answers, scored by the likelihood of their names a token.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from nested_lm.eval.continual.matrix import (
 )
 from nested_lm.eval.continual.schema import ClassIncrementalMetrics, ClassStream, IncrementalScores
 from nested_lm.eval.continual.settings import ContinualSettings
+from nested_lm.eval.interval import Interval
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
@@ -143,7 +144,7 @@ def summarise(right: Sequence[np.ndarray], bootstrap: Bootstrap) -> IncrementalS
     """Metrics of a stream with intervals; tests are resampled within their task, all rows on the same draw."""
     value, drawn, tests = _matrices(right, bootstrap)
 
-    def interval(metric):
+    def interval(metric: Callable[[np.ndarray], np.ndarray]) -> Interval:
         return bootstrap.percentile(float(metric(value)), metric(drawn), tests)
 
     return IncrementalScores(
@@ -165,6 +166,12 @@ def _matrices(right: Sequence[np.ndarray], bootstrap: Bootstrap) -> tuple[np.nda
         top, bottom = Bootstrap(bootstrap.samples, bootstrap.seed + s).resample(known, np.ones(len(known)))
         drawn.append(top / bottom[:, None])
     return value, np.stack(drawn, axis=2), sum(len(column) for column in right)
+
+
+def _mean_of_tasks(values: Sequence[np.ndarray], bootstrap: Bootstrap) -> Interval:
+    """Mean over tasks of the mean over a task's tests, as ACC is."""
+    value, drawn, tests = _matrices([column[:, None] for column in values], bootstrap)
+    return bootstrap.percentile(float(final_score(value)), final_score(drawn), tests)
 
 
 def measure_stream(
@@ -193,20 +200,19 @@ def measure_stream(
     joint, unread = Learner(model, tokenizer, settings), Learner(model, tokenizer, settings)
     joint.learn(mixed)
     floor = run_stream(Floor(), tasks)
-    every = np.ones(sum(len(task.tests) for task in tasks))
-    last, last_of_floor = (np.concatenate([column[:, -1] for column in found]) for found in (right, floor))
+    above = [ours[:, -1] - floors[:, -1] for ours, floors in zip(right, floor, strict=True)]
     return ClassStream(
         data=data.name,
         content_hash=data.content_hash,
         order="given" if order is None else f"random {order}",
         shots=shots,
         tasks=tuple(task.classes for task in tasks),
-        tests=len(every),
+        tests=sum(len(task.tests) for task in tasks),
         model=summarise(right, bootstrap),
         floor=summarise(floor, bootstrap),
-        above_floor=bootstrap.paired(last, last_of_floor, every),
-        joint=bootstrap.mean(np.concatenate([_right(joint, task, classes) for task in tasks])),
-        unread=bootstrap.mean(np.concatenate([_right(unread, task, classes) for task in tasks])),
+        above_floor=_mean_of_tasks(above, bootstrap),
+        joint=_mean_of_tasks([_right(joint, task, classes) for task in tasks], bootstrap),
+        unread=_mean_of_tasks([_right(unread, task, classes) for task in tasks], bootstrap),
         chance=1 / len(classes),
         tokens_read=learner.state.position,
         state_bytes=learner.state.num_bytes(),

@@ -89,9 +89,9 @@ def read_class_set(name: str, folder: Path, *, accept_hash: str | None = None) -
             "not comparable."
         )
     classes = sorted({label for _, label in train})
-    unseen = sorted({label for _, label in test} - set(classes))
-    if unseen:
-        raise DataError(f"{place}: classes of the test split have no training example: {', '.join(unseen[:5])}")
+    odd = sorted({label for _, label in test} ^ set(classes))
+    if odd:
+        raise DataError(f"{place}: classes have examples in one split only: {', '.join(odd[:5])}")
     return ClassSet(name, train, test, recipe.groups(place, classes), found)
 
 
@@ -163,10 +163,9 @@ def _parquet(folder: Path, split: str, text: str, label: str) -> Rows | None:
 def _read_clinc(folder: Path) -> tuple[Rows, Rows]:
     path = _open(folder, "data_full.json")
     if path is None:
-        splits = [_parquet(folder, split, "text", "intent") for split in ("train", "test")]
-        if splits[0] is None or splits[1] is None:
+        train, test = (_parquet(folder, split, "text", "intent") for split in ("train", "test"))
+        if train is None or test is None:
             raise DataError(f"{folder} holds neither data_full.json[.gz] nor train and test Parquet files")
-        train, test = splits
         return [row for row in train if row[1] != "oos"], [row for row in test if row[1] != "oos"]
     data = _json(path)
     try:

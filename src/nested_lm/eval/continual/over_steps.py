@@ -148,7 +148,9 @@ def _reading_events(subject: Subject, settings: ContinualSettings) -> tuple[Leve
     writes = [w.period_tokens for w in subject.config.model.channel.writes if w is not None]
     shortest = max(1, writes[0] // 4)
     split = subject.split("test")
-    longest = sorted(range(len(split.documents)), key=lambda i: -split.documents[i].tokens)[: settings.batch_size]
+    longest = sorted(range(len(split.documents)), key=lambda i: -split.documents[i].tokens)[
+        : settings.reading_documents
+    ]
     tokens, changes, blocks = [], [], []
     for block, index in enumerate(longest):
         losses = _token_losses(subject.loaded.model, split.tokens(index)[:READING_TOKENS], split.boundary[0])

@@ -16,6 +16,7 @@ class ContinualSettings(Section):
     permutations: Annotated[int, Field(ge=100)] = 10_000
     batch_size: Count = 8
     pieces_per_document: Count | None = 6  # training contexts scored of each document; null: all
+    reading_documents: Count = 8  # longest held-out documents in which ticks of reading are studied
     max_state_mib: Count = 1024
     set_back_to: Annotated[str, Field(pattern=r"^period-\d+$")] = "period-0"  # of the lesions
     class_sets: tuple[Literal["clinc150", "banking77", "dbpedia14"], ...] = ("clinc150", "banking77", "dbpedia14")

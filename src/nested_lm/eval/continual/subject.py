@@ -29,6 +29,9 @@ from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 
+UNKNOWN_DATA = "none"
+"""Stands for the data of a converted model, which was trained on none of ours."""
+
 
 @dataclass
 class Subject:
@@ -56,7 +59,7 @@ class Subject:
         if results is None:
             if run_dir is None:
                 raise ConfigError(f"{path} lies in no run folder; say where results go with --output-dir")
-            results = run_dir / "results"
+            results = run_dir / "results" if source != path else run_dir / "results" / path.name
         return cls(path, run_dir, results, load_model(path, device=device), report)
 
     @property
@@ -72,7 +75,7 @@ class Subject:
     @cached_property
     def identity(self) -> RunIdentity:
         """What the numbers come from."""
-        return identify(self.loaded, data_hash=lambda: self._open_split("train").data_hash)
+        return identify(self.loaded, data_hash=lambda: UNKNOWN_DATA)
 
     @property
     def mark(self) -> CheckpointMark:
