@@ -36,9 +36,9 @@ def arms_of(name: str) -> tuple[Arm, ...]:
 @pytest.mark.parametrize("name", GRIDS)
 class TestShippedGrids:
     def test_each_variant_changes_its_factor_and_widths_it_names(self, name):
-        base, *variants = arms_of(name)
-        for arm in variants:
-            changed = changed_fields(base.config, arm.config)
+        arms = {arm.name: arm for arm in arms_of(name)}
+        for arm in list(arms.values())[1:]:
+            changed = changed_fields(arms[arm.variant.against or "base"].config, arm.config)
             factor = [path for path in changed if path.startswith(arm.variant.fields)]
             assert factor, arm.name
             others = set(changed) - set(factor)
@@ -77,10 +77,13 @@ class TestShippedGrids:
 
 def test_only_keeps_the_order_of_the_grid_and_the_base():
     grid = load_ablation("ablations/phase2_nano")
-    arms = plan_arms(grid, shared=["seed=7"], only=["no-dgd", "no-k"])
-    assert [arm.name for arm in arms] == ["base", "no-k", "no-dgd"]
+    arms = plan_arms(grid, shared=["seed=7"], only=["no-dgd", "no-k", "slow-writes"])
+    assert [arm.name for arm in arms] == ["base", "no-k", "slow-writes", "no-dgd"]
     assert {arm.config.seed for arm in arms} == {7}
-    assert arms[2].overrides == ("seed=7", "model.mixer.erase=none")
+    rates = "model.mixer.rates={memory: 0.1, generators: 0.1}"
+    assert arms[3].overrides == ("seed=7", rates, "model.mixer.erase=none")  # on top of the arm it is compared with
+    with pytest.raises(ConfigError, match="'no-dgd' is compared with 'slow-writes'; take that one into `only`"):
+        plan_arms(grid, only=["no-dgd"])
     with pytest.raises(ConfigError, match="no variant 'nok'; choose from memory-only, no-k"):
         plan_arms(grid, only=["nok"])
 
@@ -99,10 +102,10 @@ def grid(**variant) -> AblationConfig:
             r"'one' changes train\.clip_norm besides model\.mixer\.erase: .*two possible causes",
         ),
         ({"delta": ["seed=2"]}, r"'one' changes seed besides"),
-        ({"delta": ["model.mixer.erase=both"]}, r"'one' changes none of model\.mixer\.erase: it is the base again"),
+        ({"delta": ["model.mixer.erase=both"]}, r"'one' changes none of model\.mixer\.erase: it is base again"),
         (
             {"delta": ["model.mixer.adapt=[memory]"], "fields": ["model.mixer.adapt"]},
-            r"'one' has 934,776 parameters, the base 1,033,848: -9\.6%, more than 2%",
+            r"'one' has 934,776 parameters, base 1,033,848: -9\.6%, more than 2%",
         ),
         ({"delta": ["model.mixer.erase=nothing"]}, r"variant 'one' of hope/demo: .*one of both, input, none"),
     ],
@@ -123,6 +126,12 @@ def test_a_grid_needs_variants_and_keeps_the_name_of_the_base():
         AblationConfig(title="t", base="hope/demo", variants={"base": one})
     with pytest.raises(ValueError, match="no variant is left"):
         AblationConfig(title="t", base="hope/demo", variants={"one": None})
+
+
+def test_a_variant_is_compared_with_one_before_it():
+    one = grid().variants["one"]
+    with pytest.raises(ValueError, match=r"'one' is compared with 'two', which is no variant before it; .*\(none\)"):
+        AblationConfig(title="t", base="hope/demo", variants={"one": one.model_copy(update={"against": "two"})})
 
 
 def test_a_grid_is_not_a_run():

@@ -27,7 +27,7 @@ GRID = {
     "ablations": "ablations/phase2_nano",
     "evaluation": "eval/smoke",
     "seeds": [1, 2],
-    "only": ["no-dgd"],
+    "only": ["no-k"],
     "overrides": ["train=smoke"],
     "after": ["data"],
 }
@@ -171,14 +171,19 @@ class TestGrid:
     def test_arms_and_seeds_become_runs_and_evaluations_seed_by_seed(self, prefix):
         steps = planned()
         ids = [step.id for step in steps]
-        made = ["g.base-seed1", "g.no-dgd-seed1", "g.base-seed2", "g.no-dgd-seed2"]
+        made = ["g.base-seed1", "g.no-k-seed1", "g.base-seed2", "g.no-k-seed2"]
         assert ids == ["data", *(id for one in made for id in (one, f"{one}.eval")), "report"]
         assert steps[-1].needs == tuple(ids[1:-1])
         run = steps[3].run
-        assert (run.name, run.seed, run.output_dir) == ("no-dgd-seed1", 1, "out/runs/g-no-dgd-seed1")
-        assert (run.model.mixer.erase, run.train.budget_tokens) == ("none", 16384)
-        assert steps[3].arguments[:4] == ("train", "hope/demo", "train=smoke", "model.mixer.erase=none")
-        assert steps[4].arguments == ("eval", "out/runs/g-no-dgd-seed1", "--settings", "eval/smoke")
+        assert (run.name, run.seed, run.output_dir) == ("no-k-seed1", 1, "out/runs/g-no-k-seed1")
+        assert (run.model.mixer.adapt, run.train.budget_tokens) == (("eta", "alpha", "v", "memory"), 16384)
+        assert steps[3].arguments[:4] == (
+            "train",
+            "hope/demo",
+            "train=smoke",
+            "model.mixer.adapt=[eta, alpha, v, memory]",
+        )
+        assert steps[4].arguments == ("eval", "out/runs/g-no-k-seed1", "--settings", "eval/smoke")
 
     def test_the_command_of_a_step_makes_its_configuration(self, prefix):
         from nested_lm.config.load import load_run
@@ -191,15 +196,19 @@ class TestGrid:
         manifest = describe(config, planned())
         assert [(run.grid, run.arm, run.evaluated) for run in manifest.runs[:2]] == [
             ("g", "base", True),
-            ("g", "no-dgd", True),
+            ("g", "no-k", True),
         ]
         (grid,) = manifest.grids
-        assert (grid.base, grid.seeds, [variant.row for variant in grid.variants]) == ("hope/demo", (1, 2), ["w/o DGD"])
+        assert (grid.base, grid.seeds, [variant.row for variant in grid.variants]) == (
+            "hope/demo",
+            (1, 2),
+            ["w/o inner projection k"],
+        )
 
     def test_other_measurements_do_not_train_again(self, prefix):
         before, after = planned(), plan_steps(with_grid(evaluation="eval/demo"))
         same = {a.id for a, b in zip(before, after, strict=True) if a.fingerprint == b.fingerprint}
-        assert same == {"data", "g.base-seed1", "g.no-dgd-seed1", "g.base-seed2", "g.no-dgd-seed2"}
+        assert same == {"data", "g.base-seed1", "g.no-k-seed1", "g.base-seed2", "g.no-k-seed2"}
 
     def test_a_seed_twice_is_refused(self):
         with pytest.raises(ValueError, match="name a seed twice"):

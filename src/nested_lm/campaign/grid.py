@@ -18,7 +18,7 @@ PARAMETER_TOLERANCE = 0.02
 class Arm:
     """One configuration of a grid: the base (`variant` is None) or a variant of it.
 
-    overrides: of the base preset, the delta and its balance after those that all arms share.
+    overrides: of the base preset: those all arms share, those of the arm it is compared with, its delta and balance.
     config: resolved with these overrides. parameters: of its model.
     """
 
@@ -40,27 +40,31 @@ def plan_arms(
         only: variants to take, in the grid's order; None: all. The base always comes first.
 
     Raises:
-        ConfigError: an unknown name in `only`, a delta that cannot be resolved, that changes nothing or more than the
-            fields it names, or that leaves the base's size by more than 2 %.
+        ConfigError: a name in `only` that is unknown, or without the variant it is compared with; a delta that cannot
+            be resolved, that changes nothing or more than the fields it names, or that leaves the size by more than 2 %.
     """
     unknown = [name for name in only or () if name not in grid.chosen]
     if unknown:
         raise ConfigError(f"the grid has no variant {unknown[0]!r}; choose from {', '.join(grid.chosen)}")
-    base = _make(BASE, None, tuple(shared), load_run(grid.base, shared))
-    arms = [base]
+    arms = {BASE: _make(BASE, None, tuple(shared), load_run(grid.base, shared))}
     for name, variant in grid.chosen.items():
         if only is not None and name not in only:
             continue
-        overrides = (*shared, *variant.delta, *variant.balance)
+        reference = arms.get(variant.against or BASE)
+        if reference is None:
+            raise ConfigError(
+                f"variant {name!r} is compared with {variant.against!r}; take that one into `only` as well"
+            )
+        overrides = (*reference.overrides, *variant.delta, *variant.balance)
         try:
             config = load_run(grid.base, overrides)
         except ConfigError as error:
             raise ConfigError(f"variant {name!r} of {grid.base}: {error}") from error
         arm = _make(name, variant, overrides, config)
-        check_one_factor(base, arm)
-        check_size(base, arm)
-        arms.append(arm)
-    return tuple(arms)
+        check_one_factor(reference, arm)
+        check_size(reference, arm)
+        arms[name] = arm
+    return tuple(arms.values())
 
 
 def changed_fields(base: RunConfig, other: RunConfig) -> tuple[str, ...]:
@@ -72,7 +76,7 @@ def changed_fields(base: RunConfig, other: RunConfig) -> tuple[str, ...]:
 
 
 def check_one_factor(base: Arm, arm: Arm) -> None:
-    """Refuse a variant that changes a setting it does not name, or that changes nothing.
+    """Refuse a variant that differs from the arm it is compared with in a setting it does not name, or in none.
 
     Raises ConfigError naming the settings.
     """
@@ -89,18 +93,18 @@ def check_one_factor(base: Arm, arm: Arm) -> None:
         )
     if not named:
         raise ConfigError(
-            f"variant {arm.name!r} changes none of {', '.join(arm.variant.fields)}: it is the base again; correct "
+            f"variant {arm.name!r} changes none of {', '.join(arm.variant.fields)}: it is {base.name} again; correct "
             "its delta, or set the variant to null"
         )
 
 
 def check_size(base: Arm, arm: Arm) -> None:
-    """Refuse a variant whose number of parameters is not the base's, within 2 %. Raises ConfigError."""
+    """Refuse a variant that is not as large as the arm it is compared with, within 2 %. Raises ConfigError."""
     ours, theirs = arm.parameters, base.parameters
     if abs(ours - theirs) > PARAMETER_TOLERANCE * max(ours, theirs):
         raise ConfigError(
-            f"variant {arm.name!r} has {ours:,} parameters, the base {theirs:,}: {ours / theirs - 1:+.1%}, more than "
-            f"{PARAMETER_TOLERANCE:.0%}; set a width in its `balance`, such as model.channel.levels.0.expansion"
+            f"variant {arm.name!r} has {ours:,} parameters, {base.name} {theirs:,}: {ours / theirs - 1:+.1%}, more "
+            f"than {PARAMETER_TOLERANCE:.0%}; set a width in its `balance`, such as model.channel.levels.0.expansion"
         )
 
 

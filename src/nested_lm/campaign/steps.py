@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nested_lm.campaign.grid import Arm, plan_arms
+from nested_lm.campaign.grid import BASE, Arm, plan_arms
 from nested_lm.config.campaign import CampaignConfig, DataStep, EvalStep, GridStep, TrainStep
 from nested_lm.config.load import config_hash, load_ablation, load_data, load_evaluation, load_run, training_hash
 from nested_lm.config.run import RunConfig
@@ -235,6 +235,7 @@ def _describe_grid(grid: GridStep, steps: tuple[PlannedStep, ...]) -> GridEntry:
                 change=arm.variant.change,
                 delta=arm.variant.delta,
                 balance=arm.variant.balance,
+                against=arm.variant.against or BASE,
                 row=arm.variant.paper.row if arm.variant.paper else None,
                 reversed=arm.variant.paper is not None and arm.variant.paper.sense == "reversed",
             )

@@ -32,6 +32,7 @@ class Variant(Section):
     delta: the overrides that make the difference.
     fields: the settings that may differ for it, each with everything below it.
     balance: overrides of widths that bring the number of parameters back to the base's. Part of the delta.
+    against: the variant whose delta this one comes on top of, and with which it is compared; null: the base.
     """
 
     factor: Annotated[str, Field(min_length=1)]
@@ -39,6 +40,7 @@ class Variant(Section):
     delta: Annotated[Overrides, Field(min_length=1)]
     fields: Annotated[Overrides, Field(min_length=1)]
     balance: Overrides = ()
+    against: Name | None = None
     paper: PaperRow | None = None
 
     @model_validator(mode="after")
@@ -66,6 +68,13 @@ class AblationConfig(Section):
             raise ValueError("a variant cannot be called `base`: that is the preset all are compared with; rename it")
         if not self.chosen:
             raise ValueError("no variant is left; give at least one, or name the run in a train step of a campaign")
+        for name, variant in self.chosen.items():
+            before = list(self.chosen)[: list(self.chosen).index(name)]
+            if variant.against is not None and variant.against not in before:
+                raise ValueError(
+                    f"variant {name!r} is compared with {variant.against!r}, which is no variant before it; "
+                    f"name one of {', '.join(before) or '(none)'}, or leave `against` out for the base"
+                )
         return self
 
     @property

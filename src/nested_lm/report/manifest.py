@@ -40,6 +40,7 @@ class VariantEntry(Section):
     change: str
     delta: tuple[str, ...]
     balance: tuple[str, ...]
+    against: Name  # the arm it is compared with
     row: str | None
     reversed: bool
 
