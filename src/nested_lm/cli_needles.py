@@ -74,8 +74,8 @@ def niah(
         batch_rows=batch_rows,
         max_state_mib=max_state_mib,
     )
-    from nested_lm.eval.niah.run import default_output, evaluate_niah
+    from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 
     loaded, path = open_source(source, device)
     target = output or default_output(source, path, "niah")
-    evaluate_niah(loaded, path, settings, output=target, report=typer.echo)
+    evaluate_plan(loaded, path, plan_niah(loaded, settings), output=target, report=typer.echo)

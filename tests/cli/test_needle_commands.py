@@ -15,7 +15,8 @@ def seen(monkeypatch):
     found = []
     module = ModuleType("nested_lm.eval.niah.run")
     module.default_output = lambda source, path, task: source / "results" / f"{task}.json"
-    module.evaluate_niah = lambda loaded, path, settings, *, output, report: found.append((settings, output))
+    module.plan_niah = lambda loaded, settings: settings
+    module.evaluate_plan = lambda loaded, path, plan, *, output, report: found.append((plan, output))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(cli_needles, "open_source", lambda source, device: (None, source / "checkpoints" / "step-1"))
     return found

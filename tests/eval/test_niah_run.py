@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from niah_oracles import Blind, Oracle
 
 from nested_lm.checkpoint import MANIFEST, LoadedCheckpoint
 from nested_lm.config.load import load_run
@@ -14,10 +13,11 @@ from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.niah.answers import string_match
 from nested_lm.eval.niah.metrics import NeedleLength
 from nested_lm.eval.niah.progress import Progress
-from nested_lm.eval.niah.run import default_output, evaluate_niah
+from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 from nested_lm.eval.niah.settings import GROUPS, parse_settings
 from nested_lm.eval.niah.summary import effective_lengths
 from nested_lm.eval.results import load_result
+from tests.eval.niah_oracles import Blind, Oracle
 
 DEFAULTS = {
     "seed": 0,
@@ -60,7 +60,8 @@ def measure(tokenizer, tmp_path):
         }
         loaded = LoadedCheckpoint(model, load_run("hope/demo"), tokenizer, identity, 4, 4096, None)
         lines = []
-        path = evaluate_niah(loaded, checkpoint, settings(**changed), output=output, report=lines.append)
+        plan = plan_niah(loaded, settings(**changed))
+        path = evaluate_plan(loaded, checkpoint, plan, output=output, report=lines.append)
         return load_result(path), lines
 
     return run

@@ -3,7 +3,7 @@
 Shapes: R rows, Q tokens of the question, A tokens of the longest answer, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,18 +72,18 @@ def force(reader: Reader, questioned: Questioned, answers: Sequence[np.ndarray])
 def decode_greedily(
     reader: Reader,
     questioned: Questioned,
-    references: Sequence[Sequence[str]],
     tokenizer: TextTokenizer,
     *,
     max_new_tokens: int,
+    settled: Sequence[Callable[[str], bool]],
 ) -> list[str]:
     """What the model answers, always taking the most likely token.
 
-    A row ends at the end of the document, or as soon as it holds all its references: its score is settled then.
+    A row ends at the end of the document, or as soon as its score is settled, which `settled` says of its output.
     """
     logits, state = questioned
-    active = np.arange(len(references))
-    written: list[list[int]] = [[] for _ in references]
+    active = np.arange(len(settled))
+    written: list[list[int]] = [[] for _ in settled]
     with reading_mode(reader.model), memory_watch():
         for step in range(max_new_tokens):
             tokens = logits.argmax(dim=1)
@@ -92,8 +92,7 @@ def decode_greedily(
             going = [
                 at
                 for at, row in enumerate(active)
-                if written[row][-1] != tokenizer.end_of_text
-                and string_match(tokenizer.decode(written[row]), references[row]) < 1.0
+                if written[row][-1] != tokenizer.end_of_text and not settled[row](tokenizer.decode(written[row]))
             ]
             if not going or step == max_new_tokens - 1:
                 break

@@ -1,34 +1,48 @@
 """One task at one length: makes the samples, reads them in batches, scores them and their controls."""
 
+import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.eval.niah.answers import Forced, decode_greedily, force, read_question, string_match
-from nested_lm.eval.niah.haystack import Haystack
-from nested_lm.eval.niah.lists import make_list_sample
-from nested_lm.eval.niah.prompts import Prompt, Sample, make_sample
+from nested_lm.eval.niah.answers import Forced, decode_greedily, force, read_question
+from nested_lm.eval.niah.prompts import Prompt, Sample
 from nested_lm.eval.niah.reading import OutOfRoomError, Reader
-from nested_lm.eval.niah.tasks import Task
 
 _PENDING_TOKENS = 1 << 24
 """Prompts that wait for others whose question is as long: read them before they take more memory than this."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is measured of every task. batch_rows: prompts read side by side. max_new_tokens: None as RULER has it."""
+class Suite:
+    """One task: where its samples come from, and how outputs are judged.
 
-    depths: tuple[float, ...]
+    upstream: its name where it comes from. haystack: what a result says about the text; None: the text is the task.
+    rows: prompts of the full length that a sample has, its control included. make: a sample of a length, by number.
+    match: score of an output, 0 to 1. settled: whether no more tokens can change it.
+    """
+
+    name: str
+    upstream: str
+    haystack: str | None
+    rows: int
+    max_new_tokens: int
+    make: Callable[[int, int], Sample]
+    match: Callable[[str, Sample], float]
+    settled: Callable[[str, Sample], bool]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many questions each length has, and how many prompts are read side by side."""
+
     samples: int
-    seed: int
     batch_rows: int
-    max_new_tokens: int | None
 
 
 class Row(NamedTuple):
@@ -74,14 +88,7 @@ class _Entry(NamedTuple):
     has_needle: bool
 
 
-def rows_of_a_sample(task: Task, grid: Grid) -> int:
-    """Prompts of the full length that a sample has, its control included."""
-    return (len(grid.depths) if task.has_depth else 1) + 1
-
-
-def measure_length(
-    reader: Reader, tokenizer: TextTokenizer, task: Task, haystack: Haystack | None, length: int, grid: Grid
-) -> Measured:
+def measure_length(reader: Reader, tokenizer: TextTokenizer, suite: Suite, length: int, batching: Batching) -> Measured:
     """Read and score all samples.
 
     Raises:
@@ -89,22 +96,14 @@ def measure_length(
         OutOfRoomError: not even one prompt fits into memory.
         NumericsError: a score is not finite.
     """
-    return _LengthMeasurement(reader, tokenizer, task, haystack, length, grid).run()
+    return _LengthMeasurement(reader, tokenizer, suite, length, batching).run()
 
 
 class _LengthMeasurement:
-    def __init__(
-        self,
-        reader: Reader,
-        tokenizer: TextTokenizer,
-        task: Task,
-        haystack: Haystack | None,
-        length: int,
-        grid: Grid,
-    ) -> None:
+    def __init__(self, reader: Reader, tokenizer: TextTokenizer, suite: Suite, length: int, batching: Batching) -> None:
         self.reader, self.tokenizer = reader, tokenizer
-        self.task, self.haystack, self.length, self.grid = task, haystack, length, grid
-        self.batch_rows = grid.batch_rows
+        self.suite, self.length, self.samples = suite, length, batching.samples
+        self.batch_rows = batching.batch_rows
         self.state_bytes = 0
 
     def run(self) -> Measured:
@@ -125,28 +124,15 @@ class _LengthMeasurement:
             time.perf_counter() - started,
         )
 
-    def _sample(self, number: int) -> Sample:
-        if self.haystack is None:
-            return make_list_sample(self.task, self.tokenizer, length=self.length, seed=self.grid.seed, number=number)
-        return make_sample(
-            self.task,
-            self.tokenizer,
-            self.haystack,
-            length=self.length,
-            depths=self.grid.depths,
-            seed=self.grid.seed,
-            number=number,
-        )
-
     def _batches(self) -> Iterator[list[_Entry]]:
         """Prompts whose questions are equally long, samples together."""
         waiting: dict[int, list[_Entry]] = defaultdict(list)
-        for number in range(self.grid.samples):
-            sample = self._sample(number)
+        for number in range(self.samples):
+            sample = self.suite.make(self.length, number)
             group = waiting[len(sample.question)]
             group += [_Entry(number, sample, prompt, True) for prompt in sample.prompts]
             group.append(_Entry(number, sample, sample.without, False))
-            if len(group) + rows_of_a_sample(self.task, self.grid) > self.batch_rows:
+            if len(group) + self.suite.rows > self.batch_rows:
                 yield waiting.pop(len(sample.question))
             elif sum(map(len, waiting.values())) * self.length > _PENDING_TOKENS:
                 yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
@@ -176,13 +162,12 @@ class _LengthMeasurement:
         answers = [entry.sample.answer for entry in entries]
         questioned = read_question(self.reader, state, questions)
         forced = force(self.reader, questioned, answers)
-        references = [entry.sample.references for entry in entries]
         outputs = decode_greedily(
             self.reader,
             questioned,
-            references,
             self.tokenizer,
-            max_new_tokens=self.grid.max_new_tokens or self.task.max_new_tokens,
+            max_new_tokens=self.suite.max_new_tokens,
+            settled=[functools.partial(self._settled, entry.sample) for entry in entries],
         )
         frozen: list[tuple[float, bool, int]] | list[None] = [None] * len(entries)
         if self.reader.model.has_fast_weights:
@@ -194,13 +179,16 @@ class _LengthMeasurement:
                 entry.prompt.depth,
                 end - entry.prompt.needles[0] if entry.prompt.needles else None,
                 entry.has_needle,
-                string_match(output, entry.sample.references),
+                self.suite.match(output, entry.sample),
                 *score,
                 kept,
                 output,
             )
             for entry, output, score, kept in zip(entries, outputs, _each(forced), frozen, strict=True)
         ]
+
+    def _settled(self, sample: Sample, output: str) -> bool:
+        return self.suite.settled(output, sample)
 
     def _control(self, entry: _Entry) -> ControlRow:
         """Ask without the text."""

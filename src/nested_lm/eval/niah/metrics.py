@@ -126,12 +126,23 @@ class NeedleTask(Section):
     effective: tuple[EffectiveLength, ...]
 
 
-class NiahMetrics(Section):
-    """Needle curves. max_state_mib: limit within which states were read side by side."""
+class _Curves(Section):
+    """What all needle curves have in common. max_state_mib: limit within which states were read side by side."""
 
-    kind: Literal["niah"]
     constant_state: bool  # false: the state grows with the text, and memory ends somewhere
     max_state_mib: Count
     tasks: Annotated[tuple[NeedleTask, ...], Field(min_length=1)]
     tokens_per_s: NonNegativeFloat  # of all prompts; shared tokens count for each
     tokens_read_per_s: NonNegativeFloat
+
+
+class NiahMetrics(_Curves):
+    """Needle curves after RULER."""
+
+    kind: Literal["niah"]
+
+
+class BabilongMetrics(_Curves):
+    """Questions about facts hidden in books, after BABILong."""
+
+    kind: Literal["babilong"]

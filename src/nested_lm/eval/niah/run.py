@@ -1,30 +1,64 @@
 """Needle curves of one checkpoint: all tasks and lengths, one result file."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
 from nested_lm.errors import ConfigError, NumericsError, ReportError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
-from nested_lm.eval.niah.haystack import Books, Haystack, Needles, Noise
-from nested_lm.eval.niah.lists import make_list_sample
-from nested_lm.eval.niah.measure import Grid, measure_length, rows_of_a_sample
-from nested_lm.eval.niah.metrics import NeedleLength, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.measure import Batching, Suite, measure_length
+from nested_lm.eval.niah.metrics import BabilongMetrics, NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.progress import Progress
-from nested_lm.eval.niah.prompts import make_sample
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
 from nested_lm.eval.niah.settings import NiahSettings
+from nested_lm.eval.niah.suites import ruler_suites
 from nested_lm.eval.niah.summary import effective_lengths, summarise
-from nested_lm.eval.niah.tasks import TASKS, VERSION, Task
+from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. settings: what two results must share to be compared."""
+
+    kind: Literal["niah", "babilong"]
+    version: str
+    suites: tuple[Suite, ...]
+    lengths: tuple[int, ...]
+    batching: Batching
+    max_state_mib: int
+    bootstrap_samples: int
+    settings: Mapping[str, Any]
+
+
+def plan_niah(loaded: LoadedCheckpoint, settings: NiahSettings) -> Plan:
+    """The plan of needle curves.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        DataError: a book cannot be read.
+    """
+    suites = ruler_suites(loaded.tokenizer, settings)
+    return Plan(
+        kind="niah",
+        version=VERSION,
+        suites=suites,
+        lengths=settings.lengths,
+        batching=Batching(settings.samples, settings.batch_rows),
+        max_state_mib=settings.max_state_mib,
+        bootstrap_samples=settings.bootstrap_samples,
+        settings=settings.of_result({suite.name: suite.haystack for suite in suites}),
+    )
 
 
 def default_output(source: Path, checkpoint: Path, task: str) -> Path:
@@ -40,41 +74,34 @@ def default_output(source: Path, checkpoint: Path, task: str) -> Path:
     return checkpoint.parent.parent / "results" / checkpoint.name / f"{task}.json"
 
 
-def evaluate_niah(
-    loaded: LoadedCheckpoint,
-    checkpoint: Path,
-    settings: NiahSettings,
-    *,
-    output: Path,
-    report: Callable[[str], None],
+def evaluate_plan(
+    loaded: LoadedCheckpoint, checkpoint: Path, plan: Plan, *, output: Path, report: Callable[[str], None]
 ) -> Path:
     """Measure and write the result file; a result of the same checkpoint, settings and task version is kept.
 
     Raises:
-        ConfigError: settings that do not go together.
         DataError: a length without room, or a haystack that is too short: before anything is read.
         NumericsError: a score is not finite; nothing is written.
     """
-    haystacks = open_haystacks(loaded, settings)
-    grid = Grid(settings.depths, settings.samples, settings.seed, settings.batch_rows, settings.max_new_tokens)
-    for name in settings.tasks:
-        _try_lengths(loaded, TASKS[name], haystacks[name], settings, grid)
+    for suite in plan.suites:
+        for length in {plan.lengths[0], plan.lengths[-1]}:
+            suite.make(length, 0)  # refuses at once what cannot be made
     started = time.perf_counter()
     fields = {
-        "task_version": VERSION,
+        "task_version": plan.version,
         "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
-        "settings": settings.of_result({name: None if h is None else h.identity for name, h in haystacks.items()}),
+        "settings": dict(plan.settings),
         "checkpoint": mark_checkpoint(checkpoint),
     }
     if _is_current(output, fields, report):
         return output
     try:
-        metrics = _measure(loaded, settings, grid, haystacks, report)
+        metrics = _measure(loaded, plan, report)
     except NumericsError as error:
-        raise NumericsError(f"niah on {checkpoint}: {error}") from error
+        raise NumericsError(f"{plan.kind} on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task="niah",
+        task=plan.kind,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -83,48 +110,8 @@ def evaluate_niah(
         **fields,
     )
     write_result(output, result)
-    report(f"niah: {result.wall_seconds:.1f} s, {output}")
+    report(f"{plan.kind}: {result.wall_seconds:.1f} s, {output}")
     return output
-
-
-def open_haystacks(loaded: LoadedCheckpoint, settings: NiahSettings) -> dict[str, Haystack | None]:
-    """The haystack of each task.
-
-    Raises:
-        ConfigError: a haystack is asked for that a task cannot have, or books that no task reads.
-        DataError: a book cannot be read.
-    """
-    tokenizer = loaded.tokenizer
-    kinds = {}
-    for name in settings.tasks:
-        task = TASKS[name]
-        kinds[name] = task.haystack if settings.haystack is None else settings.haystack
-        if settings.haystack is not None and (
-            task.haystack is None or (task.shape == "variables" and settings.haystack == "needle")
-        ):
-            raise ConfigError(
-                f"--haystack {settings.haystack}: task {name} cannot have it; leave --haystack out, or name other tasks"
-            )
-    if settings.books and "books" not in kinds.values():
-        raise ConfigError("--books: no task reads them; name one that does with --tasks, or add --haystack books")
-    books = Books.open(tokenizer, settings.files) if "books" in kinds.values() else None
-    made: dict[str, Haystack | None] = {}
-    for name, kind in kinds.items():
-        task = TASKS[name]
-        choices = {None: None, "noise": Noise(tokenizer), "books": books}
-        made[name] = Needles(tokenizer, task.keys, task.values) if kind == "needle" else choices[kind]
-    return made
-
-
-def _try_lengths(
-    loaded: LoadedCheckpoint, task: Task, haystack: Haystack | None, settings: NiahSettings, grid: Grid
-) -> None:
-    """Make a sample of the shortest and of the longest length, so that what cannot be made is refused at once."""
-    for length in {settings.lengths[0], settings.lengths[-1]}:
-        if haystack is None:
-            make_list_sample(task, loaded.tokenizer, length=length, seed=grid.seed, number=0)
-        else:
-            make_sample(task, loaded.tokenizer, haystack, length=length, depths=grid.depths, seed=grid.seed, number=0)
 
 
 def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str], None]) -> bool:
@@ -139,45 +126,38 @@ def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str]
     if other:
         report(f"measured again: {path} is of another {' and '.join(other).replace('_', ' ')}, and will be replaced")
         return False
-    report(f"niah: kept, {path} is of this checkpoint and these settings already")
+    report(f"kept: {path} is of this checkpoint and these settings already")
     return True
 
 
-def _measure(
-    loaded: LoadedCheckpoint,
-    settings: NiahSettings,
-    grid: Grid,
-    haystacks: Mapping[str, Haystack | None],
-    report: Callable[[str], None],
-) -> NiahMetrics:
-    rows = sum(rows_of_a_sample(TASKS[name], grid) for name in settings.tasks) * settings.samples
-    progress = Progress(rows * sum(settings.lengths), report)
-    reader = Reader(loaded.model, settings.max_state_mib * MIB, progress.add)
-    bootstrap = Bootstrap(samples=settings.bootstrap_samples)
+def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]) -> NiahMetrics | BabilongMetrics:
+    rows = sum(suite.rows for suite in plan.suites) * plan.batching.samples
+    progress = Progress(rows * sum(plan.lengths), report)
+    reader = Reader(loaded.model, plan.max_state_mib * MIB, progress.add)
+    bootstrap = Bootstrap(samples=plan.bootstrap_samples)
     tasks = []
-    for name in settings.tasks:
-        task = TASKS[name]
+    for suite in plan.suites:
         lengths: list[NeedleLength] = []
-        for length in settings.lengths:
-            progress.label = f"{name} at {length:,} tokens"
-            lengths.append(_length(reader, loaded, task, haystacks[name], length, grid, bootstrap, lengths))
-            report(_line(name, lengths[-1]))
-        haystack = haystacks[name]
+        for length in plan.lengths:
+            progress.label = f"{suite.name} at {length:,} tokens"
+            lengths.append(_length(reader, loaded, suite, length, plan.batching, bootstrap, lengths))
+            report(_line(suite.name, lengths[-1]))
         tasks.append(
             NeedleTask(
-                task=name,
-                upstream=task.ruler,
-                haystack=None if haystack is None else haystack.identity,
+                task=suite.name,
+                upstream=suite.upstream,
+                haystack=suite.haystack,
                 lengths=tuple(lengths),
                 effective=effective_lengths(lengths),
             )
         )
     scores = [entry.scores for made in tasks for entry in made.lengths if entry.scores is not None]
     seconds = sum(score.seconds for score in scores)
-    return NiahMetrics(
-        kind="niah",
+    kinds = {"niah": NiahMetrics, "babilong": BabilongMetrics}
+    return kinds[plan.kind](
+        kind=plan.kind,
         constant_state=loaded.model.has_constant_state,
-        max_state_mib=settings.max_state_mib,
+        max_state_mib=plan.max_state_mib,
         tasks=tuple(tasks),
         tokens_per_s=sum(score.tokens for score in scores) / seconds if seconds else 0.0,
         tokens_read_per_s=sum(score.tokens_read for score in scores) / seconds if seconds else 0.0,
@@ -187,19 +167,18 @@ def _measure(
 def _length(
     reader: Reader,
     loaded: LoadedCheckpoint,
-    task: Task,
-    haystack: Haystack | None,
+    suite: Suite,
     length: int,
-    grid: Grid,
+    batching: Batching,
     bootstrap: Bootstrap,
-    shorter: list[NeedleLength],
+    shorter: Sequence[NeedleLength],
 ) -> NeedleLength:
     """Scores of one length, or the statement that memory ended."""
     ended = next((entry for entry in shorter if entry.stopped is not None), None)
     if ended is not None:
         return NeedleLength(length=length, scores=None, stopped=f"not tried: memory ended at {ended.length:,} tokens")
     try:
-        measured = measure_length(reader, loaded.tokenizer, task, haystack, length, grid)
+        measured = measure_length(reader, loaded.tokenizer, suite, length, batching)
     except OutOfRoomError as error:
         return NeedleLength(length=length, scores=None, stopped=str(error))
     return NeedleLength(length=length, scores=summarise(measured, bootstrap), stopped=None)

@@ -1,7 +1,7 @@
 """What `nested-lm eval niah` measures, as written on the command line and in result files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,13 +51,13 @@ class NiahSettings(Section):
         """Books as paths."""
         return tuple(Path(name) for name in self.books)
 
-    def of_result(self, haystacks: dict[str, str | None]) -> dict[str, Any]:
+    def of_result(self, haystacks: Mapping[str, str | None]) -> dict[str, Any]:
         """What two results must share to be compared; limits of the machine are not part of it.
 
         haystacks: identity of each task's haystack.
         """
         fields = self.model_dump(mode="json", exclude={"haystack", "books", "batch_rows", "max_state_mib"})
-        return fields | {"haystacks": haystacks}
+        return fields | {"haystacks": dict(haystacks)}
 
 
 def parse_settings(*, tasks: str, lengths: str, depths: str, **others: Any) -> NiahSettings:
