@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from nested_lm.errors import ReportError
-from nested_lm.report import plots, plots_inside
+from nested_lm.report import plots, plots_continual, plots_inside
 from nested_lm.report.collect import collect
 from nested_lm.report.plot_style import require_matplotlib, running_mean, short_count, spread
 from tests.report.fake_runs import write_campaign
@@ -17,6 +17,7 @@ ALL = (
     plots.positions,
     plots.passkey,
     plots.continual,
+    plots_continual.forgetting,
     plots_inside.gates,
     plots_inside.updates,
     plots_inside.fast_weights,

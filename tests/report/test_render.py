@@ -40,13 +40,13 @@ def test_the_page_needs_nothing_from_outside(rendered):
     links = [address for address in page.addresses if not address.startswith("#")]
     assert links
     assert all((rendered / address).exists() for address in links)
-    assert page.tags.count("figure") == 10
+    assert page.tags.count("figure") == 11
 
 
 def test_the_markdown_report_names_only_figures_that_exist(rendered):
     text = (rendered / "report.md").read_text()
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(figures) == 10
+    assert len(figures) == 11
     assert all((rendered / name).exists() for name in figures)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table[:6]} == {9}

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nested_lm.errors import ReportError
-from nested_lm.report import plots, plots_inside
+from nested_lm.report import plots, plots_continual, plots_inside
 from nested_lm.report.collect import Campaign, collect
 from nested_lm.report.findings import Check, checks, limits, supports, verdicts
 from nested_lm.report.plot_style import Drawing, require_matplotlib
@@ -46,6 +46,7 @@ class Page:
     passkey_figure: Drawing | None
     continual: Table | None
     continual_figure: Drawing | None
+    continual_more: list[Drawing]
     inside: list[Drawing]
     samples: list[Sample]
     identity: Table
@@ -55,7 +56,14 @@ class Page:
     @property
     def drawings(self) -> list[Drawing]:
         """All figures in the order of the page."""
-        single = [self.overview, *self.outcome, self.passkey_figure, self.continual_figure, *self.inside]
+        single = [
+            self.overview,
+            *self.outcome,
+            self.passkey_figure,
+            self.continual_figure,
+            *self.continual_more,
+            *self.inside,
+        ]
         return [drawing for drawing in single if drawing is not None]
 
 
@@ -96,6 +104,7 @@ def _page(campaign: Campaign) -> Page:
         passkey_figure=draw(plots.passkey),
         continual=continual_table(campaign),
         continual_figure=draw(plots.continual),
+        continual_more=[drawing for plot in plots_continual.ALL if (drawing := draw(plot)) is not None],
         inside=[drawing for plot in _INSIDE if (drawing := draw(plot)) is not None],
         samples=samples(campaign),
         identity=identity_table(campaign),
