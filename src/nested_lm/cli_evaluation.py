@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from nested_lm import cli_continual, cli_needles
+from nested_lm import cli_continual, cli_needles, cli_zeroshot
 from nested_lm.cli_arguments import Overrides, reports_errors
 from nested_lm.errors import CheckpointError, ConfigError
 
@@ -58,3 +58,6 @@ def evaluate(
 
 evaluation.command("niah")(cli_needles.niah)
 evaluation.command("continual")(cli_continual.continual)
+evaluation.command("zeroshot")(cli_zeroshot.zeroshot)
+evaluation.command("zeroshot-data")(cli_zeroshot.zeroshot_data)
+evaluation.command("zeroshot-compare")(cli_zeroshot.zeroshot_compare)

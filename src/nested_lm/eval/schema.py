@@ -13,6 +13,7 @@ from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm.eval.continual.schema import ContinualTaskMetrics
 from nested_lm.eval.interval import Interval, Natural
 from nested_lm.eval.niah.metrics import NiahMetrics
+from nested_lm.eval.zeroshot.metrics import ZeroShotMetrics
 
 SCHEMA_VERSION = 1
 
@@ -191,7 +192,13 @@ class ContinualMetrics(Section):
 
 
 Metrics = Annotated[
-    LanguageModellingMetrics | PasskeyMetrics | SamplingMetrics | ContinualMetrics | NiahMetrics | ContinualTaskMetrics,
+    LanguageModellingMetrics
+    | PasskeyMetrics
+    | SamplingMetrics
+    | ContinualMetrics
+    | NiahMetrics
+    | ContinualTaskMetrics
+    | ZeroShotMetrics,
     Field(discriminator="kind"),
 ]
 

@@ -3,11 +3,11 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ _INSTALL = 'pip install "nested-lm[eval]"'
 
 
 def require_harness() -> Path:
-    """Folder of the harness's task files. Its progress bars and chatter are turned off.
+    """Folder of the harness's task files. Its chatter is turned off.
 
     Raises:
         ConfigError: it is not installed, or is another release.
@@ -35,7 +35,6 @@ def require_harness() -> Path:
             f"lm-eval {found} is installed, zero-shot tasks need {HARNESS_VERSION}: scores move between releases; "
             f"{_INSTALL}"
         )
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; progress is reported by this project
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
@@ -99,6 +98,12 @@ def open_tasks(names: Sequence[str], files: Mapping[str, Path] | None) -> Iterat
             task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=0)
         yield loaded
+
+
+def build_requests(task: "Task", limit: int | None) -> None:
+    """Let a task make its requests, of all documents or the first ones, without its progress bar."""
+    with redirect_stderr(io.StringIO()):
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
 
 
 def _task_settings(root: Path, task: ZeroShotTask, data: Path | None, cache: Path) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What `nested-lm eval zeroshot` measures, as written on the command line and in result files."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from nested_lm.config.section import Count, NonNegativeFloat, Section
+from nested_lm.errors import ConfigError
+
+
+class Memorize(Section):
+    """How a text is memorised.
+
+    passes: times it is read. levels: names of the memories that keep what they wrote; null: all. surprise: a segment
+    between two borders is written only where its loss is at least so many nats a token; null: every segment.
+    """
+
+    passes: Count = 1
+    levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    surprise: NonNegativeFloat | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        parts = [f"memorize x{self.passes}"]
+        parts += [] if self.levels is None else ["+".join(self.levels)]
+        parts += [] if self.surprise is None else [f"above {self.surprise:g} nats"]
+        return ", ".join(parts)
+
+
+def parse_memorize(text: str) -> Memorize:
+    """Read what the command line says: `passes=2,levels=memory+k,surprise=3.5`, each part optional.
+
+    Raises:
+        ConfigError: a part that is not known, or a value that cannot be.
+    """
+    fields: dict[str, Any] = {}
+    for part in text.split(","):
+        key, found, value = (word.strip() for word in part.partition("="))
+        if not found or key not in Memorize.model_fields or key in fields or not value:
+            raise ConfigError(
+                f"--memorize {text!r}: {part!r} is not understood; write parts such as passes=2, levels=memory+k and "
+                "surprise=3.5 with commas between, each once"
+            )
+        fields[key] = value
+    try:
+        if "passes" in fields:
+            fields["passes"] = int(fields["passes"])
+        if "surprise" in fields:
+            fields["surprise"] = float(fields["surprise"])
+        if "levels" in fields:
+            fields["levels"] = tuple(dict.fromkeys(fields["levels"].split("+")))
+        return Memorize(**fields)
+    except (ValueError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"--memorize {text!r}: {reason}") from error
+
+
+class ZeroShotSettings(Section):
+    """Tasks and how they are read.
+
+    limit: first documents of each task only; null: all. max_length: tokens read of a document; null: the context the
+    model was trained with. memorize: further arms beside the plain score. bigram_tokens: training tokens that the
+    bigram floor is counted on; null: no such floor.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    limit: Count | None = None
+    max_length: Count | None = None
+    memorize: tuple[Memorize, ...] = ()
+    bigram_tokens: Count | None = 16_000_000
+    batch_rows: Count = 32
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
