@@ -1,6 +1,6 @@
 # make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (about ten minutes on two cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
-# make bench  timings, flat memory      make clean   remove the environment and everything the demo wrote
+# make bench  timings, flat memory      make learn   what small models can learn (hours)      make clean   remove the environment and everything the demo wrote
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export MPLBACKEND := Agg
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench learn clean
 
 demo: $(VENV)/.core
 	$(BIN)/nested-lm campaign configs/campaign/demo.yaml
@@ -27,6 +27,9 @@ check: $(VENV)/.dev
 bench: $(VENV)/.core
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/streaming.py --lengths 8192 65536
+
+learn: $(VENV)/.core
+	$(BIN)/python benchmarks/learning/run.py --table benchmarks/results/learning.md
 
 clean:
 	rm -rf $(VENV) artifacts dist build
