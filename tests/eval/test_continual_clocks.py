@@ -34,7 +34,7 @@ class TestEventStudy:
         assert found.value == pytest.approx(0.8, abs=0.3)
         assert found.p_value <= 0.005
         assert (found.ticks, found.others) == (28, 196)  # half a period at either end of a block is context
-        assert (found.shifts, found.tried, found.is_exact) == (8**4, 999, False)
+        assert (found.shifts, found.tried, found.is_exact) == (8**4, 999, False)  # 7 periods a block: one stretch
 
     def test_its_absence_is_called_an_effect_no_more_often_than_the_level_says(self):
         is_tick, blocks = places()
@@ -59,11 +59,23 @@ class TestEventStudy:
         found = study(np.linspace(0, 100, len(blocks)), is_tick, blocks)
         assert found.value == pytest.approx(0.0, abs=1e-9)
 
-    def test_one_block_cannot_show_more_than_its_period_allows(self):
-        is_tick, _ = places()
-        changes = np.where(is_tick, 100.0, 0.0)
-        found = study(changes, is_tick, np.zeros(len(changes), dtype=int))
+    def test_one_stretch_cannot_show_more_than_its_period_allows(self):
+        is_tick = np.arange(4 * PERIOD + 2 * (PERIOD // 2)) % PERIOD == 0
+        found = study(np.where(is_tick, 100.0, 0.0), is_tick, np.zeros(len(is_tick), dtype=int))
+        assert (found.shifts, found.ticks) == (PERIOD, 4)
         assert found.p_value == found.smallest_p == 1 / PERIOD
+
+    def test_a_long_block_is_shifted_in_stretches_of_four_periods_or_more(self):
+        is_tick, _ = places()
+        found = study(np.where(is_tick, 100.0, 0.0), is_tick, np.zeros(len(is_tick), dtype=int))
+        assert found.ticks == PLACES * BLOCKS // PERIOD - 1
+        assert found.shifts == PERIOD ** (found.ticks // 4)
+        assert found.p_value == found.smallest_p == 1 / 1000
+
+    def test_ticks_at_every_second_place_are_as_extreme_as_the_others(self):
+        is_tick = np.arange(10) % 2 == 0
+        found = study(np.where(is_tick, 1.0, 0.0), is_tick, np.zeros(10, dtype=int), spacing=2)
+        assert found.p_value == found.smallest_p == 1.0  # two shifts, both of size one
 
     def test_blocks_shorter_than_two_periods_show_nothing(self):
         short = np.arange(15)

@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float, Int
 MAX_EXACT_ORDERS = 5040
 """Orders up to which a rank correlation is tested against all of them."""
 
+SPACINGS_SHIFTED_TOGETHER = 4
+"""Spacings of a stretch whose ticks are shifted together in an event study, at least; a block may hold several."""
+
 
 def ticks(tokens: Int[np.ndarray, "n"], period: int) -> Bool[np.ndarray, "n"]:
     """Which of the places, given in tokens passed, lie on a tick."""
@@ -56,10 +59,10 @@ def event_study(
 
     From each change the centred mean of one spacing around it is taken off first, which holds exactly one tick: a
     trend would otherwise look like an effect of the ticks, which lie at the end of their periods. Then the ticks are
-    shifted in a circle, each block of neighbouring places by itself, which keeps their spacing and whatever
-    correlation the changes have. A strictly periodic clock has no more distinct shifts than `spacing`, so that one
-    block alone could never show a small p-value: blocks multiply them. Two-sided; the ticks as they are count among
-    the shifts.
+    shifted in a circle, each stretch of neighbouring places by itself, which keeps their spacing and the correlation
+    of near changes. A strictly periodic clock has no more distinct shifts than `spacing`, so that one stretch alone
+    could never show a small p-value: stretches multiply them. Two-sided; the ticks as they are count among the
+    shifts.
 
     Args:
         changes: at places in order; finite.
@@ -74,10 +77,13 @@ def event_study(
     for block in np.unique(blocks):
         inside = blocks == block
         values, train = _without_trend(changes[inside], is_tick[inside], spacing)
-        if len(values):
-            assert train.sum() * spacing == len(train), "ticks are regular"
-            options.append(np.array([values[np.roll(train, shift)].sum() for shift in range(spacing)]))
-            places += len(values)
+        assert train.sum() * spacing == len(train), "ticks are regular"
+        stretch = SPACINGS_SHIFTED_TOGETHER * spacing
+        cuts = range(stretch, len(values) - stretch + 1, stretch)
+        for part, shifted in zip(np.split(values, cuts), np.split(train, cuts), strict=True):
+            if len(part):
+                options.append(np.array([part[np.roll(shifted, shift)].sum() for shift in range(spacing)]))
+        places += len(values)
     if not options:
         return None
     count = places // spacing
@@ -98,7 +104,9 @@ def event_study(
         own, tried = 1, permutations
     extreme = int((np.abs(null) >= abs(observed) * (1 - 1e-9)).sum())
     p_value = (extreme + own) / (tried + own)
-    return Effect(observed, p_value, 1 / (tried + own), count, places - count, shifts, tried, is_exact)
+    # With every second place a tick, the others are a shift of the ticks: as extreme, with the opposite sign.
+    smallest = 2 if is_exact and spacing == 2 else 1
+    return Effect(observed, p_value, smallest / (tried + own), count, places - count, shifts, tried, is_exact)
 
 
 def _without_trend(
