@@ -41,7 +41,8 @@ def plan_arms(
 
     Raises:
         ConfigError: a name in `only` that is unknown, or without the variant it is compared with; a delta that cannot
-            be resolved, that changes nothing or more than the fields it names, or that leaves the size by more than 2 %.
+            be resolved, that changes nothing or more than the fields it names, or that leaves the size by more than
+            2 %.
     """
     unknown = [name for name in only or () if name not in grid.chosen]
     if unknown:

@@ -35,10 +35,10 @@ class MixerSection(Section):
 class WriteRates(Section):
     """Largest inner step size of each memory, reached when its gate saturates.
 
-    Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be
-    stable with unit keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs
-    are small (docs/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate of
-    its own.
+    Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be stable with unit
+    keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs are small
+    (docs/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate
+    of its own.
     """
 
     memory: Annotated[float, Field(gt=0.0, le=2.0)] = 2.0

@@ -22,15 +22,19 @@ def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -
     for seed, prompt in enumerate(config.prompts):
         ids = [tokenizer.start_of_text, *tokenizer.encode(prompt)]
         _require_finite(model, torch.tensor([ids], device=device), prompt)
-        drawn = generate(
-            model,
-            torch.tensor([ids], device=device),
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            generator=torch.Generator().manual_seed(seed),
-        ).tokens[0].tolist()
+        drawn = (
+            generate(
+                model,
+                torch.tensor([ids], device=device),
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            .tokens[0]
+            .tolist()
+        )
         ended = tokenizer.end_of_text in drawn
         kept = drawn[: drawn.index(tokenizer.end_of_text)] if ended else drawn
         samples.append(TextSample(prompt=prompt, text=tokenizer.decode(kept), tokens=len(kept), ended=ended, seed=seed))
