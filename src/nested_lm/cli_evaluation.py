@@ -57,6 +57,8 @@ def evaluate(
 
 
 evaluation.command("niah")(cli_needles.niah)
+evaluation.command("babilong")(cli_needles.babilong)
+evaluation.command("books")(cli_needles.books)
 evaluation.command("continual")(cli_continual.continual)
 evaluation.command("zeroshot")(cli_zeroshot.zeroshot)
 evaluation.command("zeroshot-data")(cli_zeroshot.zeroshot_data)

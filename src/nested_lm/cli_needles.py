@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nested_lm.cli_arguments import Checkpoint, Device, open_checkpoint, reports_errors
+from nested_lm.errors import ConfigError
 
 if TYPE_CHECKING:
     from nested_lm.checkpoint import LoadedCheckpoint
@@ -79,3 +80,81 @@ def niah(
     loaded, path = open_source(source, device)
     target = output or default_output(source, path, "niah")
     evaluate_plan(loaded, path, plan_niah(loaded, settings), output=target, report=typer.echo)
+
+
+@reports_errors
+def babilong(
+    source: Checkpoint,
+    tasks: Annotated[str, typer.Option(help="qa1 to qa5, with commas between.")] = "qa1,qa2",
+    facts: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="bAbI's English files, such as qa1_test.txt; made here by default: qa1, qa2."),
+    ] = None,
+    lengths: Lengths = "2k,4k,8k,16k,32k",
+    samples: Samples = 20,
+    examples: Annotated[bool, typer.Option(help="Put two worked examples before the text.")] = True,
+    books: Books = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for an answer.")] = 20,
+    batch_rows: BatchRows = 48,
+    max_state_mib: MaxState = 2048,
+    output: Output = None,
+    device: OnDevice = Device.auto,
+) -> None:
+    """Questions about facts hidden in books, after BABILong, with controls."""
+    from nested_lm.eval.niah.babilong import parse_babilong, plan_babilong
+    from nested_lm.eval.niah.run import default_output, evaluate_plan
+
+    settings, names = parse_babilong(
+        tasks=tasks,
+        lengths=lengths,
+        facts=facts,
+        samples=samples,
+        books=tuple(str(path) for path in books or ()),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        max_state_mib=max_state_mib,
+    )
+    loaded, path = open_source(source, device)
+    plan = plan_babilong(loaded, settings, names, facts=facts, examples=examples)
+    target = output or default_output(source, path, "babilong")
+    evaluate_plan(loaded, path, plan, output=target, report=typer.echo)
+
+
+@reports_errors
+def books(
+    source: Checkpoint,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Books; the shipped corpus in stretches by default."),
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens read of each book; 32k is 32,768.")] = "32k",
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Stretches of the shipped corpus, 8 by default; not with files.")
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Books read side by side.")] = 8,
+    max_state_mib: Annotated[int, typer.Option(min=1, help="Stop where their states take more MiB.")] = 2048,
+    output: Output = None,
+    device: OnDevice = Device.auto,
+) -> None:
+    """Loss and perplexity by position in long books: with carried state, and with a fresh one every context."""
+    if files and count is not None:
+        raise ConfigError("--count says how much of the shipped corpus is read; leave it out, or the files")
+    from nested_lm.eval.books import evaluate_books
+    from nested_lm.eval.niah.run import default_output
+    from nested_lm.eval.niah.settings import parse_size
+
+    tokens = parse_size(length, option="--length")
+    loaded, path = open_source(source, device)
+    evaluate_books(
+        loaded,
+        path,
+        tuple(files or ()),
+        length=tokens,
+        count=count or 8,
+        batch_rows=batch_rows,
+        max_state_mib=max_state_mib,
+        output=output or default_output(source, path, "books"),
+        report=typer.echo,
+    )

@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, model_validator
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm.eval.continual.schema import ContinualTaskMetrics
 from nested_lm.eval.interval import Interval, Natural
-from nested_lm.eval.niah.metrics import NiahMetrics
+from nested_lm.eval.niah.metrics import BabilongMetrics, BooksMetrics, NiahMetrics
 from nested_lm.eval.zeroshot.metrics import ZeroShotMetrics
 
 SCHEMA_VERSION = 1
@@ -198,6 +198,8 @@ Metrics = Annotated[
     | ContinualMetrics
     | NiahMetrics
     | ContinualTaskMetrics
+    | BabilongMetrics
+    | BooksMetrics
     | ZeroShotMetrics,
     Field(discriminator="kind"),
 ]

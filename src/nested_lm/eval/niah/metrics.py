@@ -146,3 +146,38 @@ class BabilongMetrics(_Curves):
     """Questions about facts hidden in books, after BABILong."""
 
     kind: Literal["babilong"]
+
+
+class BookPosition(Section):
+    """Nats a token at positions `first` to `last`, counted from 0 at the book's start.
+
+    carried: with the state carried from the book's start. fresh: with a fresh state every training context. saved: the
+    second minus the first, paired by book.
+    """
+
+    first: Natural
+    last: Natural
+    carried: Interval
+    fresh: Interval
+    saved: Interval
+
+
+class BooksMetrics(Section):
+    """Loss by position in long books. Intervals resample books.
+
+    length: tokens of each book that were asked for. reached: that were read before memory ended; `stopped` says how.
+    perplexity: exp of the nats a token with carried state.
+    """
+
+    kind: Literal["books"]
+    books: Count
+    length: Count
+    reached: Count
+    stopped: str | None
+    constant_state: bool
+    carried: Interval
+    fresh: Interval
+    saved: Interval
+    perplexity: Interval
+    positions: Annotated[tuple[BookPosition, ...], Field(min_length=1)]
+    tokens_per_s: NonNegativeFloat

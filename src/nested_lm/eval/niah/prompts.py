@@ -43,6 +43,7 @@ class Sample:
 
     prompts: one a depth. without: the same text without the needles that are asked for. only: header, needles and
     question with no text; None where there is no needle. question, answer: token ids. references: as in `Asked`.
+    words: of the question, where a scorer needs them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -51,6 +52,7 @@ class Sample:
     question: np.ndarray
     answer: np.ndarray
     references: tuple[str, ...]
+    words: str = ""
 
     @property
     def rows(self) -> tuple[Prompt, ...]:
@@ -85,7 +87,8 @@ def make_sample(
     """
     for attempt in range(_ATTEMPTS):
         rng = make_rng(seed, task.name, length, number, attempt)
-        sample = _Builder(task, tokenizer, haystack, ask(task, rng), length, rng).build(depths)
+        builder = _Builder(task.name, tokenizer, haystack, ask(task, rng), length, rng)
+        sample = builder.build(depths if task.has_depth else None)
         text = tokenizer.decode(sample.without.tokens[: length - len(sample.question)]).lower()
         if not any(reference.lower() in text for reference in sample.references):
             return sample
@@ -95,19 +98,32 @@ def make_sample(
     )
 
 
+def scatter(
+    name: str, tokenizer: TextTokenizer, haystack: Haystack, asked: Asked, *, length: int, rng: np.random.Generator
+) -> Sample:
+    """Make one sample whose needles lie in their order at random depths. The text may hold the answer's words.
+
+    name: of the task, for messages.
+
+    Raises:
+        DataError: no room for needles and question, or the haystack is too short.
+    """
+    return _Builder(name, tokenizer, haystack, asked, length, rng).build(None)
+
+
 class _Builder:
     """Puts one sample together."""
 
     def __init__(
         self,
-        task: Task,
+        name: str,
         tokenizer: TextTokenizer,
         haystack: Haystack,
         asked: Asked,
         length: int,
         rng: np.random.Generator,
     ) -> None:
-        self.task, self.asked, self.length = task, asked, length
+        self.name, self.asked, self.length = name, asked, length
         encoded = tokenizer.encode_many([asked.header, asked.question, asked.answer, *asked.needles, *asked.others])
         self.header = np.concatenate([[tokenizer.start_of_text], encoded[0]])
         self.question, self.answer = encoded[1], encoded[2]
@@ -129,7 +145,7 @@ class _Builder:
         if self.room < hidden:
             shortest = self.length - self.room + hidden
             raise DataError(
-                f"a prompt of {self.length:,} tokens has no room for task {self.task.name}\n"
+                f"a prompt of {self.length:,} tokens has no room for task {self.name}\n"
                 f"  Header, needles and question take {shortest:,} tokens with this tokenizer. Use longer lengths."
             )
 
@@ -147,12 +163,12 @@ class _Builder:
                 break
         return found
 
-    def build(self, depths: Sequence[float]) -> Sample:
-        """All prompts of the sample."""
+    def build(self, depths: Sequence[float] | None) -> Sample:
+        """All prompts of the sample. depths: of the one needle; None: needles lie at random ones."""
         asked = [Unit(tokens, whole=True, needle=index) for index, tokens in enumerate(self.needles)]
         placed = list(zip(self.places, [*asked, *(Unit(tokens, whole=True) for tokens in self.others)], strict=True))
         others = placed[len(asked) :]
-        if self.task.has_depth:
+        if depths is not None:
             prompts = [self._at_depth(depth, asked[0], others) for depth in depths]
         else:
             prompts = [self._prompt(_Filling(self, placed).take(self.room), None)]
@@ -212,6 +228,6 @@ class _Filling:
         if not self.left and self.waiting:
             raise DataError(
                 f"a prompt of {self.builder.length:,} tokens has no room for all needles of task "
-                f"{self.builder.task.name} at their depths\n  Use longer lengths."
+                f"{self.builder.name} at their depths\n  Use longer lengths."
             )
         return taken

@@ -21,7 +21,7 @@ from nested_lm.eval.niah.suites import ruler_suites
 from nested_lm.eval.niah.summary import effective_lengths, summarise
 from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.results import load_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
+from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
@@ -77,7 +77,7 @@ def default_output(source: Path, checkpoint: Path, task: str) -> Path:
 def evaluate_plan(
     loaded: LoadedCheckpoint, checkpoint: Path, plan: Plan, *, output: Path, report: Callable[[str], None]
 ) -> Path:
-    """Measure and write the result file; a result of the same checkpoint, settings and task version is kept.
+    """Measure needles and write the result file.
 
     Raises:
         DataError: a length without room, or a haystack that is too short: before anything is read.
@@ -86,22 +86,49 @@ def evaluate_plan(
     for suite in plan.suites:
         for length in {plan.lengths[0], plan.lengths[-1]}:
             suite.make(length, 0)  # refuses at once what cannot be made
+    measurement = Measurement(plan.kind, plan.version, plan.settings, lambda: _measure(loaded, plan, report))
+    return measure_once(loaded, checkpoint, measurement, output=output, report=report)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What goes into one result file. kind: of its metrics. settings: what two results must share to be compared."""
+
+    kind: str
+    version: str
+    settings: Mapping[str, Any]
+    measure: Callable[[], Metrics]
+
+
+def measure_once(
+    loaded: LoadedCheckpoint,
+    checkpoint: Path,
+    measurement: Measurement,
+    *,
+    output: Path,
+    report: Callable[[str], None],
+) -> Path:
+    """Measure and write a result file; a result of the same checkpoint, settings and task version is kept.
+
+    Raises:
+        NumericsError: a score is not finite; nothing is written.
+    """
     started = time.perf_counter()
     fields = {
-        "task_version": plan.version,
+        "task_version": measurement.version,
         "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
-        "settings": dict(plan.settings),
+        "settings": dict(measurement.settings),
         "checkpoint": mark_checkpoint(checkpoint),
     }
     if _is_current(output, fields, report):
         return output
     try:
-        metrics = _measure(loaded, plan, report)
+        metrics = measurement.measure()
     except NumericsError as error:
-        raise NumericsError(f"{plan.kind} on {checkpoint}: {error}") from error
+        raise NumericsError(f"{measurement.kind} on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task=plan.kind,
+        task=measurement.kind,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -110,7 +137,7 @@ def evaluate_plan(
         **fields,
     )
     write_result(output, result)
-    report(f"{plan.kind}: {result.wall_seconds:.1f} s, {output}")
+    report(f"{measurement.kind}: {result.wall_seconds:.1f} s, {output}")
     return output
 
 

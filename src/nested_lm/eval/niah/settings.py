@@ -90,15 +90,15 @@ def split_words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def parse_size(word: str) -> int:
-    """Tokens, as in 2048 or 2k.
+def parse_size(word: str, *, option: str = "--lengths") -> int:
+    """Tokens, as in 2048 or 2k. option: that the word was given to, for the message.
 
     Raises:
         ConfigError: not a whole number.
     """
     found = _SIZE.fullmatch(word)
     if found is None:
-        raise ConfigError(f"--lengths: {word!r} is not a number of tokens; write 2048 or 2k, with commas between")
+        raise ConfigError(f"{option}: {word!r} is not a number of tokens; write 2048 or 2k")
     return int(found[1]) * (1024 if found[2] else 1)
 
 
