@@ -21,7 +21,8 @@ RESERVED = "reserved: nothing uses it yet"
 EXTRAS = {  # extra of this package: modules it brings, what they are for
     "plot": (("matplotlib",), "figures of the report"),
     "data": (("pyarrow", "zstandard"), "Parquet and .zst sources"),
-    "eval": (("lm_eval", "datasets"), RESERVED),
+    "eval": (("lm_eval", "datasets", "sacrebleu"), "zero-shot tasks, chrF"),
+    "slurm": (("submitit",), "campaigns as Slurm jobs"),
     "wandb": (("wandb",), "metrics in Weights & Biases"),
     "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
     "deepspeed": (("deepspeed",), RESERVED),

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import run_job
 from safetensors.torch import load_file
 
 from nested_lm.config.load import parse_run
@@ -28,6 +27,7 @@ from nested_lm.nn.model import LanguageModel
 from nested_lm.train.strategy import SingleDevice, micro_batches, open_strategy
 from nested_lm.train.strategy_fsdp import FullyShard
 from nested_lm.train.stream import TrainingStream
+from tests.train.ranks import run_job
 
 STEPS = 20
 STEP_TOKENS = 16 * 2 * 3  # context x batch x accumulation: a rank has three micro-batches of one sequence
