@@ -1,161 +1,121 @@
-"""Train every arm on every task with several seeds, and write a table with intervals.
+"""Train every arm on every task with several seeds, and write tables with intervals.
 
-Cells that the result file already has, with the same configuration and recipe, are skipped, so the suite can be run in
-pieces. One thread, float32, AdamW, half a cosine, the same recipe for all arms of a task.
+Cells that the result file already has, with the same configuration and recipe, are skipped: the suite can be stopped at
+any time and run in pieces, by several processes at once. Each uses one thread.
 
     python benchmarks/learning/run.py [--tasks parity,mqar] [--arms hope,transformer] [--seeds 3] [--out FILE.json]
-                                      [--table FILE.md] [--quick]
+                                      [--page FILE.md] [--only-page] [--quick]
 """
 
 import argparse
-import hashlib
-import json
-import math
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs as a file, too
 
-from benchmarks.learning.arms import MIXERS, configuration
-from benchmarks.learning.tasks import IGNORED, TASKS, Task
-from nested_lm.nn.model import LanguageModel
+from benchmarks.learning import results
+from benchmarks.learning.arms import MIXERS
+from benchmarks.learning.protocol import Task
+from benchmarks.learning.suite import TASKS
+from benchmarks.learning.training import run_cell
 from nested_lm.nn.sizing import count_parameters
 
-BATCH, TEST_ROWS, WARMUP_STEPS = 64, 256, 20
-T_QUANTILE = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Two-sided 95 % quantiles of Student's t for so many seeds."""
-
-
-def train(task: Task, arm: str, seed: int, steps: int) -> LanguageModel:
-    """Train one model."""
-    model = LanguageModel(configuration(arm, task.vocab))
-    model.initialise(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for step in range(steps):
-        share = min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = task.rate * share
-        shortest, longest = task.train_lengths
-        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
-        tokens, targets = task.make(BATCH, length, generator)
-        logits = model(tokens).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        if not torch.isfinite(loss):
-            raise SystemExit(f"{task.name}, {arm}, seed {seed}: loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model
-
-
-@torch.no_grad()
-def test(task: Task, model: LanguageModel) -> dict[str, float]:
-    """Share of right tokens and of wholly right strings at every test length, and of stale answers."""
-    found = {}
-    for length in task.test_lengths:
-        tokens, targets = task.make(TEST_ROWS, length, torch.Generator().manual_seed(length))
-        answers = model(tokens).logits.argmax(-1)
-        scored = targets != IGNORED
-        right = (answers == targets) & scored
-        found[f"tokens@{length}"] = (right.sum() / scored.sum()).item()
-        found[f"strings@{length}"] = (right | ~scored).all(1).float().mean().item()
-        if task.stale is not None:
-            stale = task.stale(tokens, targets)
-            overwritten = stale != IGNORED
-            found[f"stale@{length}"] = ((answers == stale) & overwritten).sum().item() / overwritten.sum().item()
-    return found
-
-
-def cell(task: Task, arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """Train and test one arm on one task with one seed."""
-    started = time.process_time()
-    model = train(task, arm, seed, steps)
-    return {"task": task.name, "arm": arm, "seed": seed, **test(task, model), "cpu_s": time.process_time() - started}
-
-
-def identity(task: Task, arm: str, steps: int) -> str:
-    """Hash of everything a cell depends on besides the code."""
-    recipe = [task.name, task.train_lengths, task.test_lengths, task.rate, steps, BATCH, TEST_ROWS, WARMUP_STEPS]
-    config = configuration(arm, task.vocab).model_dump(mode="json")
-    return hashlib.sha256(json.dumps([recipe, config], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds (Student's t), clipped to [0, 1]."""
-    mean = statistics.fmean(values)
-    if len(values) not in T_QUANTILE:
-        return f"{mean:.2f}"
-    half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.2f} ({max(0.0, mean - half):.2f}-{min(1.0, mean + half):.2f})"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one row a task and arm; mean over seeds and interval."""
-    lines = []
-    for task in TASKS.values():
-        mine = [row for row in rows if row["task"] == task.name]
-        if not mine:
-            continue
-        keys = [key for key in mine[0] if "@" in key]
-        lines += [f"### {task.name}", "", f"Chance for a token about {task.chance:.2f}; {task.steps} steps.", ""]
-        lines += ["| Arm | " + " | ".join(keys) + " | Seeds |", "|---" * (len(keys) + 2) + "|"]
-        for arm in MIXERS:
-            of_arm = [row for row in mine if row["arm"] == arm]
-            if of_arm:
-                cells = [interval([row[key] for row in of_arm]) for key in keys]
-                lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(of_arm)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def stamp() -> dict[str, str]:
-    """What the numbers were made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"commit": commit or "unknown", "torch": torch.__version__, "machine": platform.machine()}
+ROOT = Path(__file__).resolve().parents[2]
+TEST_ROWS = 256
+QUICK_STEPS, QUICK_ROWS, QUICK_ARMS = 2, 8, ("hope", "transformer", "levels_3")
 
 
 def main() -> None:
     """Run the cells that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--arms", default=",".join(MIXERS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning.json"))
-    parser.add_argument("--table", type=Path, default=None)
-    parser.add_argument("--quick", action="store_true", help="five steps and one seed: does everything run?")
-    arguments = parser.parse_args()
+    arguments = _parse()
     torch.set_num_threads(1)
-    rows = json.loads(arguments.out.read_text())["cells"] if arguments.out.exists() else []
-    wanted = [
+    rows = QUICK_ROWS if arguments.quick else TEST_ROWS
+    known = results.load(arguments.out)
+    cells = [
         (TASKS[task], arm, seed)
-        for task in arguments.tasks.split(",")
+        for task in arguments.tasks
         for seed in range(1 if arguments.quick else arguments.seeds)
-        for arm in arguments.arms.split(",")
+        for arm in TASKS[task].arms or MIXERS
+        if arm in arguments.arms
     ]
-    for number, (task, arm, seed) in enumerate(wanted, start=1):
-        steps = 5 if arguments.quick else task.steps
-        key = identity(task, arm, steps)
-        if any((row["identity"], row["seed"]) == (key, seed) for row in rows):
-            continue
-        rows = [row for row in rows if (row["task"], row["arm"], row["seed"]) != (task.name, arm, seed)]
-        size = count_parameters(configuration(arm, task.vocab))["total"]
-        rows.append({**cell(task, arm, seed, steps), "parameters": size, "identity": key, **stamp()})
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"cells": rows}, indent=1) + "\n")
-        shown = {k: round(v, 3) for k, v in rows[-1].items() if "@" in k}
-        print(f"{number}/{len(wanted)} {task.name} {arm} seed {seed} {shown} {rows[-1]['cpu_s']:.0f}s", flush=True)
-    if arguments.table is not None:
-        arguments.table.write_text(table(rows))
+    have = {(row["identity"], row["seed"]) for row in known}
+    missing = []
+    for task, arm, seed in [] if arguments.only_page else cells:
+        steps = QUICK_STEPS if arguments.quick else task.steps
+        key = results.identity(task, arm, steps, rows)
+        if (key, seed) not in have:
+            missing.append((task, arm, seed, steps, key))
+    print(f"{len(missing)} of {len(cells)} cells to run{_expected([cell[:3] for cell in missing], known)}", flush=True)
+    for number, (task, arm, seed, steps, key) in enumerate(missing, start=1):
+        outcome = run_cell(task, arm, seed, steps=steps, rows=rows)
+        size = count_parameters(task.configuration(arm))["total"]
+        row = {"task": task.name, "arm": arm, "seed": seed, "identity": key, "steps": steps, "parameters": size}
+        row |= vars(outcome) | {"config": task.configuration(arm).model_dump(mode="json")} | results.stamp()
+        results.add(arguments.out, [row])
+        shown = " ".join(f"{name}={value:.3f}" for name, value in outcome.measures.items())
+        state = shown if outcome.diverged_at is None else f"diverged at step {outcome.diverged_at}"
+        print(f"{number}/{len(missing)} {task.name} {arm} seed {seed}: {state} ({outcome.cpu_s:.0f} s)", flush=True)
+    if arguments.page is not None:
+        done = [row for row in results.load(arguments.out) if _is_current(row, rows, quick=arguments.quick)]
+        results.insert(arguments.page, results.tables(TASKS, list(MIXERS), done, tested=rows))
+
+
+def _is_current(row: results.Row, rows: int, *, quick: bool) -> bool:
+    """Whether a row was made with today's configuration and recipe."""
+    task = TASKS.get(row["task"])
+    if task is None or row["arm"] not in (task.arms or MIXERS):
+        return False
+    return results.identity(task, row["arm"], QUICK_STEPS if quick else task.steps, rows) == row["identity"]
+
+
+def _expected(missing: list[tuple[Task, str, int]], known: list[results.Row]) -> str:
+    """Processor time that the missing cells took with other seeds, where there are any."""
+    seconds, unknown = 0.0, 0
+    for task, arm, _ in missing:
+        before = [row["cpu_s"] for row in known if (row["task"], row["arm"]) == (task.name, arm)]
+        if before:
+            seconds += statistics.median(before)
+        else:
+            unknown += 1
+    if not missing:
+        return ""
+    return f", about {seconds / 60:.0f} processor minutes" + (f" and {unknown} cells not timed yet" if unknown else "")
+
+
+def _parse() -> argparse.Namespace:
+    all_arms = [*MIXERS, *(arm for task in TASKS.values() for arm in task.arms or ())]
+
+    def names(allowed: list[str]):
+        def parse(text: str) -> list[str]:
+            for name in text.split(","):
+                if name not in allowed:
+                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+            return text.split(",")
+
+        return parse
+
+    def seeds(text: str) -> int:
+        if not text.isdigit() or not 1 <= int(text) <= max(results.T_QUANTILE):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {max(results.T_QUANTILE)}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=names(list(TASKS)), default=list(TASKS))
+    parser.add_argument("--arms", type=names(all_arms), default=None)
+    parser.add_argument("--seeds", type=seeds, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/learning.json")
+    parser.add_argument("--page", type=Path, default=None, help="write the tables between the markers of this page")
+    parser.add_argument("--only-page", action="store_true", help="train nothing")
+    parser.add_argument("--quick", action="store_true", help="two steps, one seed, three arms: does everything run?")
+    arguments = parser.parse_args()
+    if arguments.arms is None:
+        arguments.arms = list(QUICK_ARMS) if arguments.quick else all_arms
+    if arguments.quick and arguments.out == parser.get_default("out"):
+        parser.error("--quick needs an --out of its own: its numbers mean nothing")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,38 +1,104 @@
-"""Generators of the learning suite: tokens, and the class that is right at every position (-100: not scored).
+"""Tasks over tokens: generators of tokens and of the class that is right at every position (-100: not scored).
 
 Shapes: B batch, T tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-IGNORED = -100
+from benchmarks.learning.arms import configuration
+from benchmarks.learning.protocol import IGNORED, RECIPE, Measures, share_of_right
+from nested_lm.config.model import ModelConfig
+from nested_lm.nn.model import LanguageModel
 
 Make = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task.
+class TokenTask:
+    """One task over tokens; `benchmarks/learning/protocol.py` says what its methods do.
 
     make: batch, length, generator -> tokens (B, T) and targets (B, T), both below `vocab`.
     train_lengths: shortest and longest training length; each batch draws one. test_lengths: what is reported.
-    chance: accuracy of a token by guessing among its likely classes; strings are right when every position is.
+    grows: the longest training length grows from the shortest one in the first half of the training.
     stale: from tokens and targets, the answer that was right before it was overwritten (-100: not overwritten).
     """
 
     name: str
+    about: str
     vocab: int
     make: Make
     train_lengths: tuple[int, int]
     test_lengths: tuple[int, ...]
     steps: int
-    chance: float
     rate: float = 3e-3
-    stale: Callable[[Tensor, Tensor], Tensor] | None = field(default=None)
+    grows: bool = False
+    stale: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    arms: ClassVar[None] = None
+    unit: ClassVar[Literal["share"]] = "share"
+
+    def configuration(self, arm: str) -> ModelConfig:
+        """Return the configuration of a language model."""
+        return configuration(arm, self.vocab)
+
+    def build(self, arm: str, seed: int) -> LanguageModel:
+        """Build the language model."""
+        model = LanguageModel(self.configuration(arm))
+        model.initialise(seed)
+        return model
+
+    def longest(self, progress: float) -> int:
+        """Longest training length at this share of the training."""
+        shortest, longest = self.train_lengths
+        return shortest + round((longest - shortest) * min(1.0, 2 * progress)) if self.grows else longest
+
+    def loss(self, model: LanguageModel, generator: torch.Generator, progress: float) -> Tensor:
+        """Cross-entropy of the scored positions of a batch of one length."""
+        span = self.longest(progress) - self.train_lengths[0] + 1
+        length = self.train_lengths[0] + int(torch.randint(0, span, (1,), generator=generator))
+        tokens, targets = self.make(RECIPE.batch, length, generator)
+        logits = model(tokens).logits
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def tests(self, rows: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Tokens and targets of every test length."""
+        return {length: self.make(rows, length, torch.Generator().manual_seed(length)) for length in self.test_lengths}
+
+    def measure(self, model: LanguageModel, rows: int) -> Measures:
+        """Share of right tokens, last positions and whole strings at every test length, and of stale answers."""
+        return self._scores(rows, lambda tokens, _: model(tokens).logits.argmax(-1))
+
+    def references(self, rows: int) -> dict[str, Measures]:
+        """Score of always giving the answer that is most frequent in the test."""
+
+        def most_frequent(tokens: Tensor, targets: Tensor) -> Tensor:
+            return torch.full_like(tokens, int(targets[targets != IGNORED].mode().values))
+
+        return {"guessing": self._scores(rows, most_frequent)}
+
+    def _scores(self, rows: int, answer: Callable[[Tensor, Tensor], Tensor]) -> Measures:
+        found: Measures = {}
+        for length in self.test_lengths:
+            tokens, targets = self.make(rows, length, torch.Generator().manual_seed(length))
+            answers = answer(tokens, targets)
+            found |= {f"{name}@{length}": value for name, value in share_of_right(answers, targets).items()}
+            if self.stale is not None:
+                stale = self.stale(tokens, targets)
+                overwritten = stale != IGNORED
+                found[f"stale@{length}"] = ((answers == stale) & overwritten).sum().item() / overwritten.sum().item()
+        return found
+
+    def recipe(self, steps: int, rows: int) -> list[Any]:
+        """Lengths, steps and rate."""
+        lengths = [self.train_lengths, self.test_lengths]
+        grows = ["grows"] if self.grows else []
+        return [self.name, *lengths, self.rate, steps, RECIPE.batch, rows, RECIPE.warmup_steps, *grows]
 
 
 def parity(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -61,7 +127,8 @@ def counted(period: int, classes: tuple[int, ...], symbols: tuple[int, ...]) -> 
 def counters(symbols: int) -> Make:
     """Build the language a^n b^n (two symbols) or a^n b^n c^n (three); class: which symbols may follow.
 
-    0: a or b, 1: b only, 2: c only, 3: end. Positions after the end are not scored.
+    0: a or b, 1: b only, 2: c only, 3: end. The start, where the string may not end, and positions after the end are
+    not scored.
     """
 
     def make(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -71,7 +138,7 @@ def counters(symbols: int) -> Make:
         tokens = ((position - 1).clamp_min(0) // n + 1).clamp_max(symbols) * (position > 0) * (position <= symbols * n)
         seen = position  # symbols read
         targets = torch.full((batch, length), IGNORED)
-        targets[(seen <= n).expand(batch, -1)] = 0
+        targets[(seen > 0) & (seen <= n)] = 0
         targets[(seen > n) & (seen < 2 * n)] = 1
         if symbols == 3:
             targets[(seen >= 2 * n) & (seen < 3 * n)] = 2
@@ -178,18 +245,99 @@ def mqar(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
     return torch.cat([told, keys.gather(1, asked)], dim=1), targets
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("parity", 4, parity, (40, 40), (40, 100, 160, 320), 400, 0.5),
-        Task("aa_star", 4, counted(2, (0, 1), (1,)), (8, 40), (40, 100), 200, 0.5),
-        Task("abab_star", 4, counted(4, (0, 1, 2, 1), (1, 2)), (8, 40), (40, 100), 200, 0.5),
-        Task("a_n_b_n", 4, counters(2), (16, 41), (41, 101), 300, 0.5),
-        Task("a_n_b_n_c_n", 4, counters(3), (16, 41), (41, 101), 300, 0.4),
-        Task("shuffle_2", 5, shuffle_2, (8, 40), (40, 100), 300, 0.3),
-        Task("reassigned", RECALL_VOCAB, reassigned, (40, 40), (40, 80), 600, 1 / VALUES, stale=stale_answer),
-        Task("far_recall", RECALL_VOCAB, far_recall, (64, 64), (64, 128), 600, 1 / VALUES),
-        Task("mqar", 2 * MQAR_SYMBOLS, mqar, (64, 64), (64,), 600, 1 / MQAR_SYMBOLS),
-        Task("s3", 6, permutations, (4, 24), (24, 48), 600, 1 / 6),
-    )
-}
+TOKEN_TASKS = (
+    TokenTask(
+        "parity",
+        "Is the number of ones so far odd? Trained on 40 random bits.",
+        4,
+        parity,
+        (40, 40),
+        (40, 100, 160, 320),
+        400,
+    ),
+    TokenTask(
+        "aa_star",
+        "The language (aa)*: may the string end here? Trained to length 40.",
+        4,
+        counted(2, (0, 1), (1,)),
+        (8, 40),
+        (40, 100),
+        200,
+    ),
+    TokenTask(
+        "abab_star",
+        "The language (abab)*: which symbols may follow? Trained to length 40.",
+        4,
+        counted(4, (0, 1, 2, 1), (1, 2)),
+        (8, 40),
+        (40, 100),
+        200,
+    ),
+    TokenTask(
+        "a_n_b_n",
+        "Which symbols may follow? Trained to length 41.",
+        4,
+        counters(2),
+        (16, 41),
+        (41, 101),
+        300,
+    ),
+    TokenTask(
+        "a_n_b_n_c_n",
+        "Which symbols may follow? Trained to length 41.",
+        4,
+        counters(3),
+        (16, 41),
+        (41, 101),
+        300,
+    ),
+    TokenTask(
+        "shuffle_2",
+        "Two kinds of brackets, freely interleaved: which kinds are open? Trained to length 40.",
+        5,
+        shuffle_2,
+        (8, 40),
+        (40, 100),
+        300,
+    ),
+    TokenTask(
+        "reassigned",
+        "Six keys get values, three of them new ones afterwards; which value has each key now? `stale`: share of "
+        "overwritten keys answered with the old value.",
+        RECALL_VOCAB,
+        reassigned,
+        (40, 40),
+        (40, 80),
+        600,
+        stale=stale_answer,
+    ),
+    TokenTask(
+        "far_recall",
+        "Four pairs of key and value at the beginning, filler, four questions at the end, out of the reach of two "
+        "layers with a window of 16.",
+        RECALL_VOCAB,
+        far_recall,
+        (64, 64),
+        (64, 128),
+        600,
+    ),
+    TokenTask(
+        "mqar",
+        "Multi-query associative recall: eight of 64 keys get one of 64 values, then keys are asked for at random.",
+        2 * MQAR_SYMBOLS,
+        mqar,
+        (64, 64),
+        (64,),
+        600,
+    ),
+    TokenTask(
+        "s3",
+        "Word problem of S3: the product of the permutations so far. The training length grows from 4 to 24.",
+        6,
+        permutations,
+        (4, 24),
+        (24, 48),
+        1500,
+        grows=True,
+    ),
+)

@@ -1,19 +1,11 @@
-"""The labels of the learning suite against brute force, and one small run of it."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Tasks over tokens of the learning suite: labels against brute force."""
 
 import pytest
 import torch
-from benchmarks.learning import run
-from benchmarks.learning.arms import MIXERS, configuration
-from benchmarks.learning.tasks import IGNORED, KEYS, MQAR_SYMBOLS, TASKS
+from benchmarks.learning.protocol import IGNORED
+from benchmarks.learning.tasks import KEYS, MQAR_SYMBOLS, TOKEN_TASKS
 
-from nested_lm.nn.sizing import count_parameters
-
-ROOT = Path(__file__).resolve().parents[2]
+TASKS = {task.name: task for task in TOKEN_TASKS}
 
 
 def made(name, batch=16, length=None):
@@ -63,7 +55,7 @@ def test_counters(name, symbols):
         text = [s for s in row[1:] if s]
         assert text == [s for s in range(1, symbols + 1) for _ in range(n)]
         for t, target in enumerate(classes):
-            if t > symbols * n:
+            if t == 0 or t > symbols * n:
                 assert target == IGNORED
                 continue
             counts = [text[:t].count(s) for s in range(1, symbols + 1)]
@@ -120,31 +112,37 @@ def test_permutations():
             assert swaps[target] == state
 
 
-def test_arms_have_nearly_equal_parameters():
-    sizes = {arm: count_parameters(configuration(arm, 64))["total"] for arm in MIXERS}
-    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+def test_longest_training_length_grows_in_the_first_half():
+    assert [TASKS["s3"].longest(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [4, 14, 24, 24]
+    assert TASKS["aa_star"].longest(0.0) == 40
 
 
-def test_interval_by_hand():
-    assert run.interval([0.5]) == "0.50"
-    assert run.interval([0.4, 0.5, 0.6]) == "0.50 (0.25-0.75)"  # 4.303 * 0.1 / sqrt(3) = 0.248
+@pytest.mark.parametrize(("name", "measure", "share"), [("parity", "tokens@40", 0.5), ("s3", "last@24", 1 / 6)])
+def test_guessing_is_at_chance(name, measure, share):
+    guessed = TASKS[name].references(256)["guessing"]
+    assert guessed[measure] == pytest.approx(share, abs=0.08)
 
 
-def test_runs_skips_what_is_there_and_writes_the_table(tmp_path):
-    out, table = tmp_path / "r.json", tmp_path / "t.md"
-    command = [
-        sys.executable,
-        "benchmarks/learning/run.py",
-        "--quick",
-        "--tasks",
-        "reassigned",
-        "--arms",
-        "linear_attention",
-    ]
-    command += ["--out", str(out), "--table", str(table)]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "reassigned linear_attention seed 0" in first.stdout
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
-    (row,) = json.loads(out.read_text())["cells"]
-    assert 0 <= row["tokens@40"] <= 1
-    assert "| linear_attention |" in table.read_text()
+def test_a_model_that_knows_the_answer_scores_one_and_a_stale_one_is_seen():
+    task = TASKS["reassigned"]
+
+    class Answers:
+        def __init__(self, answers):
+            self.answers = answers
+
+        def __call__(self, tokens):
+            index = 40 if tokens.shape[1] == 40 else 80
+            return type("Output", (), {"logits": torch.nn.functional.one_hot(self.answers[index], task.vocab)})
+
+    truth, old = {}, {}
+    for length in task.test_lengths:
+        tokens, targets = task.make(8, length, torch.Generator().manual_seed(length))
+        truth[length] = targets.clamp_min(0)
+        stale = task.stale(tokens, targets)
+        old[length] = torch.where(stale == IGNORED, truth[length], stale)
+    right, wrong = task.measure(Answers(truth), 8), task.measure(Answers(old), 8)
+    assert {right[f"{name}@80"] for name in ("tokens", "last", "strings")} == {1.0}
+    assert right["stale@40"] == 0.0
+    assert wrong["stale@40"] == 1.0
+    assert wrong["tokens@40"] == 0.5
+    assert wrong["strings@40"] == 0.0

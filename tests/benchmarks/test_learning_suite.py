@@ -1,0 +1,143 @@
+"""The learning suite as a whole: equal arms, training, result file, tables, and one small run of all tasks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.learning import results, run, training
+from benchmarks.learning.arms import MIXERS, configuration
+from benchmarks.learning.suite import TASKS
+
+from nested_lm.nn.sizing import count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(task="parity", arm="hope", seed=0, diverged_at=None, **measures):
+    return {
+        "task": task, "arm": arm, "seed": seed, "identity": "x", "commit": "c", "cpu_s": 36.0,
+        "hardware": {"processor": "p"}, "diverged_at": diverged_at, "measures": measures,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab", [4, 128])
+def test_arms_have_nearly_equal_parameters(vocab):
+    sizes = {arm: count_parameters(configuration(arm, vocab))["total"] for arm in MIXERS}
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+
+
+def test_rate_warms_up_and_falls_to_the_floor():
+    assert training.rate_at(0, 400) == pytest.approx(1 / 20)
+    assert training.rate_at(19, 400) == pytest.approx(1.0, abs=0.01)
+    assert training.rate_at(200, 400) == pytest.approx(0.5)
+    assert training.rate_at(399, 400) == 0.02
+
+
+def test_a_seed_gives_the_same_cell_and_another_seed_another():
+    first, again, other = (
+        training.run_cell(TASKS["aa_star"], "linear_attention", seed, steps=3, rows=4) for seed in (0, 0, 1)
+    )
+    assert (first.measures, first.final_loss) == (again.measures, again.final_loss)
+    assert first.final_loss != other.final_loss
+
+
+def test_a_loss_that_is_not_finite_is_a_result():
+    class Broken:
+        rate = 1e-3
+
+        def build(self, arm, seed):
+            return torch.nn.Linear(1, 1)
+
+        def loss(self, model, generator, progress):
+            return model.weight.sum() * (float("nan") if progress >= 0.5 else 1.0)
+
+    outcome = training.run_cell(Broken(), "any", 0, steps=4, rows=1)
+    assert outcome.diverged_at == 2
+    assert outcome.measures == {}
+
+
+def test_interval_by_hand():
+    assert results.interval([0.5], is_share=True) == "0.50"
+    # 4.303 * 0.1 / sqrt(3) = 0.248
+    assert results.interval([0.4, 0.5, 0.6], is_share=True) == "0.50 (0.25 to 0.75)"
+    assert results.interval([0.9, 1.0, 1.0], is_share=True) == "0.97 (0.82 to 1.00)"
+    assert results.interval([0.9, 1.0, 1.0], is_share=False) == "0.97 (0.82 to 1.11)"
+
+
+def test_identity_changes_with_steps_and_arm():
+    task = TASKS["parity"]
+    found = {
+        results.identity(task, arm, steps, rows) for arm in ("hope", "delta_net") for steps in (1, 2) for rows in (8, 9)
+    }
+    assert len(found) == 8
+
+
+def test_rows_replace_those_of_the_same_cell(tmp_path):
+    path = tmp_path / "r.json"
+    results.add(path, [row(a=0.1), row(seed=1, a=0.2)])
+    results.add(path, [row(a=0.3)])
+    assert [(found["seed"], found["measures"]["a"]) for found in results.load(path)] == [(0, 0.3), (1, 0.2)]
+    path.write_text(json.dumps({"version": 0, "cells": []}))
+    with pytest.raises(SystemExit, match="version 0, this suite writes 1"):
+        results.load(path)
+
+
+def test_table_shows_means_references_and_what_diverged(tmp_path):
+    rows = [row(**{"tokens@40": 1.0}), row(seed=1, **{"tokens@40": 0.5}), row(arm="delta_net", diverged_at=7)]
+    text = results.tables(TASKS, list(MIXERS), rows, tested=64)
+    assert "| hope | 0.75 (0.00 to 1.00) | 2 |" in text
+    assert "| delta_net | - | 1, 1 diverged |" in text
+    assert "| *guessing* | 0.5" in text
+    assert "### aa_star" not in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    results.insert(page, text)
+    assert page.read_text().startswith(f"before\n{results.BEGIN}\n3 cells")
+    assert page.read_text().endswith(f"{results.END}\nafter\n")
+    assert "old" not in page.read_text()
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="has no place for the tables"):
+        results.insert(page, text)
+
+
+def test_expected_time_is_that_of_other_seeds():
+    parity = TASKS["parity"]
+    missing = [(parity, "hope", 1), (parity, "hope", 2), (parity, "delta_net", 0)]
+    assert run._expected(missing, [row() | {"cpu_s": 60.0}]) == ", about 2 processor minutes and 1 cells not timed yet"
+    assert run._expected([], []) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "parite"], "'parite' is none of parity"),
+        (["--arms", "rnn"], "'rnn' is none of hope"),
+        (["--seeds", "11"], "'11' is not a number from 1 to 10"),
+        (["--quick"], "--quick needs an --out of its own"),
+    ],
+)
+def test_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert message in capsys.readouterr().err
+
+
+def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
+    out, page = tmp_path / "r.json", tmp_path / "p.md"
+    page.write_text(f"{results.BEGIN}\n{results.END}\n")
+    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "linear_attention,levels_1"]
+    command += ["--out", str(out), "--page", str(page)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"{len(TASKS)} of {len(TASKS)} cells to run" in first
+    assert f"{len(TASKS)}/{len(TASKS)} clock levels_1 seed 0" in first
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert again == f"0 of {len(TASKS)} cells to run\n"
+    cells = json.loads(out.read_text())["cells"]
+    assert {cell["task"] for cell in cells} == set(TASKS)
+    assert all(cell["measures"] and cell["diverged_at"] is None for cell in cells)
+    for name in TASKS:
+        assert f"### {name}" in page.read_text()
