@@ -367,12 +367,32 @@ def campaign(
 @app.command()
 @reports_errors
 def report(
-    campaign_dir: Annotated[Path, typer.Argument(metavar="CAMPAIGN_DIR", help="Folder of a campaign.")],
+    campaign_dir: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CAMPAIGN_DIR]", help="Folder of a campaign; all published ones by default."),
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Also keep the campaign's evidence in eval/NAME, for version control.")
+    ] = False,
+    root: Annotated[Path, typer.Option(help="The project's folder, which holds eval/, docs/ and reports/.")] = Path(),
 ) -> None:
-    """Render report.md and report.html from the results of a campaign."""
+    """Render the report of a campaign; without one, the project's documents from all published campaigns."""
+    if campaign_dir is None:
+        if publish:
+            raise ConfigError("--publish keeps the evidence of one campaign; name its folder")
+        from nested_lm.report.project import Folders, write_project
+
+        for path in write_project(Folders(root)):
+            typer.echo(f"wrote {path}")
+        return
     from nested_lm.report.render import render_campaign
 
     typer.echo(f"report in {render_campaign(campaign_dir)}")
+    if publish:
+        from nested_lm.report.evidence import publish as keep
+        from nested_lm.report.manifest import read_manifest
+
+        typer.echo(f"evidence in {keep(campaign_dir, root / 'eval' / read_manifest(campaign_dir).name)}")
 
 
 @app.command()

@@ -3,18 +3,21 @@
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from nested_lm.config.load import load_run
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.niah.measure import ControlRow, Measured, Row
-from nested_lm.eval.niah.metrics import NeedleLength, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.metrics import BookPosition, BooksMetrics, NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.summary import effective_lengths, summarise
 from nested_lm.report import plots_needles
 
 DEPTHS = (0.0, 0.5, 1.0)
-PLOTS = (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
+NEEDLES = (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
+PLOTS = (*NEEDLES, plots_needles.book_positions)
 
 
 def scores(length, reach, *, samples=4):
@@ -56,13 +59,33 @@ def metrics(reach, *, stops_at=None):
     )
 
 
+def of_books():
+    at = Bootstrap(samples=100).mean(np.array([4.0, 4.5, 5.0]))
+    edges = [0, 4, 8, 16, 4096]
+    return BooksMetrics(
+        kind="books",
+        books=3,
+        length=4096,
+        reached=4096,
+        stopped=None,
+        constant_state=True,
+        carried=at,
+        fresh=at,
+        saved=at,
+        perplexity=at,
+        positions=tuple(BookPosition(first=a, last=b - 1, carried=at, fresh=at, saved=at) for a, b in pairwise(edges)),
+        tokens_per_s=1.0,
+    )
+
+
 @pytest.fixture(scope="module")
 def measured(complete):
     """Two runs: one finds needles 3,000 tokens back and runs to the end, the other 200 and stops at 8,192."""
 
     def with_needles(run, found):
         result = run.results["passkey"].model_copy(update={"task": "niah", "metrics": found})
-        return replace(run, results={"niah": result})
+        books = run.results["passkey"].model_copy(update={"task": "books", "metrics": of_books()})
+        return replace(run, results={"niah": result, "books": books})
 
     hope, transformer = complete.runs[:2]
     runs = (with_needles(hope, metrics(3000)), with_needles(transformer, metrics(200, stops_at=8192)))

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nested_lm.report.render import markdown_block, markdown_text, render_campaign
+from nested_lm.report.document import markdown_block, markdown_text
+from nested_lm.report.render import render_campaign
 from tests.report.fake_runs import write_campaign
 
 HOSTILE = "</blockquote><script>alert(1)</script> & `````` | {{ 7 * 7 }} <img src=x onerror=alert(2)>\x00\udc80"

@@ -8,7 +8,7 @@ import pytest
 from nested_lm.config.train import Logging
 from nested_lm.errors import ConfigError, DataError
 from nested_lm.train import metrics
-from nested_lm.train.metrics import MetricsLog, TensorBoardSink, WandbSink, open_sinks, read_records
+from nested_lm.train.metrics import WANDB_LINK, MetricsLog, TensorBoardSink, WandbSink, open_sinks, read_records
 from nested_lm.train.trainer import train
 
 STEP = {"event": "step", "step": 1, "tokens": 8, "loss": 1.5, "layer0/rate": None}
@@ -89,8 +89,9 @@ class TestTensorBoard:
 class FakeWandb:
     """Records what would be sent."""
 
-    def __init__(self, api_key=None):
+    def __init__(self, api_key=None, url=None):
         self.api = type("Api", (), {"api_key": api_key})()
+        self.url = url
         self.logged, self.finished = [], 0
 
     def Settings(self, **settings):  # noqa: N802  the package's own name
@@ -142,6 +143,12 @@ class TestWandb:
         self.open(monkeypatch, tmp_path, fake)
         assert fake.arguments["mode"] == "online"
         assert "s3cret" not in repr(fake.arguments)
+
+    def test_keeps_the_address_of_the_curves_where_there_is_one(self, monkeypatch, tmp_path):
+        self.open(monkeypatch, tmp_path, FakeWandb())
+        assert not (tmp_path / WANDB_LINK).exists()  # offline
+        self.open(monkeypatch, tmp_path, FakeWandb(url="https://wandb.ai/us/p/runs/tiny-1"))
+        assert json.loads((tmp_path / WANDB_LINK).read_text()) == {"url": "https://wandb.ai/us/p/runs/tiny-1"}
 
     @pytest.mark.slow
     def test_the_real_package_writes_an_offline_run(self, tmp_path, monkeypatch):

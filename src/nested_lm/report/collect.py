@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """Which kind of model it is."""
+        """Which kind of model it is; of an ablation grid, the base or the name of the variant."""
+        if self.entry.arm is not None:
+            return self.entry.arm
         parts = f"{self.config.model.mixer.kind}+{self.config.model.channel.kind}"
         return ARM_NAMES.get(parts, parts)
 
@@ -87,6 +89,10 @@ class Campaign:
     def with_result(self, task: str, *, chronological: bool = False) -> tuple[Run, ...]:
         """Runs of one kind that have a result of a task."""
         return tuple(run for run in self.runs if task in run.results and run.chronological == chronological)
+
+    def plain(self) -> "Campaign":
+        """The campaign without the runs of its ablation grids."""
+        return replace(self, runs=tuple(run for run in self.runs if run.entry.grid is None))
 
     def label(self, run: Run) -> str:
         """The arm, with the seed where the arm was run with several."""
@@ -112,7 +118,7 @@ def collect(folder: Path) -> Campaign:
             f"{folder}: no run of the campaign has been trained yet, so there is nothing to report\n"
             "  Run `nested-lm campaign PRESET` first; it continues where it stopped."
         )
-    data = [found for name in manifest.data if (found := _read_data(folder / name, notes)) is not None]
+    data = [found for name in manifest.data if (found := _read_data(folder, name, notes)) is not None]
     _refuse_mixtures(runs)
     return Campaign(folder, manifest, tuple(runs), tuple(data), tuple(notes))
 
@@ -193,11 +199,12 @@ def _read_results(folder: Path, record: Mapping[str, Any]) -> dict[str, ResultFi
     return results
 
 
-def _read_data(folder: Path, notes: list[str]) -> Manifest | None:
+def _read_data(root: Path, name: str, notes: list[str]) -> Manifest | None:
     try:
-        return read_data_manifest(folder)
+        return read_data_manifest(root / name)
     except DataError as error:
-        notes.append(f"The data set is not described: {str(error).splitlines()[0]}.")
+        why = str(error).splitlines()[0].replace(str(root / name), name)
+        notes.append(f"The data set is not described: {why}.")
         return None
 
 

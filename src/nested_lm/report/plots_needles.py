@@ -9,12 +9,14 @@ import numpy as np
 from nested_lm.config.run import RunConfig
 from nested_lm.eval.bootstrap import Bootstrap, wilson
 from nested_lm.eval.interval import Interval
-from nested_lm.eval.niah.metrics import Cell, LengthScores, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.metrics import BooksMetrics, Cell, LengthScores, NeedleTask, NiahMetrics
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.plot_style import INK, MUTED, Drawing, canvas, finish, label_line_ends, short_count
 from nested_lm.report.plots import arm_colour
 
 _RESAMPLES = Bootstrap(samples=2000)
+
+_FIRST_POSITION = 8  # tokens; the loss before it would flatten the figure
 
 
 def needle_matches(campaign: Campaign) -> Drawing | None:
@@ -82,6 +84,45 @@ def needle_distance(campaign: Campaign) -> Drawing | None:
             caption="Each point gathers the prompts whose needle lies that far back, over all lengths, with its 95 % "
             "interval. Vertical lines are spans of the models: what is found left of a window may be attention's "
             "doing, what is found right of it is memory's.",
+        )
+
+
+def book_positions(campaign: Campaign) -> Drawing | None:
+    """Nats a token by position in long books, with carried state and with a fresh one every training context."""
+    runs = [run for run in campaign.runs if "books" in run.results]
+    if not runs:
+        return None
+    with canvas(1, 1, height=3.6) as (figure, axes):
+        axis, ends = axes[0][0], []
+        for run in runs:
+            metrics = run.results["books"].metrics
+            assert isinstance(metrics, BooksMetrics)
+            shown = [position for position in metrics.positions if position.first >= _FIRST_POSITION]
+            xs = [((position.first + 1) * (position.last + 1)) ** 0.5 for position in shown]
+            colour = arm_colour(campaign, run)
+            for style, words, intervals in (
+                ("-", "", [position.carried for position in shown]),
+                ("--", ", fresh", [position.fresh for position in shown]),
+            ):
+                axis.plot(xs, [i.value for i in intervals], style, color=colour, marker="o", markersize=3.5)
+                low = [i.value if i.low is None else i.low for i in intervals]
+                high = [i.value if i.high is None else i.high for i in intervals]
+                axis.fill_between(xs, low, high, color=colour, alpha=0.10, linewidth=0)
+                if xs:
+                    ends.append((xs[-1], intervals[-1].value, campaign.label(run) + words, colour))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(_short_tokens)
+        axis.minorticks_off()
+        axis.set(xlabel="position in the book (tokens)", ylabel="loss (nats / token)")
+        _mark_spans(axis, [run.config for run in runs])
+        label_line_ends([(axis, ends)])
+        return finish(
+            figure,
+            name="book_positions",
+            title="Loss by position in long books",
+            caption="Lower is better. Solid: the state is carried from the book's start; dashed: it is fresh every "
+            "training context. A solid line below its dashed one shows what the longer past saves. Bands are 95 % "
+            "intervals over books; the first few tokens are cut off.",
         )
 
 

@@ -1,18 +1,17 @@
 """Writes `report.md` and a self-contained `report.html`: same inputs, same bytes."""
 
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nested_lm.errors import ReportError
-from nested_lm.report import plots, plots_continual, plots_inside
+from nested_lm.report import plots, plots_continual, plots_inside, plots_needles
+from nested_lm.report.ablation_parts import ablation_document
+from nested_lm.report.ablations import grid_reports
 from nested_lm.report.collect import Campaign, collect
+from nested_lm.report.document import environment, write_html, write_markdown, write_text
 from nested_lm.report.findings import Check, checks, limits, supports, verdicts
+from nested_lm.report.kinds import Shown, other_results
 from nested_lm.report.plot_style import Drawing, require_matplotlib
 from nested_lm.report.tables import (
     Sample,
@@ -52,6 +51,8 @@ class Page:
     identity: Table
     limits: list[str]
     notes: list[str]
+    others: list[Shown]
+    others_figures: list[Drawing]
 
     @property
     def drawings(self) -> list[Drawing]:
@@ -62,6 +63,7 @@ class Page:
             self.passkey_figure,
             self.continual_figure,
             *self.continual_more,
+            *self.others_figures,
             *self.inside,
         ]
         return [drawing for drawing in single if drawing is not None]
@@ -70,6 +72,9 @@ class Page:
 def render_campaign(campaign_dir: Path) -> Path:
     """Render the report of a campaign folder and return the path of `report.html`.
 
+    An ablation grid has pages of its own: `ablations.*` beside the report of the other runs, or, where there are none,
+    the report itself.
+
     Figures go into the page, and as files into `figures/` for `report.md`. Without matplotlib both reports
     are written without figures and say so.
 
@@ -77,18 +82,23 @@ def render_campaign(campaign_dir: Path) -> Path:
         ReportError: not a campaign folder, damaged files, or results that may not share a table.
     """
     campaign = collect(campaign_dir)
-    page = _page(campaign)
-    environment = _environment()
-    figures = campaign_dir / "figures"
-    for drawing in page.drawings:
-        figures.mkdir(exist_ok=True)
-        _write(figures / f"{drawing.name}.svg", drawing.svg)
-    for name in ("report.md", "report.html"):
-        _write(campaign_dir / name, environment.get_template(f"{name}.j2").render(page=page))
+    plain = campaign.plain()
+    if campaign.manifest.grids:
+        document = ablation_document(campaign, grid_reports(campaign), command=f"nested-lm report {campaign_dir.name}")
+        stem = "ablations" if plain.runs else "report"
+        write_markdown(document, campaign_dir / f"{stem}.md")
+        write_html(document, campaign_dir / f"{stem}.html")
+    if plain.runs:
+        page = make_page(plain)
+        for drawing in page.drawings:
+            write_text(campaign_dir / "figures" / f"{drawing.name}.svg", drawing.svg)
+        for name in ("report.md", "report.html"):
+            write_text(campaign_dir / name, environment().get_template(f"{name}.j2").render(page=page))
     return campaign_dir / "report.html"
 
 
-def _page(campaign: Campaign) -> Page:
+def make_page(campaign: Campaign) -> Page:
+    """Everything a report says of the runs outside grids."""
     notes = list(campaign.notes)
     draw = _drawer(campaign, notes)
     return Page(
@@ -110,7 +120,16 @@ def _page(campaign: Campaign) -> Page:
         identity=identity_table(campaign),
         limits=limits(campaign),
         notes=notes,
+        others=other_results(campaign),
+        others_figures=[drawing for plot in _needle_plots(campaign) if (drawing := draw(plot)) is not None],
     )
+
+
+def _needle_plots(campaign: Campaign) -> tuple[Plot, ...]:
+    """Figures of needle curves where there are any: most campaigns measure none, and need not be told."""
+    if not any(result.metrics.kind == "niah" for run in campaign.runs for result in run.results.values()):
+        return ()
+    return (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
 
 
 def _drawer(campaign: Campaign, notes: list[str]) -> Plot:
@@ -129,41 +148,3 @@ def _drawer(campaign: Campaign, notes: list[str]) -> Plot:
         return drawing
 
     return lambda plot: draw(plot)  # type: ignore[arg-type, return-value]
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("nested_lm.report", "templates"),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["markdown"] = markdown_text
-    environment.filters["fenced"] = markdown_block
-    environment.filters["address"] = lambda path: quote(str(path))
-    return environment
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, on one line, also inside a table cell."""
-    one_line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", one_line)
-
-
-def markdown_block(text: str) -> str:
-    """Text as a code block whose fence the text cannot close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically, with the same bytes on every system."""
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        aside.write_bytes(text.encode("utf-8", errors="replace"))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def main_table(campaign: Campaign) -> Table:
             ("Kneser-Ney bigram floor", measured[0].bigram),
         ):
             empty = (Cell(""),) * 4
-            rows.append((Cell(name), *empty, _interval(floor.bits_per_byte), Cell(""), Cell("")))
+            rows.append((Cell(name), *empty, interval_cell(floor.bits_per_byte), Cell(""), Cell("")))
             muted.append(True)
     return Table(header, tuple(rows), tuple(muted))
 
@@ -76,16 +76,18 @@ def _main_row(campaign: Campaign, run: Run) -> tuple[Cell, ...]:
         Cell(ABSENT if tokens is None else f"{tokens:,.0f}"),
         Cell(ABSENT if seconds is None else duration(seconds)),
         Cell(f"{tokens / seconds:,.0f}" if tokens and seconds else ABSENT),
-        _interval(metrics.window.bits_per_byte) if metrics else Cell(ABSENT),
-        _interval(streaming.bits_per_byte) if streaming else Cell("-" if metrics else ABSENT),
-        _interval(metrics.window.below_bigram) if metrics else Cell(ABSENT),
+        interval_cell(metrics.window.bits_per_byte) if metrics else Cell(ABSENT),
+        interval_cell(streaming.bits_per_byte) if streaming else Cell("-" if metrics else ABSENT),
+        interval_cell(metrics.window.below_bigram) if metrics else Cell(ABSENT),
     )
 
 
-def _interval(interval: Interval) -> Cell:
+def interval_cell(interval: Interval, *, signed: bool = False) -> Cell:
+    """A number over its interval; signed: with a plus where it is above 0."""
+    form = "+.3f" if signed else ".3f"
     if interval.low is None or interval.high is None:
-        return Cell(f"{interval.value:.3f}", f"no interval, n = {interval.n}")
-    return Cell(f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
+        return Cell(f"{interval.value:{form}}", f"no interval, n = {interval.n}")
+    return Cell(f"{interval.value:{form}}", f"{interval.low:{form}} to {interval.high:{form}}")
 
 
 def continual_table(campaign: Campaign) -> Table | None:
@@ -108,7 +110,7 @@ def continual_table(campaign: Campaign) -> Table | None:
         ("FWT", "above 0: earlier reading helped periods not read yet", lambda m: m.forward_transfer),
     )
     rows = [
-        (Cell(name, meaning), *(_interval(measure(metrics)) for _, metrics in found))
+        (Cell(name, meaning), *(interval_cell(measure(metrics)) for _, metrics in found))
         for name, meaning, measure in measures
     ]
     meaning = "mean bits / byte lost at the end since a period's best; 0 is none"
@@ -146,7 +148,7 @@ def passkey_table(campaign: Campaign) -> Table | None:
                 row += [Cell(ABSENT)] * 3
             else:
                 right = sum(sample.exact for sample in score.samples)
-                row += [_interval(score.nats_per_token), _interval(score.worth)]
+                row += [interval_cell(score.nats_per_token), interval_cell(score.worth)]
                 row.append(Cell(f"{right} of {len(score.samples)}"))
         rows.append(tuple(row))
     return Table(tuple(header), tuple(rows))

@@ -13,6 +13,9 @@ from nested_lm.errors import ConfigError, DataError
 
 Record = Mapping[str, Any]
 
+WANDB_LINK = "wandb.json"
+"""Holds the address of the run's curves, for reports."""
+
 _FREE_SPACE = "free some space or mend the disk, then run again with --resume auto"
 
 
@@ -129,6 +132,8 @@ class WandbSink:
             config={**config, "identity": dict(identity)},
             settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True),
         )
+        if self._run.url is not None:  # offline runs have none
+            write_atomically(folder / WANDB_LINK, json.dumps({"url": self._run.url}).encode() + b"\n")
 
     def write(self, record: Record) -> None:
         """Send the numbers of a step or an evaluation."""

@@ -1,0 +1,132 @@
+"""Tables of result kinds: one registry. A kind without a table of its own is shown by its intervals, and named."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from nested_lm.eval.interval import Interval
+from nested_lm.eval.niah.metrics import NiahMetrics
+from nested_lm.report.collect import Campaign, Run
+from nested_lm.report.tables import ABSENT, Cell, Table, interval_cell
+
+_MOST_ROWS = 60
+_NAMES = ("task", "data", "label", "segment", "length", "level", "order", "depth", "name")
+"""Fields by which an entry of a list is called in a path."""
+
+
+class Shown(NamedTuple):
+    """A table under a title, and what a reader has to know of it."""
+
+    title: str
+    text: str
+    table: Table
+
+
+Renderer = Callable[[Campaign, Sequence[Run], str], list[Shown]]
+
+ON_THE_PAGE = ("language_modelling", "passkey", "sampling", "continual")
+"""Kinds that the campaign's page shows in sections of their own."""
+
+
+def other_results(campaign: Campaign) -> list[Shown]:
+    """Every result the page has no section for: by the registry, or by its intervals."""
+    tasks = dict.fromkeys(task for run in campaign.runs for task in run.results if task not in ON_THE_PAGE)
+    found = []
+    for task in tasks:
+        runs = [run for run in campaign.runs if task in run.results]
+        kind = runs[0].results[task].metrics.kind
+        found += RENDERERS.get(kind, intervals)(campaign, runs, task)
+    return found
+
+
+def intervals(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
+    """Every interval of a result, one row each, for kinds without a table of their own."""
+    columns = [dict(_walk(run.results[task].metrics)) for run in runs]
+    paths = list(dict.fromkeys(path for column in columns for path in column))
+    rows = [
+        (Cell(path), *(interval_cell(column[path]) if path in column else Cell(ABSENT) for column in columns))
+        for path in paths[:_MOST_ROWS]
+    ]
+    left = f" {len(paths) - _MOST_ROWS} more numbers are in the result files." if len(paths) > _MOST_ROWS else ""
+    kind = runs[0].results[task].metrics.kind
+    text = f"Result kind `{kind}` has no table of its own; these are its numbers with intervals.{left}"
+    return [Shown(task.replace("_", " "), text, Table(("number", *_labels(campaign, runs)), tuple(rows)))]
+
+
+def needles(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
+    """Answers found by task and length, beside the same question without its needle."""
+    cells: dict[tuple[str, int], dict[int, Cell]] = {}
+    for index, run in enumerate(runs):
+        metrics = run.results[task].metrics
+        assert isinstance(metrics, NiahMetrics)
+        for one in metrics.tasks:
+            for length in one.lengths:
+                cells.setdefault((one.task, length.length), {})[index] = _needle_cell(length)
+    rows = [
+        (Cell(f"{name}, {length:,}"), *(found.get(index, Cell(ABSENT)) for index in range(len(runs))))
+        for (name, length), found in cells.items()
+    ]
+    text = (
+        "Share of the questions whose answer greedy decoding begins with; below it the interval, and the same question "
+        "without the needle in the text, which is what guessing gives."
+    )
+    return [Shown("Needles", text, Table(("task, tokens", *_labels(campaign, runs)), tuple(rows)))]
+
+
+def _needle_cell(length: Any) -> Cell:
+    if length.scores is None:
+        return Cell("stopped", length.stopped)
+    exact, control = length.scores.score.exact, length.scores.controls.no_needle.exact
+    shown = interval_cell(exact)
+    return Cell(f"{exact.value:.2f}", f"{shown.detail}; without needle {control.value:.2f}")
+
+
+def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
+    """The plain arm by task: first printed metric, chance and the constant answer beside it."""
+    tasks: dict[str, dict[int, Any]] = {}
+    floors: dict[str, Any] = {}
+    for index, run in enumerate(runs):
+        metrics: Any = run.results[task].metrics
+        floors |= metrics.floors
+        for scores in metrics.arms[0].tasks:
+            tasks.setdefault(scores.task, {})[index] = scores
+    rows = []
+    for name, found in tasks.items():
+        metric = next(iter(found.values())).printed[0]
+        floor = floors[name]
+        lowest = [
+            f"{word} {value:.3f}" for word in ("chance", "constant") if (value := getattr(floor, word)) is not None
+        ]
+        cells = [
+            interval_cell(found[index].metrics[metric]) if index in found else Cell(ABSENT)
+            for index in range(len(runs))
+        ]
+        rows.append((Cell(name, metric), Cell(", ".join(lowest) or "-"), *cells))
+    text = "The plain score of each task, beside guessing and the best constant answer on the same documents."
+    return [Shown("Zero-shot", text, Table(("task", "floors", *_labels(campaign, runs)), tuple(rows)))]
+
+
+RENDERERS: dict[str, Renderer] = {"niah": needles, "zeroshot": zero_shot}
+
+
+def _labels(campaign: Campaign, runs: Sequence[Run]) -> tuple[str, ...]:
+    return tuple(campaign.label(run) for run in runs)
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Interval]]:
+    """Intervals below a node with their places; lists of lists (matrices) and single samples are left to the files."""
+    if isinstance(node, Interval):
+        yield path, node
+    elif isinstance(node, BaseModel):
+        for name in type(node).model_fields:
+            yield from _walk(
+                getattr(node, name), f"{path}, {name.replace('_', ' ')}" if path else name.replace("_", " ")
+            )
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _walk(child, f"{path}, {name}")
+    elif isinstance(node, tuple) and not any(isinstance(child, tuple) for child in node):
+        for index, child in enumerate(node):
+            name = next((getattr(child, field) for field in _NAMES if hasattr(child, field)), index + 1)
+            yield from _walk(child, f"{path} {name}")
