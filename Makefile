@@ -1,6 +1,6 @@
 # make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (about ten minutes on two cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
-# make bench  timings, flat memory      make learn   what small models can learn (hours)      make clean   remove the environment and everything the demo wrote
+# make bench  speed beside peers, memory  make learn   what small models can learn (hours)      make clean   remove the environment and everything the demo wrote
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/codespell src tests docs configs README.md CHANGELOG.md CONTRIBUTING.md
 
 bench: $(VENV)/.core
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.speed --peers --page docs/benchmarks.md
 	$(BIN)/python benchmarks/streaming.py --lengths 8192 65536
 
 learn: $(VENV)/.core
