@@ -91,6 +91,9 @@ def train(
         bool, typer.Option("--multirun", "-m", help="Sweep: one run for each combination, as in seed=1,2.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")] = False,
+    mfu: Annotated[float, typer.Option(help="Model FLOP utilisation that --dry-run assumes for hours.")] = 0.3,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that --dry-run assumes.")] = 1,
+    device_name: Annotated[str, typer.Option(help="Device that --dry-run assumes: h100, h200, a100.")] = "h100",
     init_from: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Start from its weights; a run folder means its newest checkpoint."),
@@ -112,7 +115,11 @@ def train(
         return
     config = load_run(preset, overrides or ())
     if dry_run:
-        for line in describe_run(config):
+        from nested_lm.train.costs import describe_costs
+
+        *lines, last = describe_run(config)
+        costs = describe_costs(config, device=device_name, mfu=mfu, devices=devices)
+        for line in [*lines, *(f"{label:<12} {text}" for label, text in costs), last]:
             typer.echo(line)
         return
     _train(config, resume.value)

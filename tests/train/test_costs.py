@@ -1,0 +1,71 @@
+"""Costs that a dry run states: hand counts, straight lines that hold, and refusals."""
+
+import pytest
+import torch
+
+from nested_lm.config.load import load_run
+from nested_lm.config.model import ModelConfig
+from nested_lm.errors import ConfigError
+from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.train import costs
+
+DEMOS = ["gated_delta_net", "sliding_window", "titans_lmm"]
+TRANSFORMER = {
+    "vocab_size": 320,
+    "width": 32,
+    "num_layers": 3,
+    "mixer": {"kind": "attention", "num_heads": 2},
+    "channel": {"kind": "swiglu", "expansion": 2.0},
+}
+
+
+def test_a_transformer_by_hand():
+    tokens, width, layers = 64, 32, 3
+    found = costs.count_costs(ModelConfig.model_validate(TRANSFORMER), tokens, bfloat16=False)
+    per_token = {part: count / tokens for part, count in found.forward.items()}
+    assert per_token == {
+        "logits": 2 * width * 320,
+        "projections": layers * 2 * 4 * width**2,
+        "memory": 0,
+        "attention": layers * 2 * tokens * width,  # half of 4, causal
+        "channel": layers * 2 * 3 * width * 2 * width,
+    }
+    assert found.training == pytest.approx(3 * sum(found.forward.values()))
+    assert found.state_bytes == layers * (2 * tokens * width * 4 + tokens * 8)
+
+
+@pytest.mark.parametrize("name", ["hope/demo", *(f"baselines/{name}_demo" for name in DEMOS)])
+def test_two_short_probes_say_what_a_longer_one_counts(name):
+    model = load_run(name).model
+    step = costs._probe_tokens(model)
+    direct = costs._run_probe(model, 3 * step, bfloat16=False, recompute_chunks=False)
+    found = costs.count_costs(model, 3 * step, bfloat16=False)
+    for part, count in direct.parts.items():
+        assert found.forward[part] == pytest.approx(count * (1 if part == "logits" else model.num_layers)), part
+    assert found.block_bytes == pytest.approx(direct.saved_block, rel=0.01)
+    assert found.state_bytes == pytest.approx(model.num_layers * direct.state_bytes)
+
+
+def test_activations_are_those_that_real_tensors_keep():
+    config = ModelConfig.model_validate(TRANSFORMER)
+    model = LanguageModel(config)
+    model.initialise(1)
+    saved = costs._Saved(model)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        token_losses(model(ids).logits, ids).sum()
+    found = costs.count_costs(config, 64, bfloat16=False)
+    assert config.num_layers * found.block_bytes + found.head_bytes == pytest.approx(saved.size, rel=0.05)
+
+
+def test_stages_of_a_curriculum_add_up_to_the_budget():
+    train = load_run("hope/target").train
+    found = costs.stages(train)
+    assert [length for length, _ in found] == [2048, 4096, 8192]
+    assert sum(tokens for _, tokens in found) == train.num_steps * train.step_tokens
+
+
+@pytest.mark.parametrize(("device", "mfu", "said"), [("abacus", 0.3, "known are h100"), ("h100", 0.0, "above 0")])
+def test_bad_assumptions_are_refused(device, mfu, said):
+    with pytest.raises(ConfigError, match=said):
+        costs.describe_costs(load_run("hope/demo"), device=device, mfu=mfu, devices=1)
