@@ -199,6 +199,7 @@ def test_two_processes_train_as_one(pairs, comparable, name):
         whole = pairs["whole"].one
         found["log of the whole run"] = log_difference(comparable(whole["config"]["output_dir"]), logs[0])
         found["state of the whole run"] = state_difference(whole, one)
+    print(f"{name}: " + ", ".join(f"{what} {value:.1e}" for what, value in found.items()))  # shown by pytest -s
     assert {what: value for what, value in found.items() if value > allowed} == {}
 
 
