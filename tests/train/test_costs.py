@@ -58,6 +58,12 @@ def test_activations_are_those_that_real_tensors_keep():
     assert config.num_layers * found.block_bytes + found.head_bytes == pytest.approx(saved.size, rel=0.05)
 
 
+def test_separate_channels_of_a_convolution_are_not_counted_as_a_matrix():
+    model = load_run("baselines/gated_delta_net_demo").model
+    found = costs.count_costs(model, 128, bfloat16=False)
+    assert 2.9 < found.training / sum(found.forward.values()) < 4.5
+
+
 def test_stages_of_a_curriculum_add_up_to_the_budget():
     train = load_run("hope/target").train
     found = costs.stages(train)

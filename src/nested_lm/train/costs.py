@@ -131,11 +131,17 @@ def _attention_backward_operations(_: Any, q: Any, k: Any, v: Any, *args: Any, *
     return whole // 2 if causal else whole
 
 
+def _convolution_backward_operations(out: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:  # noqa: ARG001
+    """Twice the forward pass; torch's own formula leaves out that channels are convolved separately."""
+    return int(4 * math.prod(weight) * out[0] * math.prod(out[2:]))
+
+
 def _counter() -> FlopCounterMode:
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            aten.convolution_backward: _convolution_backward_operations,
             aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_operations,
         },
