@@ -30,13 +30,15 @@ def _spread(values: list[float]) -> Row:
 
 
 def _ratio(goal: Goal, timed: dict[str, Row]) -> Row:
-    """Ratio of the medians, and the lowest and highest ratio within one turn."""
+    """Ratio of the medians over the turns both took, and the lowest and highest ratio within one turn."""
     if goal.side not in timed or goal.against not in timed:
         return {"measured": None, "low": None, "high": None, "met": None, "stretch_met": None}
     side, against = timed[goal.side], timed[goal.against]
-    measured = side["tokens_per_cpu_s"]["median"] / against["tokens_per_cpu_s"]["median"]
+    turns = min(len(side["cpu_s"]), len(against["cpu_s"]))  # slow sides sit out the later ones
+    ours, theirs = (row["cpu_s"][:turns] for row in (side, against))
     scale = side["tokens"] / against["tokens"]
-    pairs = [scale * theirs / ours for ours, theirs in zip(side["cpu_s"], against["cpu_s"], strict=False)]
+    measured = scale * statistics.median(theirs) / statistics.median(ours)
+    pairs = [scale * other / own for own, other in zip(ours, theirs, strict=True)]
     met, stretch = (None if aim is None else measured >= aim for aim in (goal.first, goal.stretch))
     return {"measured": measured, "low": min(pairs), "high": max(pairs), "met": met, "stretch_met": stretch}
 

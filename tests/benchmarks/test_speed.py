@@ -134,6 +134,10 @@ class TestJudging:
         assert goal["met"] is True
         assert goal["stretch_met"] is False
 
+    def test_only_turns_that_both_took_are_compared(self):
+        rows = [_timed("fast", tokens=1, cpu_s=[1.0, 9.0]), _timed("slow", tokens=1, cpu_s=[4.0])]
+        assert report.judged(self.case, rows)["goals"][0]["measured"] == pytest.approx(4.0)
+
     def test_a_missed_goal_is_a_miss(self):
         rows = [_timed("fast", tokens=1, cpu_s=[1.0]), _timed("slow", tokens=1, cpu_s=[2.9])]
         goals = report.judged(self.case, rows)["goals"]
