@@ -1,4 +1,4 @@
-"""The models of the learning suite: two layers of width 32, one head, parameters within a few per cent."""
+"""The models of the learning suite: two layers of width 32, two heads, parameters within two per cent."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from nested_lm.nn.sizing import count_parameters
 
 WIDTH, LAYERS = 32, 2
 
-HEAD = {"num_heads": 1, "head_width": 32}
+HEAD = {"num_heads": 2, "head_width": 16}
 
 MIXERS: dict[str, dict[str, Any]] = {
     "hope": {"kind": "self_modifying", **HEAD},
+    "hope_fast_start": {"kind": "self_modifying", **HEAD, "rate_init": [0.2, 0.8]},
     "hope_memory_only": {"kind": "self_modifying", **HEAD, "adapt": ["memory"]},
-    "transformer": {"kind": "attention", "num_heads": 1},
-    "sliding_window": {"kind": "attention", "num_heads": 1, "window": 16},
+    "transformer": {"kind": "attention", "num_heads": 2},
+    "sliding_window": {"kind": "attention", "num_heads": 2, "window": 16},
     "linear_attention": {"kind": "linear_attention", **HEAD, "feature_map": "identity"},
     "linear_attention_conv": {
         "kind": "self_modifying",
@@ -25,6 +26,7 @@ MIXERS: dict[str, dict[str, Any]] = {
         "erase": "none",
         "retention": "full",
         "rates": {"memory": 1.0},
+        "rate_stretch": 0.0,
     },
     "delta_net": {"kind": "delta_net", **HEAD},
     "delta_net_negative": {"kind": "delta_net", **HEAD, "rate_max": 2.0},
@@ -38,6 +40,7 @@ MIXERS: dict[str, dict[str, Any]] = {
         "momentum": True,
         "rates": {"memory": 0.1},
         "rate_init": 0.5,
+        "rate_stretch": 0.0,
     },
 }
 """Arm -> mixer; everything else is the same for all."""

@@ -35,6 +35,8 @@ class WriteRule:
     unit_values: whether values are scaled to unit length.
     gates: one learning rate and retention a token for each `head`, or one for all heads of a `token` (eq. 88).
     damp: whether writes are damped where they would overshoot, see `damping`.
+    rate_stretch: how far the sigmoid of the rate reaches beyond both of its ends before it is cut off there, as a share
+        of the largest rate; above 0, writing nothing and the largest rate are reached exactly.
     """
 
     chunk: int
@@ -53,6 +55,7 @@ class WriteRule:
     unit_values: bool = True
     gates: Literal["head", "token"] = "head"
     damp: bool = True
+    rate_stretch: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning, with the reason.

@@ -134,7 +134,7 @@ class TestAllAtOnce:
         period = load_run("hope/demo").model.channel.levels[0].period_tokens
         assert f"model.channel.levels[0].period_tokens {period} is not a multiple of the 6144 tokens" in text
         assert "train.batch_size in mine.yaml:6" in text
-        assert "model/hope_demo.yaml:16" in text
+        assert "model/hope_demo.yaml:14" in text
         assert "repair   try 6144" in text
 
     def test_section_expected(self):

@@ -36,6 +36,8 @@ OPTIONS = {
     "normalised, raw values": {"normalise": True, "unit_values": False},
     "raw values as targets": {"unit_values": False, "targets": "values"},
     "gates of a token": {"gates": "token"},
+    "stretched rates": {"rate_stretch": 0.1},
+    "stretched rates, all six, momentum": {"rate_stretch": 0.2, "adapt": ALL, "momentum": True},
     "momentum": {"momentum": True},
     "momentum, exclusive, erase none": {"momentum": True, "read": "exclusive", "erase": "none"},
     "momentum, erase input, zero": {"momentum": True, "erase": "input", "decay_towards": "zero"},

@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt, model_validator
 from nested_lm.config.section import Count, PositiveFloat, Section
 from nested_lm.write_rule import MEMORIES, WriteRule
 
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""A share that is neither nothing nor all."""
+
 Rate = Annotated[float, Field(ge=0.0, le=2.0)]
 """Largest inner step size of a memory; 0 keeps it at its start."""
 
@@ -84,14 +87,16 @@ class SelfModifying(MixerSection):
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
     momentum: bool = False  # a running sum of writes with a decay of its own for every token
-    momentum_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # share of the running sum kept at the start
+    momentum_init: OpenShare = 0.5  # share of the running sum kept at the start
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"  # is a token's own write, or its chunk, seen
     normalise: bool = False  # layer normalisation inside a two-layer memory
     unit_values: bool = True  # scale values to unit length
     gates: Literal["head", "token"] = "head"  # one rate and retention for each head, or one for all heads of a token
     damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
-    rate_init: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of the largest rate at the start
+    rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
+    rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.2
+    # share of the largest rate at the start: of all heads, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
 
     def rule(self) -> WriteRule:
@@ -118,6 +123,7 @@ class SelfModifying(MixerSection):
             unit_values=self.unit_values,
             gates=self.gates,
             damp=self.damp,
+            rate_stretch=self.rate_stretch,
         )
 
     @property

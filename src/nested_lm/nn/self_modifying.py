@@ -173,6 +173,10 @@ class SelfModifyingTitans(nn.Module):
             self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
         kept = math.exp(-1 / config.decay_horizon_tokens)
         retention = (kept,) if config.retention == "learned" else ()
-        starts = (config.rate_init, *retention, config.momentum_init)
-        for bias, share in zip(self.gate_bias.view(-1, heads), starts, strict=False):
+        rates, *others = self.gate_bias.view(-1, heads)
+        for bias, share in zip(others, (*retention, config.momentum_init), strict=False):
             bias.fill_(math.log(share / (1 - share)))
+        init = config.rate_init
+        first, last = init if isinstance(init, tuple) else (init, init)
+        shares = torch.linspace(first, last, heads, device=rates.device)
+        rates.copy_(torch.logit((shares + config.rate_stretch) / (1 + 2 * config.rate_stretch)))

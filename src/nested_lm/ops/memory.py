@@ -156,6 +156,26 @@ def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bo
     return MemoryWeights(*(torch.cat([a[:, :, :-1], b[:, :, -1:]], dim=2) for a, b in zip(newer, older, strict=True)))
 
 
+def rate_share(logit: Tensor, rule: WriteRule) -> Tensor:
+    """Learning rate as a share of the largest: a sigmoid, stretched by `rate_stretch` at both ends and cut at 0 and 1.
+
+    Section 8.1 leaves the range open. A plain sigmoid never reaches its ends, so what should be kept or turned over
+    exactly fades with the number of writes (docs/stability_journal.md). The stretch is that of the hard concrete
+    distribution (arXiv 1712.01312 eq. 11).
+    """
+    stretch = rule.rate_stretch
+    return ((1 + 2 * stretch) * torch.sigmoid(logit) - stretch).clamp(0, 1)
+
+
+def rate_share_slope(share: Tensor, rule: WriteRule) -> Tensor:
+    """Derivative of `rate_share` by the logit, from its value; 0 where it is cut."""
+    stretch = rule.rate_stretch
+    if stretch == 0:
+        return share * (1 - share)
+    slope = (share + stretch) * (1 + stretch - share) / (1 + 2 * stretch)
+    return slope * ((share > 0) & (share < 1))
+
+
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:
     """Largest rate of each memory."""
     return torch.tensor(rule.rates, dtype=like.dtype, device=like.device)

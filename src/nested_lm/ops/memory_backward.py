@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from nested_lm.ops.memory import GRADIENT_FLOOR, NORM_FLOOR, GateReadout, MemoryWeights
+from nested_lm.ops.memory import GRADIENT_FLOOR, NORM_FLOOR, GateReadout, MemoryWeights, rate_share_slope
 from nested_lm.ops.memory_chunk import (
     Answers,
     Chunk,
@@ -51,7 +51,15 @@ class TraceGradients(NamedTuple):
 
 def has_closed_backward(rule: WriteRule) -> bool:
     """Whether a rule has a hand-written backward: only what `WriteRule` names first may differ from its defaults."""
-    common = WriteRule(rule.chunk, rule.chunk_generators, rule.adapt, rule.rates, erase=rule.erase, read=rule.read)
+    common = WriteRule(
+        rule.chunk,
+        rule.chunk_generators,
+        rule.adapt,
+        rule.rates,
+        erase=rule.erase,
+        read=rule.read,
+        rate_stretch=rule.rate_stretch,
+    )
     return rule == common and rule.read != "border"
 
 
@@ -248,7 +256,7 @@ def _backward_generate(
     """Backward of `generate`, from the gradients of key, value, query, rate and log_decay."""
     made = chunk.made
     grad_key, grad_value, grad_query, grad_rate, grad_log_decay = grads
-    rate_logit = grad_rate * made.rate * (1 - made.rate)
+    rate_logit = grad_rate * rate_share_slope(made.rate, rule)
     decay_logit = -grad_log_decay * torch.expm1(made.log_decay)
     of_key, of_value, of_query = made.answers
     members = readers(rule)

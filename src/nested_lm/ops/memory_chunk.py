@@ -24,6 +24,7 @@ from nested_lm.ops.memory import (
     GateReadout,
     MemoryWeights,
     damping,
+    rate_share,
     unit,
 )
 from nested_lm.ops.memory_writes import (
@@ -190,7 +191,7 @@ def generate(
         inputs.key if key is None else unit(key),
         unit(value) if of_value is not None and rule.unit_values else value,
         inputs.query if of_query is None else unit(of_query.out[:, :, 0]),
-        torch.sigmoid(logit(inputs.rate, from_key("eta"), readout.rate)),
+        rate_share(logit(inputs.rate, from_key("eta"), readout.rate), rule),
         functional.logsigmoid(logit(inputs.decay, from_key("alpha"), readout.decay)),
         None if inputs.momentum is None else functional.logsigmoid(inputs.momentum),
         (of_key, of_value, of_query),

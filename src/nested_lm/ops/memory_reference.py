@@ -26,6 +26,7 @@ from nested_lm.ops.memory import (
     decay_base,
     move_border,
     rate_limits,
+    rate_share,
     reset_rows,
     subtract,
     unit,
@@ -172,7 +173,7 @@ def generate(
         logit = slow if vector is None else slow + (generated(name, inputs.key[:, t]) * vector).sum(-1)
         if rule.gates == "token":
             logit = logit.mean(dim=-1, keepdim=True).expand_as(logit)
-        return torch.sigmoid(logit)
+        return logit
 
     key = generated("k", inputs.key[:, t])
     value = generated("v", inputs.value[:, t])
@@ -180,8 +181,8 @@ def generate(
     token = Token(
         unit(key) if "k" in rule.adapt else key,
         unit(value) if "v" in rule.adapt and rule.unit_values else value,
-        gate("eta", inputs.rate[:, t], readout.rate),
-        gate("alpha", inputs.decay[:, t], readout.decay),
+        rate_share(gate("eta", inputs.rate[:, t], readout.rate), rule),
+        torch.sigmoid(gate("alpha", inputs.decay[:, t], readout.decay)),
         None if inputs.momentum is None else torch.sigmoid(inputs.momentum[:, t]),
     )
     return token, unit(query) if "q" in rule.adapt else query
