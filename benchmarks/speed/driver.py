@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended before
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
