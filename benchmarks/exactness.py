@@ -26,6 +26,7 @@ EQUATIONS = {
     "targets": "84",
     "decay_towards": "88, A7",
     "damp": "A6",
+    "rate_stretch": "A8",
     "normalise": "A14",
     "unit_values": "A13",
     "gates": "88, A9",
