@@ -22,7 +22,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell src tests docs configs README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src tests docs configs README.md CHANGELOG.md CONTRIBUTING.md TODO.md
 
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.speed --peers --page docs/benchmarks.md

@@ -120,6 +120,23 @@ class ClockedOptimizer:
                 pending[name] = parameter.grad
             parameter.grad = None
 
+    def state_numel(self, step_tokens: int) -> int:
+        """Count the entries that it keeps at most over a run whose steps have so many tokens, starts included."""
+        layouts = self._layouts()
+        total = 0
+        for group in self.groups:
+            waits = group.level is not None and self.clock.periods[group.level] > step_tokens
+            for name in group.names:
+                size = self.parameters[name].numel()
+                if name in layouts:
+                    total += sum(shape.numel() for shape in layouts[name].values())
+                else:
+                    total += size * (2 if group.rule is None else 1)  # AdamW's two moments, Muon's one
+                total += size if waits else 0
+        if self._starts is not None:
+            total += self._starts.state_numel(step_tokens)
+        return total
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Name all optimizer state: `state/<parameter>/<key>` and `pending/<parameter>` (not copied).
 

@@ -26,6 +26,10 @@ class Stepper(Protocol):
         """Step every group that is due."""
         ...
 
+    def state_numel(self, step_tokens: int) -> int:
+        """Count the entries of its state."""
+        ...
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Name all state."""
         ...
@@ -84,6 +88,11 @@ class NestedStarts:
         for name in names:
             self._weights[name].copy_(self._stepper.parameters[name])
         return tuple(names)
+
+    def state_numel(self, step_tokens: int) -> int:
+        """Count the entries of the starts, their gradients and the state of their optimizer."""
+        own = sum(start.numel() for start in self._stepper.parameters.values())
+        return 2 * own + self._stepper.state_numel(step_tokens)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Name the starts and the state of their optimizer (not copied)."""
