@@ -36,14 +36,30 @@ STOP = 6  # within its second period
 SHORT = 6  # steps of the runs that vary something else
 
 # In float64 the runs differ by the order of sums alone: up to 3e-13 of the largest value of a tensor were found after
-# 20 steps. In float32 the same is 4e-4, in a second moment; AdamW divides by their roots and lets differences grow.
+# 20 steps. In float32 the same is 8e-5, in a second moment, after 6 steps; AdamW divides by
+# their roots and lets differences grow.
 EXACT = 1e-11
 SINGLE_PRECISION = 2e-3
 
 SINGLE = SingleDevice(torch.device("cpu"))
 MUON = {"kind": "muon", "rate": 1e-2, "adamw_rate": 1e-2}
+DEEP = {"kind": "deep", "rule": {"kind": "dmgd", "hidden": 8}, "rate": 1e-3, "adamw_rate": 1e-2}
+LEVELS = {
+    "kind": "adamw",
+    "rate": 1e-2,
+    "levels": [{"rule": {"kind": "delta_momentum"}, "rate": 1e-2}, {"rule": {"kind": "m3"}, "rate": 1e-2}],
+}
 HOPE = {
-    "mixer": {"kind": "self_modifying", "num_heads": 2, "head_width": 8, "chunk": 8},
+    "mixer": {
+        "kind": "self_modifying",
+        "num_heads": 2,
+        "head_width": 8,
+        "chunk": 8,
+        # Small rates: large ones amplify the rounding of float32, and this is about distribution.
+        "rates": {"memory": 1.0, "generators": 0.1},
+        "rate_init": 0.2,
+        "rate_stretch": 0.0,
+    },
     "channel": {
         "kind": "cms",
         "levels": [
@@ -60,6 +76,8 @@ SHORTER = {"budget_tokens": SHORT * STEP_TOKENS}
 RUNS = {
     "adamw": {"model": HOPE},
     "muon": {"model": HOPE, "optimizer": MUON, "recompute": "chunk", **SHORTER},
+    "deep": {"model": HOPE, "optimizer": DEEP, **SHORTER},
+    "levels": {"model": HOPE, "optimizer": LEVELS, **SHORTER},
     "attention": {"model": TRANSFORMER, "recompute": "block", **SHORTER},
 }
 
