@@ -5,28 +5,25 @@ from functools import cache
 
 from nested_lm.campaign.steps import PlannedStep
 from nested_lm.config.campaign import CampaignConfig
-from nested_lm.config.model import ModelConfig
 from nested_lm.config.run import RunConfig
-
-_STATE_BYTES = 12  # a parameter: float32 weights and the two moments of AdamW; most other optimizers keep less
 
 
 def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
     """Say what the steps that are still to do will take.
 
-    Hours are those of the stated speed, so they are as good as that: variants of a grid differ in speed.
+    Hours are those of the stated speed, so they are as good as that: variants of a grid differ in speed. Operations are
+    by the rule of thumb, because counting takes seconds for every variant; `nested-lm train PRESET --dry-run` counts.
     """
     runs = [step.run for step in to_do if step.run is not None]
     kinds = {kind: sum(step.kind == kind for step in to_do) for kind in ("data", "train", "eval", "report")}
     rows = {"to do": ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "nothing"}
     if runs:
         tokens = sum(_tokens(run) for run in runs)
-        operations = sum(6 * _parameters(run.model) * _tokens(run) for run in runs)
+        operations = sum(_operations(run) for run in runs)
         rows["tokens"] = f"{tokens:,} in {len(runs)} trainings"
         rows["compute"] = f"{operations:.2g} FLOPs, by 6 x parameters x tokens"
         rows["time"] = _time(config, tokens, len(runs))
-        rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end, at about "
-        rows["disk"] += f"{_STATE_BYTES} bytes a parameter"
+        rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end"
     return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was run or written"]
 
 
@@ -46,17 +43,20 @@ def _tokens(run: RunConfig) -> int:
 
 
 @cache
-def _parameters(model: ModelConfig) -> int:
-    from nested_lm.nn.sizing import count_parameters  # imports torch
+def _operations(run: RunConfig) -> float:
+    from nested_lm.train.costs import rule_of_thumb  # imports torch
 
-    return count_parameters(model)["total"]
+    return rule_of_thumb(run)
 
 
 def _checkpoint_bytes(run: RunConfig) -> int:
     """Newest checkpoints, and the border checkpoints of a chronological run, which are all kept."""
     stream = run.train.stream
     kept = run.train.checkpoints.keep + (stream.periods + 1 if stream.kind == "chronological" else 0)
-    return kept * _STATE_BYTES * _parameters(run.model)
+    from nested_lm.train.footprint import held_bytes  # imports torch
+
+    held = held_bytes(run.model, run.train.optimizer, run.train.step_tokens)
+    return kept * (held.weights + held.optimizer)
 
 
 def _size(size: float) -> str:

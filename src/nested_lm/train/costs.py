@@ -115,8 +115,11 @@ def _probe_lengths(model: ModelConfig, tokens: int) -> tuple[int, ...]:
         return (span, 2 * span) if 2 * span < tokens else (tokens,)
     memory = getattr(mixer, "memory", mixer)
     chunk = math.lcm(model.alignment, getattr(memory, "chunk", _CHUNK))
-    first = max(2, math.ceil((getattr(mixer, "window", None) or 0) / chunk))  # a first chunk or two may be special
-    return (first * chunk, (first + 1) * chunk) if (first + 1) * chunk < tokens else (tokens,)
+    window = getattr(mixer, "window", None)
+    if window:  # is computed in blocks of this many tokens
+        span = math.ceil(window / chunk) * chunk
+        return (span, 2 * span) if 2 * span < tokens else (tokens,)
+    return (2 * chunk, 3 * chunk) if 3 * chunk < tokens else (tokens,)  # a first chunk may be special
 
 
 @cache
@@ -166,6 +169,15 @@ def training_hours(config: RunConfig, costs: Sequence[Costs], *, device: str, mf
     ]
 
 
+def rule_of_thumb(config: RunConfig) -> float:
+    """Operations of a run by 6 x parameters x tokens, which knows neither embeddings nor memories nor attention."""
+    return 6.0 * count_parameters(config.model)["total"] * config.train.num_steps * config.train.step_tokens
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.3g} h" if hours >= 0.1 else f"{hours * 3600:.2g} s"
+
+
 def describe_costs(config: RunConfig, *, device: str, mfu: float, devices: int) -> list[tuple[str, str]]:
     """Say what each stage costs and what a device holds, as labelled lines.
 
@@ -195,15 +207,13 @@ def describe_costs(config: RunConfig, *, device: str, mfu: float, devices: int) 
         parts = ", ".join(f"{part} {count / length / 1e6:.4g}" for part, count in each.forward.items() if count)
         forward = sum(each.forward.values()) / length
         rows += [
-            (f"at {length:,}", f"{tokens:,} tokens, {needed:,.3g} h"),
+            (f"at {length:,}", f"{tokens:,} tokens, {_duration(needed)}"),
             ("  forward", f"{forward / 1e6:,.4g} MFLOP a token: {parts}"),
             ("  training", f"{each.training / length / 1e6:,.4g} MFLOP a token, without what train.recompute adds"),
             ("  state", f"{each.state_bytes:,} bytes a sequence"),
         ]
     rows += describe_memory(config, costs, device=device, devices=devices)
-    tensors = count_parameters(config.model)["total"]
-    rule = 6 * tensors * train.num_steps * train.step_tokens
     counted = sum(each.training / length * tokens for each, (length, tokens) in zip(costs, stages(train), strict=True))
-    rows.append(("operations", f"{counted:.3g} in all; 6 x parameters x tokens would be {rule:.3g}"))
+    rows.append(("operations", f"{counted:.3g} in all; 6 x parameters x tokens would be {rule_of_thumb(config):.3g}"))
     assumed = f"{devices} x {device}, {DEVICE_FLOPS[device] / 1e12:g} TFLOP/s, at an assumed MFU of {mfu:g}"
-    return [*rows, ("time", f"{sum(hours):,.3g} h on {assumed}; not measured")]
+    return [*rows, ("time", f"{_duration(sum(hours))} on {assumed}; not measured")]
