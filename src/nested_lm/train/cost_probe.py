@@ -6,6 +6,7 @@ Every mixer and option is counted as it is executed. Shapes: B batch, T tokens, 
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Counts(NamedTuple):
     """What one block, embedding, head and loss take. Operations are those of all rows together.
 
     parts: operations of the forward pass, by part.
-    backward_block, backward_head: operations of the backward pass; 0 where it was not run.
+    backward_block, backward_head: operations of the backward pass.
     state: bytes of the block's state after the sequence.
     kept: bytes that the block keeps until its backward pass, whatever holds them.
     head: most bytes at once, beside those, while head and loss run forward and backward.
@@ -44,7 +45,7 @@ class Counts(NamedTuple):
     block: float
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the tensors that exist, weights aside, and remembers the most at once, phase by phase.
 
     Counts what lives, not what autograd says it saved, because a hand-written backward may keep what it likes.
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         weights = [tensor for weight in model.parameters() for tensor in (weight, weight.grad) if tensor is not None]
         self._known = {tensor.untyped_storage()._cdata for tensor in weights}
         self.now = 0
@@ -91,7 +92,7 @@ def run_probe(
 ) -> Counts:
     """Run one block, embedding, head and loss on `rows` sequences of fake tokens.
 
-    backward: whether to run the backward pass; without it `head` and `block` are those of the forward pass.
+    backward: whether to run the backward pass and count operations; without it only `state` and `kept` mean something.
     """
     config = config.model_copy(update={"num_layers": 1})
     with FakeTensorMode():
@@ -117,7 +118,7 @@ def run_probe(
         forward, backwards = _counter(), _counter()
         with live:
             ids = torch.zeros(rows, tokens, dtype=torch.long)
-            with forward:
+            with forward if backward else nullcontext():  # counting operations takes as long as running them
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                     output = model(ids)
                 state = output.state.num_bytes()
@@ -127,8 +128,8 @@ def run_probe(
                 with backwards:
                     torch.autograd.backward(loss)
         linear = [name for name, module in block.mixer.named_modules() if isinstance(module, nn.Linear)]
-    parts = _by_part(forward, linear)
-    head_backward = 2 * parts["logits"] if backward else 0.0
+    parts = _by_part(forward, linear) if backward else dict.fromkeys(PARTS, 0.0)
+    head_backward = 2 * parts["logits"]
     return Counts(
         parts,
         backwards.get_total_flops() - head_backward,
