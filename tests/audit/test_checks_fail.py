@@ -179,6 +179,15 @@ class TestMemories:
         break_operation(monkeypatch, memory_chunked, "self_modify", change)
         assert f"{figure} tokens" in missed("long_stream", make_subject("hope"))
 
+    def test_heads_that_never_write(self, make_subject, missed, monkeypatch):
+        def change(original, inputs, *args, **kwargs):
+            return original(inputs._replace(rate=inputs.rate - 50), *args, **kwargs)
+
+        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        found = missed("long_stream", make_subject("hope"))
+        assert "share of heads closed to independent tokens" in found
+        assert "smallest memory after independent tokens" in found
+
     def test_a_memory_that_fades_to_nothing_is_dead_although_far_from_its_start(self, make_subject, missed):
         mixer = MODELS["hope"]["mixer"] | {"decay_towards": "zero", "decay_horizon_tokens": 4}
         found = missed("long_stream", make_subject("hope", mixer=mixer))

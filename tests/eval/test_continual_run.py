@@ -69,6 +69,12 @@ class TestPeriods:
         assert metrics.below.value == pytest.approx(regret[np.tril_indices(PERIODS, -1)].mean())
         assert metrics.oracle.name == "mixed"
 
+    def test_an_oracle_with_other_chunks_reads_documents_its_own_way(self, runs, tmp_path, tiny_data):
+        plain = trained(tiny_data.config, tmp_path / "plain", model="transformer")
+        metrics = measured(plain, tmp_path, "regret", oracle=runs["mixed"])
+        of_hope = measured(runs["hope"], tmp_path / "hope", "regret", oracle=runs["mixed"])
+        assert metrics.bits_per_byte == of_hope.bits_per_byte
+
     def test_an_oracle_with_another_budget_is_refused(self, runs, tmp_path, tiny_data):
         short = trained(tiny_data.config, tmp_path / "short", budget_tokens=3 * STEP_TOKENS)
         with pytest.raises(CheckpointError, match="training tokens is 96, the run's is 1536"):

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.sizing import count_parameters
+from nested_lm.ops import memory_chunked
 
 LIMIT = 1e-10  # relative, float64
 
@@ -181,6 +184,24 @@ def test_gradient_of_the_whole_model_is_a_finite_difference():
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter -= sign * step * direction
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("recompute", "keeps"), [("none", True), ("block", False)])
+def test_block_checkpoints_drop_what_the_chunks_would_keep(monkeypatch, recompute, keeps):
+    storages = []
+
+    def watched(*args, **kwargs):
+        chunk = forward_chunk(*args, **kwargs)
+        leaves = tree_leaves(chunk)
+        storages.extend(StorageWeakRef(x.untyped_storage()) for x in leaves if isinstance(x, torch.Tensor))
+        return chunk
+
+    forward_chunk = memory_chunked.forward_chunk
+    monkeypatch.setattr(memory_chunked, "forward_chunk", watched)
+    logits = build(HOPE, recompute=recompute)(tokens(2, 17)).logits
+    assert storages
+    assert logits.requires_grad
+    assert any(not storage.expired() for storage in storages) == keeps
 
 
 def test_hope_has_constant_state_and_attention_does_not():

@@ -41,6 +41,7 @@ LONG_STREAM = 8192
 """Tokens after which a memory must be alive and bounded."""
 
 ALIVE, BOUNDED = 1e-4, 100.0
+CLOSED = 0.5
 """Norm of a memory's distance from its start, relative to the norm of the start."""
 
 SEGMENT = 1024
@@ -119,6 +120,9 @@ def long_stream(subject: Subject) -> list[Finding]:
             peak = output.logits.abs().max().item()
             logits_peak = peak if peak != peak else max(logits_peak, peak)
         sizes = [size for call in calls for size in _sizes(call)]
+        closed = [head for call in calls if call.is_memory for head in _is_closed(call).flatten().tolist()]
+        if closed:
+            findings.append(at_most(f"share of heads closed to {name} tokens", sum(closed) / len(closed), CLOSED))
         findings += [
             at_least(f"smallest memory after {name} tokens", _extreme(min, sizes), ALIVE),
             _bounded(f"largest memory after {name} tokens", calls, _extreme(max, sizes)),
@@ -128,8 +132,13 @@ def long_stream(subject: Subject) -> list[Finding]:
 
 
 def _extreme(choose: Callable[[list[float]], float], sizes: list[float]) -> float:
-    """Smallest or largest; NaN where one is NaN."""
-    return next((size for size in sizes if math.isnan(size)), choose(sizes))
+    """Smallest or largest; NaN where one is NaN, 0 where there is none: nothing was written."""
+    return next((size for size in sizes if math.isnan(size)), choose(sizes) if sizes else 0.0)
+
+
+def _is_closed(call: Call) -> Tensor:
+    """Which heads wrote nothing, because their learning rate was cut off at 0 for every token. (B, H)."""
+    return call.output.rate.amax(1) == 0
 
 
 def _bounded(figure: str, calls: list[Call], largest: float) -> Finding:
@@ -256,7 +265,8 @@ def _sizes(call: Call) -> Iterator[float]:
     """Size of each memory that is written, head by head, relative to its start.
 
     Of the distance from the start, which is what writes make; of each layer's whole weights where retention shrinks
-    those, because a memory that fades to nothing is then far from its start, and dead.
+    those, because a memory that fades to nothing is then far from its start, and dead. A closed head whose retention
+    leads back to its start is left out: it rests there, and lives.
     """
     if not call.is_memory:
         yield from call.output.state.flatten(2).norm(dim=-1).flatten().tolist()
@@ -265,6 +275,7 @@ def _sizes(call: Call) -> Iterator[float]:
     assert isinstance(state, MemoryState)
     written = [index for index, rate in enumerate(rule.rates) if rate > 0]
     whole = rule.decay_towards == "zero"
+    heads = _is_closed(call).logical_not() | whole
     layers = [
         (tensor + origin if whole else tensor, origin)
         for tensor, origin in zip(state.current, start, strict=True)
@@ -275,4 +286,4 @@ def _sizes(call: Call) -> Iterator[float]:
     if not whole:
         moved, origins = [torch.stack(moved).sum(0)], [torch.stack(origins).sum(0)]
     for squared, at_start in zip(moved, origins, strict=True):
-        yield from (squared / at_start).sqrt()[..., written].flatten().tolist()
+        yield from (squared / at_start).sqrt()[heads][:, written].flatten().tolist()

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.ops.memory import (
@@ -129,8 +130,11 @@ class _WriteSequence(torch.autograd.Function):
             chunks.append(chunk if plan.keep_chunks else None)
 
         trace, after = run_pieces(plan, inputs, start, readout, state, forward_chunk, visit)
-        ctx.plan, ctx.chunks, ctx.kept = plan, chunks, kept
-        ctx.save_for_backward(*tensors)
+        # Saved as tensors, not as attributes, so that a checkpoint around this call can drop them and recompute.
+        leaves, ctx.layout = tree_flatten((kept, chunks))
+        ctx.plan, ctx.num_inputs = plan, len(tensors)
+        ctx.plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*tensors, *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
         # An output must not be an input, and the two states must not be one tensor.
         return (*trace.closed(), *(x.clone() for x in after.border), *(x.clone() for x in after.current))
 
@@ -138,7 +142,10 @@ class _WriteSequence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        inputs, start, readout, _ = _unflatten(ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        inputs, start, readout, _ = _unflatten(saved[: ctx.num_inputs])
+        leaves = [b if a is None else a for a, b in zip(saved[ctx.num_inputs :], ctx.plain, strict=True)]
+        states, chunks = tree_unflatten(leaves, ctx.layout)
         trace = grads[:10]
         border, current = MemoryWeights(*grads[10:12]), MemoryWeights(*grads[12:14])
         # Gradients that wait for the border each piece was anchored at. `border` starts with what later calls sent.
@@ -146,12 +153,11 @@ class _WriteSequence(torch.autograd.Function):
         total_readout = [None if x is None else torch.zeros_like(x) for x in readout[:2]]
         pieces_of_inputs: list[tuple[Tensor, ...]] = []
         for index in reversed(range(len(plan.pieces))):
-            piece, kept = plan.pieces[index], ctx.kept[index]
+            piece, kept = plan.pieces[index], states[index]
             border, current = _move_border_backward(border, current, piece.after)
             weights = ChunkWeights(add(start, kept.border), start, kept.current, None)
             part = _slice(inputs, piece)
-            chunk = ctx.chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)
-            ctx.chunks[index] = None  # free it
+            chunk = chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)
             of_trace = TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:8]))
             found = backward_chunk(current, of_trace, part, weights, readout, chunk, plan.rule, plan.operands)
             pieces_of_inputs.append(found.inputs)

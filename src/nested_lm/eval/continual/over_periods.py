@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nested_lm.checkpoint import find_checkpoint, load_model
+from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint, load_model
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.eval.bootstrap import Bootstrap
@@ -26,7 +26,7 @@ from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.identity import mark_checkpoint
 from nested_lm.eval.interval import Interval
-from nested_lm.eval.language_modelling import BITS
+from nested_lm.eval.language_modelling import BITS, Reading
 from nested_lm.eval.scoring import score_streaming
 from nested_lm.nn.model import LanguageModel
 
@@ -58,11 +58,13 @@ class HeldOut:
         """Names of the segments."""
         return tuple(segment.group.label for segment in self.segments)
 
-    def nats(self, model: LanguageModel, subject: Subject, settings: ContinualSettings) -> list[np.ndarray]:
-        """Nats of each document of each segment."""
-        reading = subject.reading(settings.batch_size)
+    def nats(self, loaded: LoadedCheckpoint, settings: ContinualSettings) -> list[np.ndarray]:
+        """Nats of each document of each segment, read the way this checkpoint's run reads."""
+        reading = Reading(
+            loaded.config.train.context_length, settings.batch_size, align=loaded.config.document_alignment
+        )
         return score_segments(
-            model, self.splits, self.segments, reading=reading, max_pieces=settings.pieces_per_document
+            loaded.model, self.splits, self.segments, reading=reading, max_pieces=settings.pieces_per_document
         )[0]
 
 
@@ -106,9 +108,9 @@ def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) 
                 "train one with the same budget on the same text, such as with train.stream.order=shuffled"
             )
     held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
-    rows = [held_out.nats(loaded.model, subject, settings)]
+    rows = [held_out.nats(loaded, settings)]
     for border in subject.borders():
-        rows.append(held_out.nats(load_model(border, device=subject.device).model, subject, settings))
+        rows.append(held_out.nats(load_model(border, device=subject.device), settings))
     columns, sizes = _columns(rows), [segment.bytes for segment in held_out.segments]
     value, drawn = _resampled(columns, sizes, bootstrap)
     found, spread = regret(value[1:], value[0]), regret(drawn[:, 1:], drawn[:, 0])
@@ -238,14 +240,14 @@ def measure_lesions(subject: Subject, settings: ContinualSettings) -> LesionMetr
             f"to period-{len(borders) - 2}"
         )
     held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
-    model = load_model(borders[-1], device=subject.device).model
+    last = load_model(borders[-1], device=subject.device)
     earlier = load_model(borders[number], device=subject.device).model
-    whole = held_out.nats(model, subject, settings)
+    whole = held_out.nats(last, settings)
     lesions = []
     for level in (*range(len(periods)), None):
-        before = set_back(model, earlier, level)
-        lesions.append(held_out.nats(model, subject, settings))
-        model.load_state_dict(before, strict=False)
+        before = set_back(last.model, earlier, level)
+        lesions.append(held_out.nats(last, settings))
+        last.model.load_state_dict(before, strict=False)
     sizes = [segment.bytes for segment in held_out.segments]
     damage = [
         tuple(bootstrap.paired(a, b, size, scale=BITS) for a, b, size in zip(lesion, whole, sizes, strict=True))

@@ -25,7 +25,6 @@ from nested_lm.data.split import SplitName
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
-from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 
@@ -81,11 +80,6 @@ class Subject:
     def mark(self) -> CheckpointMark:
         """The checkpoint."""
         return mark_checkpoint(self.path)
-
-    def reading(self, batch_size: int) -> Reading:
-        """How held-out documents are read."""
-        train = self.config.train
-        return Reading(train.context_length, batch_size, self.config.document_alignment)
 
     def _open_split(self, name: SplitName) -> TokenDataset:
         return TokenDataset.open(Path(self.config.data.output_dir), name)
