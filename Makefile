@@ -29,7 +29,7 @@ bench: $(VENV)/.core
 	$(BIN)/python benchmarks/streaming.py --lengths 8192 65536
 
 learn: $(VENV)/.core
-	$(BIN)/python benchmarks/learning/run.py --table benchmarks/results/learning.md
+	$(BIN)/python -m benchmarks.learning --page docs/learning.md
 
 clean:
 	rm -rf $(VENV) artifacts dist build

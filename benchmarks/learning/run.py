@@ -3,8 +3,8 @@
 Cells that the result file already has, with the same configuration and recipe, are skipped: the suite can be stopped at
 any time and run in pieces, by several processes at once. Each uses one thread.
 
-    python benchmarks/learning/run.py [--tasks parity,mqar] [--arms hope,transformer] [--seeds 3] [--out FILE.json]
-                                      [--page FILE.md] [--only-page] [--quick]
+    python -m benchmarks.learning [--tasks parity,mqar] [--arms hope,transformer] [--seeds 3] [--out FILE.json]
+                                  [--page FILE.md] [--only-page] [--quick]
 """
 
 import argparse

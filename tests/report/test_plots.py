@@ -1,5 +1,6 @@
 import re
 import xml.etree.ElementTree as ET
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,7 @@ ALL = (
     plots.periods,
     plots.positions,
     plots.passkey,
-    plots.continual,
+    partial(plots_continual.matrices, order="forward"),
     plots_continual.forgetting,
     plots_inside.gates,
     plots_inside.updates,

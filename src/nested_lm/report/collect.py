@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from nested_lm.config.load import parse_run
+from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
 from nested_lm.data.manifest import Manifest
 from nested_lm.data.manifest import read_manifest as read_data_manifest
@@ -18,7 +19,17 @@ from nested_lm.eval.schema import ResultFile
 from nested_lm.report.manifest import CampaignManifest, RunEntry, read_manifest
 from nested_lm.train.metrics import read_records
 
-ARM_NAMES = {"self_modifying+cms": "Hope", "attention+swiglu": "Transformer++"}
+ARM_NAMES = {
+    "self_modifying+cms": "Hope",
+    "attention+cms": "Hope-Attention",
+    "attention+swiglu": "Transformer++",
+    "linear_attention+swiglu": "linear attention",
+    "delta_net+swiglu": "DeltaNet",
+    "gated_delta_net+swiglu": "Gated DeltaNet",
+    "titans_mac+swiglu": "Titans MAC",
+    "titans_mag+swiglu": "Titans MAG",
+    "titans_mal+swiglu": "Titans MAL",
+}
 """How arms (mixer and channel memory) are written in tables; others keep the kinds of their parts."""
 
 
@@ -62,11 +73,20 @@ class Run:
         return self.config.train.stream.kind == "chronological"
 
     @property
+    def order(self) -> str:
+        """How it read the training text: mixed, or its periods forward, in reverse or shuffled."""
+        stream = self.config.train.stream
+        return stream.order if stream.kind == "chronological" else "mixed"
+
+    @property
     def arm(self) -> str:
         """Which kind of model it is; of an ablation grid, the base or the name of the variant."""
         if self.entry.arm is not None:
             return self.entry.arm
-        parts = f"{self.config.model.mixer.kind}+{self.config.model.channel.kind}"
+        mixer, channel = self.config.model.mixer, self.config.model.channel
+        if isinstance(mixer, SelfModifying) and mixer.targets == "values" and channel.kind == "swiglu":
+            return "Titans LMM"
+        parts = f"{mixer.kind}+{channel.kind}"
         return ARM_NAMES.get(parts, parts)
 
     @property
@@ -95,9 +115,13 @@ class Campaign:
         return replace(self, runs=tuple(run for run in self.runs if run.entry.grid is None))
 
     def label(self, run: Run) -> str:
-        """The arm, with the seed where the arm was run with several."""
-        twins = [other for other in self.runs if other.arm == run.arm and _group(other) == _group(run)]
-        return run.arm if len(twins) == 1 else f"{run.arm}, seed {run.config.seed}"
+        """The arm; with its seed, or the name of the run, where one arm ran several times."""
+        twins = [other for other in self.runs if other.arm == run.arm and other.chronological == run.chronological]
+        if len(twins) == 1:
+            return run.arm
+        if len({other.config.seed for other in twins}) == len(twins):
+            return f"{run.arm}, seed {run.config.seed}"
+        return f"{run.arm}, {run.config.name}"
 
     def arms(self) -> tuple[str, ...]:
         """All arms in the order of the preset."""
@@ -208,15 +232,10 @@ def _read_data(root: Path, name: str, notes: list[str]) -> Manifest | None:
         return None
 
 
-def _group(run: Run) -> bool:
-    """Rows of one table: runs on a shuffled stream, and runs in the order of time."""
-    return run.chronological
-
-
 def _refuse_mixtures(runs: list[Run]) -> None:
-    """Refuse results that came from unlike conditions. Unequal size is let through: the report flags it."""
-    for group in (False, True):
-        members = [run for run in runs if _group(run) == group]
+    """Refuse results of one reading order from unlike conditions. Unequal size is let through: the report flags it."""
+    for order in dict.fromkeys(run.order for run in runs):
+        members = [run for run in runs if run.order == order]
         for task in sorted({task for run in members for task in run.results}):
             results = [run.results[task] for run in members if task in run.results]
             first = results[0]

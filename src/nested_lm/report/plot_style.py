@@ -99,6 +99,25 @@ def canvas(rows: int, columns: int, *, height: float, **options: Any) -> Iterato
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+@contextmanager
+def panels(count: int, *, height: float, per_row: int = 4, **options: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with `count` axes in rows of at most `per_row`, as one flat list. height: inches of a row."""
+    columns = min(count, per_row)
+    rows = -(-count // columns)
+    with canvas(rows, columns, height=height * rows, **options) as (figure, axes):
+        flat = list(axes.flat)
+        for axis in flat[count:]:
+            axis.set_visible(False)
+        yield figure, flat[:count]
+
+
+def label_rows(axes: Sequence[Any], text: str) -> None:
+    """Name the vertical axis, once a row."""
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(text)
+
+
 def finish(figure: Any, *, name: str, title: str, caption: str) -> Drawing:
     """Write a figure as an SVG element: no date, no XML header, ids that no other figure on the page has."""
     buffer = io.StringIO()

@@ -3,7 +3,6 @@
 from typing import Any
 
 from nested_lm.eval.schema import (
-    ContinualMetrics,
     Interval,
     LanguageModellingMetrics,
     PasskeyMetrics,
@@ -369,89 +368,3 @@ def passkey(campaign: Campaign) -> Drawing | None:
             "taken out (open, dashed). Right: the difference with its 95 % interval; a model that remembers "
             "it lies above zero.",
         )
-
-
-def continual(campaign: Campaign) -> Drawing | None:
-    """Loss and forgetting on every segment after every segment, one column of heat maps an arm."""
-    runs = campaign.with_result("continual", chronological=True)
-    if not runs:
-        return None
-    found = [(run, run.results["continual"].metrics) for run in runs]
-    count = max(len(m.segments) for _, m in found if isinstance(m, ContinualMetrics))
-    height = 1.9 + 2 * (0.36 * count + 0.7)
-    with canvas(2, len(found), height=height) as (figure, axes):
-        losses, forgets = [], []
-        for _, metrics in found:
-            assert isinstance(metrics, ContinualMetrics)
-            losses.append([[cell.value for cell in row] for row in metrics.bits_per_byte])
-            nan = float("nan")
-            forgets.append([[nan if cell is None else cell.value for cell in row] for row in metrics.forgetting])
-        trained = [value for matrix in losses for row in matrix[1:] for value in row]
-        worst = max((v for matrix in forgets for row in matrix for v in row if v == v), default=0.0)
-        for column, (run, metrics) in enumerate(found):
-            assert isinstance(metrics, ContinualMetrics)
-            labels = [segment.label.replace("-", "-\n") for segment in metrics.segments]
-            flat = [segment.label for segment in metrics.segments]
-            upper, lower = axes[0][column], axes[1][column]
-            _heat(
-                upper,
-                losses[column],
-                labels,
-                ["untrained", *flat],
-                "YlGnBu",
-                (min(trained), max(trained)),
-                "{:.2f}",
-            )
-            _heat(lower, forgets[column], labels, flat, "OrRd", (0.0, worst or 1.0), "{:.3f}")
-            upper.set_title(f"{campaign.label(run)}: bits per byte", color=arm_colour(campaign, run))
-            lower.set_title(f"{campaign.label(run)}: forgetting", color=arm_colour(campaign, run))
-            lower.set_xlabel("measured on text of")
-            if column == 0:
-                upper.set_ylabel("after reading up to")
-                lower.set_ylabel("after reading up to")
-        return finish(
-            figure,
-            name="continual",
-            title="Reading history in order",
-            caption="Each row is a model that has read one more period, each column held-out text of one "
-            "period. Top: bits per byte, dark is worse, framed cells are the period just read. Bottom: bits "
-            "per byte lost since the model was at its best on that period; zero is no forgetting.",
-        )
-
-
-def _heat(
-    axis: Any,
-    values: list[list[float]],
-    columns: list[str],
-    rows: list[str],
-    colours: str,
-    limits: tuple[float, float],
-    text: str,
-) -> None:
-    """A heat map with its values written in; NaN cells stay empty. Values beyond the limits are clipped."""
-    from matplotlib.patches import Rectangle
-
-    axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1] + 0.25 * (limits[1] - limits[0]), aspect="auto")
-    span = limits[1] - limits[0] or 1.0
-    extra = len(rows) - len(columns)  # rows before training
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            if value == value:
-                dark = (value - limits[0]) / span > 0.75
-                axis.text(
-                    x,
-                    y,
-                    text.format(value),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if dark else INK,
-                )
-        if y >= extra:
-            axis.add_patch(Rectangle((y - extra - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2))
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.tick_params(length=0)
-    axis.grid(visible=False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)

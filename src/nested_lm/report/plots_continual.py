@@ -1,5 +1,6 @@
 """Figures of continual learning: forgetting by tokens, lesions, ticks, retention, classes and facts."""
 
+import re
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,12 +25,21 @@ from nested_lm.report.plot_style import (
     canvas,
     finish,
     label_line_ends,
+    label_rows,
+    panels,
     short_count,
     thousands,
 )
 from nested_lm.report.plots import arm_colour
 
 M = TypeVar("M")
+
+ORDERS = {
+    "forward": "Reading history in order",
+    "reverse": "Control: the same periods in reverse order",
+    "shuffled": "Control: shares of the mixed text, one after the other",
+}
+"""What runs of each reading order show."""
 
 _MAX_TICK_LINES = 40
 """Ticks of a level that are drawn as lines; a faster clock would paint the panel grey."""
@@ -44,14 +54,48 @@ def _measured(campaign: Campaign, task: str, kind: type[M]) -> list[tuple[Run, M
     ]
 
 
+def matrices(campaign: Campaign, order: str) -> Drawing | None:
+    """Loss and forgetting on every segment after every segment; two heat maps a run of one reading order."""
+    found = [
+        (run, metrics) for run, metrics in _measured(campaign, "continual", ContinualMetrics) if run.order == order
+    ]
+    if not found:
+        return None
+    count = max(len(metrics.segments) for _, metrics in found)
+    nan = float("nan")
+    losses = [[[cell.value for cell in row] for row in metrics.bits_per_byte] for _, metrics in found]
+    forgets = [[[nan if cell is None else cell.value for cell in row] for row in m.forgetting] for _, m in found]
+    trained = [value for matrix in losses for row in matrix[1:] for value in row]
+    worst = max((v for matrix in forgets for row in matrix for v in row if v == v), default=0.0) or 1.0
+    with panels(2 * len(found), height=0.36 * count + 1.65) as (figure, axes):
+        for index, (run, metrics) in enumerate(found):
+            labels = [re.sub(r"[- ]", r"\g<0>\n", segment.label, count=1) for segment in metrics.segments]
+            flat = [segment.label for segment in metrics.segments]
+            left, right = axes[2 * index], axes[2 * index + 1]
+            limits = (min(trained), max(trained))
+            _heat(left, losses[index], labels, ["untrained", *flat], "YlGnBu", limits, "{:.2f}")
+            _heat(right, forgets[index], labels, flat, "OrRd", (0.0, worst), "{:.3f}")
+            left.set_title(f"{campaign.label(run)}\nbits per byte", color=arm_colour(campaign, run), fontsize=9)
+            right.set_title(f"{campaign.label(run)}\nforgetting", color=arm_colour(campaign, run), fontsize=9)
+        label_rows(axes, "after reading up to")
+        return finish(
+            figure,
+            name="continual" if order == "forward" else f"continual-{order}",
+            title=ORDERS[order],
+            caption="Each row is a model that has read one more part, each column held-out text of one part. Bits per "
+            "byte: dark is worse, framed cells are the part just read. Forgetting: bits per byte lost since the model "
+            "was at its best on that part; zero is no forgetting.",
+        )
+
+
 def forgetting(campaign: Campaign) -> Drawing | None:
     """What was forgotten of each segment after each later one, with lines where slow levels tick; a panel a run."""
     found = _measured(campaign, "continual", ContinualMetrics)
     if not found:
         return None
-    with canvas(1, len(found), height=3.9, sharey=True) as (figure, axes):
-        panels = []
-        for axis, (run, metrics) in zip(axes[0], found, strict=True):
+    with panels(len(found), height=3.3, per_row=3, sharey=True) as (figure, axes):
+        labelled = []
+        for axis, (run, metrics) in zip(axes, found, strict=True):
             ends = []
             trained = [segment.trained_tokens for segment in metrics.segments]
             for s, segment in enumerate(metrics.segments[:-1]):
@@ -65,9 +109,9 @@ def forgetting(campaign: Campaign) -> Drawing | None:
             axis.set_title(campaign.label(run), color=arm_colour(campaign, run))
             axis.set_xlabel("training tokens")
             thousands(axis.xaxis)
-            panels.append((axis, ends))
-        axes[0][0].set_ylabel("forgetting (bits per byte)")
-        label_line_ends(panels)
+            labelled.append((axis, ends))
+        label_rows(axes, "forgetting (bits per byte)")
+        label_line_ends(labelled)
         return finish(
             figure,
             name="forgetting",
@@ -77,6 +121,44 @@ def forgetting(campaign: Campaign) -> Drawing | None:
             "documents. Grey lines are ticks of the slowest level that ticks often enough to be seen and "
             "seldom enough to be drawn.",
         )
+
+
+def _heat(
+    axis: Any,
+    values: list[list[float]],
+    columns: list[str],
+    rows: list[str],
+    colours: str,
+    limits: tuple[float, float],
+    text: str,
+) -> None:
+    """A heat map with its values written in; NaN cells stay empty. Values beyond the limits are clipped."""
+    from matplotlib.patches import Rectangle
+
+    axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1] + 0.25 * (limits[1] - limits[0]), aspect="auto")
+    span = limits[1] - limits[0] or 1.0
+    extra = len(rows) - len(columns)  # rows before training
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value == value:
+                dark = (value - limits[0]) / span > 0.75
+                axis.text(
+                    x,
+                    y,
+                    text.format(value),
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if dark else INK,
+                )
+        if y >= extra:
+            axis.add_patch(Rectangle((y - extra - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2))
+    axis.set_xticks(range(len(columns)), columns, fontsize=7.5)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
 
 
 def _band(axis: Any, xs: list[int], intervals: list[Interval], colour: str) -> None:
@@ -103,8 +185,8 @@ def lesions(campaign: Campaign) -> Drawing | None:
     if not found:
         return None
     rows = max(len(metrics.levels) for _, metrics in found)
-    with canvas(1, len(found), height=1.7 + 0.5 * rows) as (figure, axes):
-        for axis, (run, metrics) in zip(axes[0], found, strict=True):
+    with panels(len(found), height=1.7 + 0.5 * rows, per_row=3) as (figure, axes):
+        for axis, (run, metrics) in zip(axes, found, strict=True):
             values = [[cell.value for cell in level.damage] for level in metrics.levels]
             most = max(max(abs(value) for row in values for value in row), 1e-9)
             axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
@@ -129,9 +211,9 @@ def lesions(campaign: Campaign) -> Drawing | None:
             axis.grid(visible=False)
             title = campaign.label(run)
             if metrics.correlation is not None:
-                title += f": rank correlation {metrics.correlation.value:.2f}, p = {metrics.correlation.p_value:.2g}"
+                title += f"\nrank corr. {metrics.correlation.value:.2f}, p = {metrics.correlation.p_value:.2g}"
             axis.set_title(title, color=arm_colour(campaign, run))
-        axes[0][0].set_ylabel("level that is set back")
+        label_rows(axes, "level that is set back")
         return finish(
             figure,
             name="lesions",
@@ -145,15 +227,16 @@ def lesions(campaign: Campaign) -> Drawing | None:
 
 def events(campaign: Campaign) -> Drawing | None:
     """Effect of ticks of each level with its permutation test; a panel a run and clock."""
-    panels: list[tuple[Run, str, tuple[LevelEvents, ...]]] = []
+    found: list[tuple[Run, str, tuple[LevelEvents, ...]]] = []
     for run, metrics in _measured(campaign, "events", EventMetrics):
         for clock, levels in (("training", metrics.training), ("reading", metrics.reading)):
             if levels is not None and any(level.effect is not None for level in levels):
-                panels.append((run, clock, levels))
-    if not panels:
+                found.append((run, clock, levels))
+    if not found:
         return None
-    with canvas(1, len(panels), height=1.6 + 0.5 * max(len(levels) for *_, levels in panels)) as (figure, axes):
-        for axis, (run, clock, levels) in zip(axes[0], panels, strict=True):
+    height = 1.6 + 0.5 * max(len(levels) for *_, levels in found)
+    with panels(len(found), height=height, per_row=3) as (figure, axes):
+        for axis, (run, clock, levels) in zip(axes, found, strict=True):
             axis.axvline(0.0, color=MUTED, linewidth=1)
             for y, level in enumerate(levels):
                 if level.effect is None:
@@ -194,9 +277,9 @@ def retention(campaign: Campaign) -> Drawing | None:
     found = _measured(campaign, "retention", RetentionMetrics)
     if not found:
         return None
-    with canvas(1, len(found), height=3.9, sharey=True) as (figure, axes):
-        panels = []
-        for axis, (run, metrics) in zip(axes[0], found, strict=True):
+    with panels(len(found), height=3.3, per_row=3, sharey=True) as (figure, axes):
+        labelled = []
+        for axis, (run, metrics) in zip(axes, found, strict=True):
             ends = []
             for index, curve in enumerate(metrics.curves):
                 colour = PART_COLOURS[index % len(PART_COLOURS)]
@@ -207,13 +290,13 @@ def retention(campaign: Campaign) -> Drawing | None:
                 lost = predict_lost(age, periods, score.scale, score.weights)
                 axis.plot(age, lost, style, color=INK, linewidth=1.6)
             better = "the clocks" if metrics.tied_is_better else "one free time"
-            axis.set_title(f"{campaign.label(run)}: {better} fits better", color=arm_colour(campaign, run))
+            axis.set_title(f"{campaign.label(run)}\n{better} fits better", color=arm_colour(campaign, run))
             axis.set_xlabel("tokens since the period ended")
             axis.set_xlim(left=0)
             thousands(axis.xaxis)
-            panels.append((axis, ends))
-        axes[0][0].set_ylabel("lost since its best (nats / token)")
-        label_line_ends(panels)
+            labelled.append((axis, ends))
+        label_rows(axes, "lost since its best (nats / token)")
+        label_line_ends(labelled)
         return finish(
             figure,
             name="retention",
@@ -231,7 +314,7 @@ def classes(campaign: Campaign) -> Drawing | None:
         return None
     keys = list(dict.fromkeys((stream.data, stream.shots) for _, metrics in found for stream in metrics.streams))
     with canvas(1, len(keys), height=3.7, sharey=True) as (figure, axes):
-        panels = []
+        labelled = []
         for axis, (data, shots) in zip(axes[0], keys, strict=True):
             ends: dict[str, tuple[float, float, str, str]] = {}
             for run, metrics in found:
@@ -250,9 +333,9 @@ def classes(campaign: Campaign) -> Drawing | None:
                     axis.plot(seen, 1 / seen, ":", color=MUTED, linewidth=1)
             axis.set_title(f"{data}, {'all' if shots is None else shots} examples a class")
             axis.set(xlabel="classes seen", ylim=(0, 1))
-            panels.append((axis, list(ends.values())))
+            labelled.append((axis, list(ends.values())))
         axes[0][0].set_ylabel("accuracy on the classes seen")
-        label_line_ends(panels)
+        label_line_ends(labelled)
         return finish(
             figure,
             name="classes",
@@ -267,9 +350,9 @@ def facts(campaign: Campaign) -> Drawing | None:
     found = _measured(campaign, "changing_facts", FactsMetrics)
     if not found:
         return None
-    with canvas(1, len(found), height=3.5, sharey=True) as (figure, axes):
-        panels = []
-        for axis, (run, metrics) in zip(axes[0], found, strict=True):
+    with panels(len(found), height=3.3, per_row=3, sharey=True) as (figure, axes):
+        labelled = []
+        for axis, (run, metrics) in zip(axes, found, strict=True):
             ends = []
             for index, (name, label) in enumerate(
                 (
@@ -288,9 +371,9 @@ def facts(campaign: Campaign) -> Drawing | None:
             axis.set_title(campaign.label(run), color=arm_colour(campaign, run))
             axis.set(xlabel="epoch", ylim=(-0.02, 1.02))
             axis.set_xticks(range(1, len(metrics.epochs) + 1))
-            panels.append((axis, ends))
-        axes[0][0].set_ylabel("share of questions")
-        label_line_ends(panels)
+            labelled.append((axis, ends))
+        label_rows(axes, "share of questions")
+        label_line_ends(labelled)
         return finish(
             figure,
             name="facts",

@@ -105,10 +105,7 @@ def _campaign_parts(campaign: Campaign, page: Page) -> list[Part]:
     parts.append(Part("Is the comparison fair?", 3, points=fair))
     if page.passkey is not None:
         parts.append(Part("Passkey", 3, drawing=named(page.passkey_figure), table=page.passkey))
-    if page.continual is not None:
-        parts.append(
-            Part("Reading in the order of time", 3, drawing=named(page.continual_figure), table=page.continual)
-        )
+    parts += [Part(shown.title, 3, drawing=named(shown.figure), table=shown.table) for shown in page.continual]
     parts += [Part(shown.title, 3, text=[shown.text], table=shown.table) for shown in other_results(campaign.plain())]
     more = [*page.continual_more, *page.others_figures]
     parts += [Part(drawing.title, 4, drawing=named(drawing)) for drawing in more]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nested_lm.errors import ReportError
@@ -24,9 +25,19 @@ from nested_lm.report.tables import (
 )
 
 Plot = Callable[[Campaign], Drawing | None]
+Draw = Callable[[Plot], Drawing | None]
 
 _OUTCOME: tuple[Plot, ...] = (plots.loss, plots.validation, plots.periods, plots.positions)
 _INSIDE: tuple[Plot, ...] = (plots_inside.gates, plots_inside.updates, plots_inside.fast_weights)
+
+
+@dataclass(frozen=True)
+class ReadingOrder:
+    """What runs that read periods in one order lost and kept."""
+
+    title: str
+    table: Table
+    figure: Drawing | None
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,7 @@ class Page:
     outcome: list[Drawing]
     passkey: Table | None
     passkey_figure: Drawing | None
-    continual: Table | None
-    continual_figure: Drawing | None
+    continual: list[ReadingOrder]
     continual_more: list[Drawing]
     inside: list[Drawing]
     samples: list[Sample]
@@ -61,7 +71,7 @@ class Page:
             self.overview,
             *self.outcome,
             self.passkey_figure,
-            self.continual_figure,
+            *(part.figure for part in self.continual),
             *self.continual_more,
             *self.others_figures,
             *self.inside,
@@ -112,8 +122,7 @@ def make_page(campaign: Campaign) -> Page:
         outcome=[drawing for plot in _OUTCOME if (drawing := draw(plot)) is not None],
         passkey=passkey_table(campaign),
         passkey_figure=draw(plots.passkey),
-        continual=continual_table(campaign),
-        continual_figure=draw(plots.continual),
+        continual=_reading_orders(campaign, draw),
         continual_more=[drawing for plot in plots_continual.ALL if (drawing := draw(plot)) is not None],
         inside=[drawing for plot in _INSIDE if (drawing := draw(plot)) is not None],
         samples=samples(campaign),
@@ -125,6 +134,15 @@ def make_page(campaign: Campaign) -> Page:
     )
 
 
+def _reading_orders(campaign: Campaign, draw: Draw) -> list[ReadingOrder]:
+    found = []
+    for order, title in plots_continual.ORDERS.items():
+        table = continual_table(campaign, order)
+        if table is not None:
+            found.append(ReadingOrder(title, table, draw(partial(plots_continual.matrices, order=order))))
+    return found
+
+
 def _needle_plots(campaign: Campaign) -> tuple[Plot, ...]:
     """Figures of needle curves where there are any: most campaigns measure none, and need not be told."""
     if not any(result.metrics.kind == "niah" for run in campaign.runs for result in run.results.values()):
@@ -132,13 +150,13 @@ def _needle_plots(campaign: Campaign) -> tuple[Plot, ...]:
     return (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
 
 
-def _drawer(campaign: Campaign, notes: list[str]) -> Plot:
+def _drawer(campaign: Campaign, notes: list[str]) -> Draw:
     """Draw a figure, or note why it is missing."""
     try:
         require_matplotlib()
     except ReportError as error:
         notes.append(f"There are no figures: {' '.join(str(error).split())}")
-        return lambda _campaign: None
+        return lambda _plot: None
 
     def draw(plot: Plot) -> Drawing | None:
         drawing = plot(campaign)
@@ -147,4 +165,4 @@ def _drawer(campaign: Campaign, notes: list[str]) -> Plot:
             notes.append(f"There is no figure of {words}: no run has the numbers it needs.")
         return drawing
 
-    return lambda plot: draw(plot)  # type: ignore[arg-type, return-value]
+    return draw

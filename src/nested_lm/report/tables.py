@@ -90,10 +90,12 @@ def interval_cell(interval: Interval, *, signed: bool = False) -> Cell:
     return Cell(f"{interval.value:{form}}", f"{interval.low:{form}} to {interval.high:{form}}")
 
 
-def continual_table(campaign: Campaign) -> Table | None:
-    """ACC, BWT, FWT, plasticity and forgetting of the runs that read periods in the order of time."""
+def continual_table(campaign: Campaign, order: str) -> Table | None:
+    """ACC, BWT, FWT, plasticity and forgetting of the runs that read periods in one order."""
     found = []
     for run in campaign.with_result("continual", chronological=True):
+        if run.order != order:
+            continue
         metrics = run.results["continual"].metrics
         assert isinstance(metrics, ContinualMetrics)
         found.append((run, metrics))
