@@ -28,6 +28,13 @@ OPTIONS = {
     "adapt k, q, memory": {"adapt": ("k", "q", "memory")},
     "adapt eta, alpha, memory": {"adapt": ("eta", "alpha", "memory")},
     "a rate each": {"adapt": ALL, "rates": (0.1, 0.2, 0.2, 0.4, 0.5, 1.5)},
+    "rates to 2": {"rates": (0.2, 0.2, 0.2, 0.2, 2.0)},
+    "rates to 2, all six, momentum, erase input": {
+        "adapt": ALL,
+        "rates": (0.2, 0.2, 0.2, 0.2, 0.2, 2.0),
+        "momentum": True,
+        "erase": "input",
+    },
     "targets values": {"targets": "values"},
     "decay to zero": {"decay_towards": "zero"},
     "decay to zero, read border": {"decay_towards": "zero", "read": "border", "adapt": ALL},

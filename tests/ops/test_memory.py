@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nested_lm.ops import memory_backward, memory_chunked, memory_reference
+from nested_lm.ops import memory_backward, memory_chunk, memory_chunked, memory_reference
 from nested_lm.ops.memory import MemoryInputs, MemoryWeights, zero_state
 from nested_lm.write_rule import MEMORIES, WriteRule
 from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, worst
@@ -151,6 +151,7 @@ class TestEveryBackend:
 LONG = {
     "default": {},
     "all six": {"adapt": MEMORIES},
+    "rates to 2": {"rate_memory": 2.0},
     "linear, self-referential": {"depth": 1, "gradient": "self_referential", "rate_memory": 1.0},
     "momentum": {"momentum": True, "rate_memory": 0.1, "rate_generators": 0.1},
 }
@@ -177,6 +178,26 @@ def test_memory_is_alive_and_bounded_after_8k_tokens(stream, name):
         assert torch.isfinite(norms).all()
         assert (norms > 1e-3).all()
         assert (norms < 100).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk):
+    """Rates near 2 in a steep memory; as a control, damping that forgets the erase."""
+    rule = make_rule(chunk, adapt=("memory",), rates=(2.0,))
+    problem = Problem(rule, batch=1, tokens=512, heads=1, width=16, hidden=16)
+    inputs, start, readout, _ = problem.arguments()
+    inputs = inputs._replace(rate=torch.full_like(inputs.rate, 6.0), decay=torch.full_like(inputs.decay, 7.6))
+    start = MemoryWeights(start.inner, 10 * start.outer)
+
+    def largest():
+        with torch.no_grad():
+            state = zero_state(start, 1)
+            out = memory_chunked.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
+        return max(tensor.norm().item() for tensor in out.state.current)
+
+    assert largest() < 1
+    monkeypatch.setattr(memory_chunk, "room_beside_erase", lambda rate, rule: torch.ones_like(rate))
+    assert largest() > 1000
 
 
 @pytest.mark.parametrize(

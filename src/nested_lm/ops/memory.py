@@ -21,6 +21,9 @@ from nested_lm.write_rule import WriteRule
 NORM_FLOOR = 1e-6
 """Smallest norm a vector is divided by when it is made unit length."""
 
+ROOM_FLOOR = 1e-4
+"""Smallest room for a gradient step beside the erase term."""
+
 GRADIENT_FLOOR = 1e-12
 """Added to the squared norm of an inner gradient before dividing by it."""
 
@@ -105,22 +108,39 @@ def zero_state(start: MemoryWeights, batch_size: int, *, momentum: bool = False)
 
 
 def damping(
-    moved: Float[Tensor, "... C K"], gradient_squared: Float[Tensor, "... C 1"]
+    moved: Float[Tensor, "... C K"], gradient_squared: Float[Tensor, "... C 1"], room: Float[Tensor, "... C 1"]
 ) -> tuple[Float[Tensor, "... C 1"], Float[Tensor, "... C 1"]]:
-    """Factor that keeps a write from overshooting, and the curvature it comes from.
+    """Factor that keeps a write from overshooting, and how far it would.
 
     The curvature of the inner loss along its own gradient is |dM(k)|^2 / |gradient|^2, where dM(k) is how the memory's
-    answer moves when its weights move by the gradient. The factor is 1 / max(1, curvature): the plain gradient step
-    where that cannot overshoot, a normalised step elsewhere. With the erase term the coefficient of the old content
-    after any number of writes of one key then stays in [-1, 1] for rates up to 1.
+    answer moves when its weights move by the gradient. The factor is 1 / max(1, curvature / room): the plain gradient
+    step where that cannot overshoot, a normalised step elsewhere.
 
-    moved: dM(k). gradient_squared: squared norm of the gradient, over both layers.
+    moved: dM(k). gradient_squared: squared norm of the gradient, over both layers. room: see `room_beside_erase`.
 
     Deviation: eq. 88 takes the plain gradient. Training makes the second layers grow, the curvature passes 1, and the
     fast weights of the first layers then explode (docs/stability_journal.md).
     """
-    curvature = moved.square().sum(dim=-1, keepdim=True) / (gradient_squared + GRADIENT_FLOOR)
-    return curvature.clamp_min(1.0).reciprocal(), curvature
+    steepness = moved.square().sum(dim=-1, keepdim=True) / (gradient_squared + GRADIENT_FLOOR) / room
+    return steepness.clamp_min(1.0).reciprocal(), steepness
+
+
+def room_beside_erase(rate: Tensor, rule: WriteRule) -> Tensor:
+    """Largest product of damping factor and curvature at which the gradient step is safe.
+
+    A write of rate r turns the old content of its key into 1 - r times that by erasing, and into less by the gradient
+    step, r times factor times curvature. Their sum keeps the coefficient in [-1, 1], after any number of writes of one
+    key, when factor times curvature is at most (2 - r) / r: at rate 1 the whole step, at rate 2, where erasing alone
+    reflects, none. Without the erase term the plain limit, 1, holds for rates up to 2.
+    """
+    if not any(rule.erased_layers):
+        return torch.ones_like(rate)
+    return ((2 - rate) / rate.clamp_min(1.0)).clamp(ROOM_FLOOR, 1.0)
+
+
+def room_slope(room: Tensor) -> Tensor:
+    """Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut."""
+    return -0.5 * (room + 1).square() * ((room > ROOM_FLOOR) & (room < 1))
 
 
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:

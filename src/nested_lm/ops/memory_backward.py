@@ -13,7 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from nested_lm.ops.memory import GRADIENT_FLOOR, NORM_FLOOR, GateReadout, MemoryWeights, rate_share_slope
+from nested_lm.ops.memory import (
+    GRADIENT_FLOOR,
+    NORM_FLOOR,
+    GateReadout,
+    MemoryWeights,
+    rate_limits,
+    rate_share_slope,
+    room_slope,
+)
 from nested_lm.ops.memory_chunk import (
     Answers,
     Chunk,
@@ -145,9 +153,10 @@ def _backward_errors(
     grad_direction: Tensor,
     chunk: Chunk,
     anchor: MemoryWeights,
+    rule: WriteRule,
     operands: torch.dtype | None,
-) -> tuple[Tensor, Tensor, MemoryWeights]:
-    """Backward of `inner_errors`: gradients of key, value and anchor."""
+) -> tuple[Tensor, Tensor, Tensor, MemoryWeights]:
+    """Backward of `inner_errors`: gradients of key, value, rate (before scaling) and anchor."""
     errors, made = chunk.errors, chunk.made
     assert errors is not None
     assert errors.pre_value is not None
@@ -165,12 +174,15 @@ def _backward_errors(
     grad_damped = (grad_inner * gradient).sum(-1, keepdim=True) + along * length
     grad_gradient = damped * grad_inner
     grad_error = (damped * length) * grad_outer
-    # damped = 1 / max(1, curvature), curvature = |moved|^2 / size, size = |gradient|^2 + squared |error|^2
+    # damped = 1 / max(1, steepness), steepness = |moved|^2 / (size room), size = |gradient|^2 + squared |error|^2
     error_squared = error.square().sum(-1, keepdim=True)
     size = gradient.square().sum(-1, keepdim=True) + squared * error_squared + GRADIENT_FLOOR
-    grad_curvature = torch.where(errors.curvature > 1, -grad_damped * damped.square(), 0.0) / size
-    grad_moved = (2 * grad_curvature) * errors.moved
-    grad_size = -grad_curvature * errors.curvature
+    grad_steepness = torch.where(errors.steepness > 1, -grad_damped * damped.square(), 0.0)
+    grad_moved = (2 * grad_steepness / (size * errors.room)) * errors.moved
+    grad_log_steepness = grad_steepness * errors.steepness
+    grad_size = -grad_log_steepness / size
+    grad_rates = -grad_log_steepness / errors.room * room_slope(errors.room)
+    grad_rate = (grad_rates[..., 0] * rate_limits(rule, size)[:, None]).sum(2)
     # moved = (slope * gradient) W_out^T + squared * error
     steep = product(grad_moved, anchor.outer, operands)
     grad_anchor_outer = product(grad_moved.mT, slope * gradient, operands)
@@ -197,7 +209,7 @@ def _backward_errors(
     shared = grad_error.sum(2)
     grad_key = shared + product(grad_pre_key, anchor.inner, operands).sum(2)
     grad_value = product(grad_pre_value, anchor.inner, operands).sum(2) - shared
-    return grad_key, grad_value, MemoryWeights(grad_anchor_inner, grad_anchor_outer)
+    return grad_key, grad_value, grad_rate, MemoryWeights(grad_anchor_inner, grad_anchor_outer)
 
 
 def _backward_unit(grad: Tensor, x: Tensor, direction: Tensor) -> Tensor:
@@ -298,11 +310,11 @@ def backward_chunk(
     outer = _backward_layer(grad_after.outer, trace.outer_write, chunk.outer, errors.direction, old.outer, *common)
     grad_direction = outer.direction
     grad_direction[:, :, -1] += trace.outer_key
-    grad_key, grad_value, grad_anchor = _backward_errors(
-        inner.error, outer.error, grad_direction, chunk, weights.anchor, operands
+    grad_key, grad_value, grad_rate, grad_anchor = _backward_errors(
+        inner.error, outer.error, grad_direction, chunk, weights.anchor, rule, operands
     )
     grad_key = grad_key + inner.direction.sum(2) + trace.inner_key
-    grad_rate = inner.rate + outer.rate + trace.rate * rule.rate_memory
+    grad_rate = grad_rate + inner.rate + outer.rate + trace.rate * rule.rate_memory
     log_before = inner.log_before + outer.log_before
     # log_kept is the running sum of log_decay, log_before is log_kept - log_decay
     running = inner.log_kept + outer.log_kept + trace.log_kept + log_before

@@ -24,7 +24,9 @@ from nested_lm.ops.memory import (
     GateReadout,
     MemoryWeights,
     damping,
+    rate_limits,
     rate_share,
+    room_beside_erase,
     unit,
 )
 from nested_lm.ops.memory_writes import (
@@ -86,7 +88,8 @@ class Errors(NamedTuple):
     direction: Float[Tensor, "B H M C E"]  # the same activations at unit length
     moved: Float[Tensor, "B H M C K"]  # how M(k) moves along the gradient
     damped: Float[Tensor, "B H M C 1"]  # factor of the write, see `damping`
-    curvature: Float[Tensor, "B H M C 1"]
+    steepness: Float[Tensor, "B H M C 1"]
+    room: Float[Tensor, "B H M C 1"]  # see `room_beside_erase`
 
 
 class ChunkWeights(NamedTuple):
@@ -233,10 +236,14 @@ def inner_errors(
         moved = through[0] * _through_norm(moved, *through[1:])
     if rule.damp:
         size = gradient.square().sum(-1, keepdim=True) + squared * error.square().sum(-1, keepdim=True)
-        damped, curvature = damping(moved, size)
+        rates = made.rate[:, :, None, :, None] * rate_limits(rule, made.rate)[:, None, None]
+        room = room_beside_erase(rates, rule)
+        damped, steepness = damping(moved, size, room)
     else:
-        damped = curvature = torch.ones_like(squared)
-    return Errors(pre_key, pre_value, difference, error, back, slope, squared, direction, moved, damped, curvature)
+        damped = steepness = room = torch.ones_like(squared)
+    return Errors(
+        pre_key, pre_value, difference, error, back, slope, squared, direction, moved, damped, steepness, room
+    )
 
 
 def solve_self_referential(

@@ -28,6 +28,7 @@ from nested_lm.ops.memory import (
     rate_limits,
     rate_share,
     reset_rows,
+    room_beside_erase,
     subtract,
     unit,
 )
@@ -99,6 +100,7 @@ def damp_factor(
     memory: OneMemory,
     key: Float[Tensor, "B H K"],
     gradient: tuple[Float[Tensor, "B H E K"], Float[Tensor, "B H K E"]],
+    rate: Float[Tensor, "B H"],
     rule: WriteRule,
 ) -> Float[Tensor, "B H 1"]:
     """Factor of one memory's write; the answer's movement along the gradient comes from autodiff."""
@@ -113,7 +115,7 @@ def damp_factor(
         pulled = torch.autograd.grad(found, weights, probe, create_graph=True)
         (moved,) = torch.autograd.grad(pulled, probe, gradient, create_graph=True)
     squared = gradient[0].square().sum((-2, -1)) + gradient[1].square().sum((-2, -1))
-    return damping(moved, squared[..., None])[0]
+    return damping(moved, squared[..., None], room_beside_erase(rate[..., None], rule))[0]
 
 
 def write_memory(
@@ -137,7 +139,7 @@ def write_memory(
     if rule.targets == "generated":  # eq. 84
         target = answer(full if rule.gradient == "self_referential" else anchor, token.value, rule)
     gradient = inner_gradient(at, token.key, target, rule)
-    factor = damp_factor(at, token.key, gradient, rule)[..., None]
+    factor = damp_factor(at, token.key, gradient, token.rate * limit, rule)[..., None]
     directions = [token.key]
     if rule.depth == 2:
         hidden = hidden_units(at, token.key)
