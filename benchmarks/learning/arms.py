@@ -9,16 +9,17 @@ WIDTH, LAYERS = 32, 2
 
 HEAD = {"num_heads": 2, "head_width": 16}
 
+MEMORY = {"kind": "self_modifying", **HEAD, "chunk": 8}
+"""Chunks that the short training sequences cross several times, so that reading from written generators is trained."""
+
 MIXERS: dict[str, dict[str, Any]] = {
-    "hope": {"kind": "self_modifying", **HEAD},
-    "hope_fast_start": {"kind": "self_modifying", **HEAD, "rate_init": [0.2, 0.8]},
-    "hope_memory_only": {"kind": "self_modifying", **HEAD, "adapt": ["memory"]},
+    "hope": MEMORY,
+    "hope_memory_only": {**MEMORY, "adapt": ["memory"]},
     "transformer": {"kind": "attention", "num_heads": 2},
     "sliding_window": {"kind": "attention", "num_heads": 2, "window": 16},
     "linear_attention": {"kind": "linear_attention", **HEAD, "feature_map": "identity"},
     "linear_attention_conv": {
-        "kind": "self_modifying",
-        **HEAD,
+        **MEMORY,
         "adapt": ["memory"],
         "depth": 1,
         "objective": "dot",
@@ -26,14 +27,14 @@ MIXERS: dict[str, dict[str, Any]] = {
         "erase": "none",
         "retention": "full",
         "rates": {"memory": 1.0},
+        "rate_init": 0.2,
         "rate_stretch": 0.0,
     },
     "delta_net": {"kind": "delta_net", **HEAD},
     "delta_net_negative": {"kind": "delta_net", **HEAD, "rate_max": 2.0},
     "gated_delta_net": {"kind": "gated_delta_net", **HEAD},
     "titans_lmm": {
-        "kind": "self_modifying",
-        **HEAD,
+        **MEMORY,
         "adapt": ["memory"],
         "targets": "values",
         "erase": "none",

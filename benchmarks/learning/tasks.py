@@ -253,7 +253,7 @@ TOKEN_TASKS = (
         parity,
         (40, 40),
         (40, 100, 160, 320),
-        400,
+        600,
     ),
     TokenTask(
         "aa_star",
@@ -262,7 +262,7 @@ TOKEN_TASKS = (
         counted(2, (0, 1), (1,)),
         (8, 40),
         (40, 100),
-        200,
+        400,
     ),
     TokenTask(
         "abab_star",
@@ -271,7 +271,7 @@ TOKEN_TASKS = (
         counted(4, (0, 1, 2, 1), (1, 2)),
         (8, 40),
         (40, 100),
-        200,
+        400,
     ),
     TokenTask(
         "a_n_b_n",

@@ -95,7 +95,7 @@ class SelfModifying(MixerSection):
     damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
     rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
-    rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.2
+    rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.8
     # share of the largest rate at the start: of all heads, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
 
