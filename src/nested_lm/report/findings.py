@@ -254,12 +254,16 @@ def _continual_limit(campaign: Campaign) -> list[str]:
         return []
     metrics = runs[0].results["continual"].metrics
     assert isinstance(metrics, ContinualMetrics)
-    found = [
-        f"One order of {len(metrics.segments)} periods: forgetting cannot be told from a change in the "
-        "difficulty of the text."
-    ]
+    found = []
+    orders = {run.order for run in runs}
+    if "reverse" not in orders:
+        found.append(
+            f"One order of {len(metrics.segments)} periods: forgetting cannot be told from a change in the "
+            "difficulty of the text."
+        )
     budgets = {run.config.train.budget_tokens for run in runs}
-    if not any(run.config.train.budget_tokens in budgets for run in campaign.runs if not run.chronological):
+    mixed = any(run.config.train.budget_tokens in budgets for run in campaign.runs if not run.chronological)
+    if not mixed and "shuffled" not in orders:
         found.append("No run read all periods shuffled at the same budget, so the price of the order is unknown.")
     return found
 

@@ -1,26 +1,19 @@
 """Tables of result kinds: one registry. A kind without a table of its own is shown by its intervals, and named."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.niah.metrics import NiahMetrics
+from nested_lm.report import continual_tables
 from nested_lm.report.collect import Campaign, Run
-from nested_lm.report.tables import ABSENT, Cell, Table, interval_cell
+from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
 _MOST_ROWS = 60
 _NAMES = ("task", "data", "label", "segment", "length", "level", "order", "depth", "name")
 """Fields by which an entry of a list is called in a path."""
-
-
-class Shown(NamedTuple):
-    """A table under a title, and what a reader has to know of it."""
-
-    title: str
-    text: str
-    table: Table
 
 
 Renderer = Callable[[Campaign, Sequence[Run], str], list[Shown]]
@@ -107,7 +100,17 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     return [Shown("Zero-shot", text, Table(("task", "floors", *_labels(campaign, runs)), tuple(rows)))]
 
 
-RENDERERS: dict[str, Renderer] = {"niah": needles, "zeroshot": zero_shot}
+RENDERERS: dict[str, Renderer] = {
+    "niah": needles,
+    "zeroshot": zero_shot,
+    "regret": continual_tables.regret,
+    "lesion": continual_tables.lesions,
+    "events": continual_tables.events,
+    "retention": continual_tables.retention,
+    "class_incremental": continual_tables.classes,
+    "changing_facts": continual_tables.facts,
+    "invented_languages": continual_tables.languages,
+}
 
 
 def _labels(campaign: Campaign, runs: Sequence[Run]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nested_lm.eval.schema import ContinualMetrics, Interval, PasskeyMetrics, SamplingMetrics
 from nested_lm.report.collect import Campaign, Run
@@ -26,6 +27,14 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     muted: tuple[bool, ...] = ()
+
+
+class Shown(NamedTuple):
+    """A table under a title, and what a reader has to know of it."""
+
+    title: str
+    text: str
+    table: Table
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Tables of continual learning: every kind has one, and it says numbers, floors and p-values."""
+
+import pytest
+
+from nested_lm.report.collect import collect
+from nested_lm.report.kinds import other_results
+from tests.report.fake_continual import METRICS, write_continual
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Title of each table -> its rows, cells as text and detail."""
+    root = tmp_path_factory.mktemp("campaign")
+    write_continual(root)
+    shown = other_results(collect(root))
+    assert len(shown) == len(METRICS)
+    assert not any("no table of its own" in one.text for one in shown)
+    return {one.title: [[(cell.text, cell.detail) for cell in row] for row in one.table.rows] for one in shown}
+
+
+@pytest.mark.parametrize(
+    ("title", "row", "cell"),
+    [
+        ("Regret", "on the period just read", ("0.123", "0.023 to 0.223")),
+        ("Lesions of levels", "level of 2,048 tokens", ("+0.010 / +0.512", "")),
+        ("Lesions of levels", "everything but the levels", ("+3.000 / +3.000", "")),
+        ("Lesions of levels", "rank correlation", ("-1.00", "p = 0.33, at least 0.33; n = 3")),
+        ("Ticks of levels", "training, level of 2,048 tokens", ("-", "it ticks at every place")),
+        (
+            "Ticks of levels",
+            "training, level of 8,192 tokens",
+            ("+0.0200", "p = 0.03, at least 0.001; 9 ticks, 27 others"),
+        ),
+        ("Fits of forgetting", "tied to the levels' periods", ("0.0200", "factor 0.1")),
+        ("Fits of forgetting", "one free exponential", ("0.0300", "150 tokens; 2 curves")),
+        ("Classes, one group after another", "accuracy", ("0.600", "0.500 to 0.700")),
+        ("Classes, one group after another", "accuracy minus floor, paired", ("-0.300", "-0.400 to -0.200")),
+        ("Classes, one group after another", "chance", ("0.250", "")),
+        ("Facts that change", "stale rate", ("0.600", "0.500 to 0.700")),
+        ("Facts that change", "chance", ("0.125", "stale 0.500")),
+        ("Two languages, one after the other", "after this language", ("20.500", "20.400 to 20.600")),
+        ("Two languages, one after the other", "kept: then the other one, minus alone", ("-1.500", "-1.600 to -1.400")),
+        ("Two languages, one after the other", "floor", ("14.000", "13.900 to 14.100")),
+    ],
+)
+def test_tables_say_the_numbers_of_their_results(tables, title, row, cell):
+    assert next(cells[1] for cells in tables[title] if cells[0][0] == row) == cell
