@@ -302,9 +302,9 @@ class TestState:
             with torch.no_grad():
                 scored = model(ids[:, :-1])
         assert {t.dtype for t in iterate_tensors(out.state.in_context.levels)} == {torch.float32}
-        # bfloat16 keeps 8 bits, so 0.4 % a product, over some ten products in a row
-        assert (out.logits.float() - expected.logits).norm() / expected.logits.norm() < 3e-2
-        assert (scored.logits.float() - expected.logits).norm() / expected.logits.norm() < 3e-2
+        # bfloat16 keeps 8 bits: 0.4 % a product, over some ten products in a row, which rates beyond 1 do not forget
+        assert (out.logits.float() - expected.logits).norm() / expected.logits.norm() < 6e-2
+        assert (scored.logits.float() - expected.logits).norm() / expected.logits.norm() < 6e-2
         for found, wanted in zip(*(iterate_tensors(o.state.in_context.levels) for o in (out, expected)), strict=True):
             assert (found - wanted).norm() <= 0.1 * wanted.norm()
 

