@@ -294,6 +294,7 @@ class TestState:
 
     def test_under_bfloat16_autocast_the_copies_stay_in_float32(self):
         given = settings("self_modifying", rates=(0.02, 0.02), init_std=0.02)
+        given["mixer"] = given["mixer"] | {"rate_init": 0.2}  # rates beyond 1 do not forget errors
         model, ids = build(given, dtype=torch.float32), tokens(2, 27)
         expected = model(ids[:, :-1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -302,9 +303,9 @@ class TestState:
             with torch.no_grad():
                 scored = model(ids[:, :-1])
         assert {t.dtype for t in iterate_tensors(out.state.in_context.levels)} == {torch.float32}
-        # bfloat16 keeps 8 bits: 0.4 % a product, over some ten products in a row, which rates beyond 1 do not forget
-        assert (out.logits.float() - expected.logits).norm() / expected.logits.norm() < 6e-2
-        assert (scored.logits.float() - expected.logits).norm() / expected.logits.norm() < 6e-2
+        # bfloat16 keeps 8 bits: 0.4 % a product, over some ten products in a row
+        assert (out.logits.float() - expected.logits).norm() / expected.logits.norm() < 3e-2
+        assert (scored.logits.float() - expected.logits).norm() / expected.logits.norm() < 3e-2
         for found, wanted in zip(*(iterate_tensors(o.state.in_context.levels) for o in (out, expected)), strict=True):
             assert (found - wanted).norm() <= 0.1 * wanted.norm()
 
