@@ -20,6 +20,7 @@ from nested_lm.ops import memory_chunked, memory_reference
 
 EQUATIONS = {
     "erase": "57, 88",
+    "erase_after_decay": "88, A6",
     "read": "83, 90, A5",
     "adapt": "83, 85",
     "rates": "A34",

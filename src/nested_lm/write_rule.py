@@ -27,6 +27,9 @@ class WriteRule:
     gradient: taken at the `border`; or (depth 1) at the `fresh` weights with the border's target; or
         `self_referential`, with the target from the fresh weights as well.
     erase: layers whose fast weights also forget along the written direction (the DGD term of eq. 88).
+    erase_after_decay: whether the erase term meets what retention left, alpha (I - eta k k^T) as in Gated DeltaNet, or
+        the weights before it, alpha I - eta k k^T as eq. 88 prints. The second has the eigenvalue alpha - eta, below -1
+        for rates near 2.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
@@ -48,6 +51,7 @@ class WriteRule:
     targets: Literal["generated", "values"] = "generated"
     gradient: Literal["border", "fresh", "self_referential"] = "border"
     erase: Literal["both", "input", "none"] = "both"
+    erase_after_decay: bool = True
     decay_towards: Literal["start", "zero"] = "start"
     momentum: bool = False
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
@@ -81,6 +85,11 @@ class WriteRule:
                 f"rates {self.rates}: above {limit:g} a single write overshoots"
                 + (" (gradient and erase term both take the old content off)" if doubled else "")
                 + f"; use rates up to {limit:g}",
+            ),
+            (
+                not self.erase_after_decay and self.erase != "none" and max(self.rates, default=0.0) > 1.0,
+                f"erase_after_decay false with rates {self.rates}: eq. 88's alpha I - eta k k^T has the eigenvalue "
+                "alpha - eta, below -1 for a rate near 2 and any decay; use erase_after_decay: true, or rates up to 1",
             ),
             (
                 grows,

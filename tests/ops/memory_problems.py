@@ -20,6 +20,8 @@ OPTIONS = {
     "default": {},
     "erase input": {"erase": "input"},
     "erase none": {"erase": "none"},
+    "erase before decay": {"erase_after_decay": False},
+    "erase before decay, momentum": {"erase_after_decay": False, "momentum": True},
     "read exclusive": {"read": "exclusive"},
     "read border": {"read": "border"},
     "adapt all six": {"adapt": ALL},

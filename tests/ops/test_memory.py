@@ -180,13 +180,14 @@ def test_memory_is_alive_and_bounded_after_8k_tokens(stream, name):
         assert (norms < 100).all()
 
 
+@pytest.mark.parametrize("horizon", [7.6, 4.0])  # logit of the retention: 0.9995, 0.982
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk):
+def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk, horizon):
     """Rates near 2 in a steep memory; as a control, damping that forgets the erase."""
     rule = make_rule(chunk, adapt=("memory",), rates=(2.0,))
     problem = Problem(rule, batch=1, tokens=512, heads=1, width=16, hidden=16)
     inputs, start, readout, _ = problem.arguments()
-    inputs = inputs._replace(rate=torch.full_like(inputs.rate, 6.0), decay=torch.full_like(inputs.decay, 7.6))
+    inputs = inputs._replace(rate=torch.full_like(inputs.rate, 6.0), decay=torch.full_like(inputs.decay, horizon))
     start = MemoryWeights(start.inner, 10 * start.outer)
 
     def largest():
@@ -197,7 +198,35 @@ def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk):
 
     assert largest() < 1
     monkeypatch.setattr(memory_chunk, "room_beside_erase", lambda rate, rule: torch.ones_like(rate))
-    assert largest() > 1000
+    assert largest() > 50
+
+
+def test_a_repeated_key_at_rate_2_does_not_grow_where_memory_fades():
+    """As a control, the printed eq. 88 with its eigenvalue alpha - eta, past the rule's own check."""
+    rule = make_rule(4, adapt=("memory",), rates=(2.0,), rate_stretch=0.1)
+    problem = Problem(rule, batch=1, tokens=600, heads=1, width=8, hidden=8)
+    inputs, start, readout, _ = problem.arguments()
+    inputs = MemoryInputs(
+        *(None if x is None else x[:, :1].expand_as(x) for x in inputs[:3]),
+        torch.full_like(inputs.rate, 9.0),
+        torch.full_like(inputs.decay, 4.0),
+        None,
+    )
+
+    def largest(rule):
+        with torch.no_grad():
+            state = memory_reference.self_modify(
+                MemoryInputs(*(None if x is None else x[:, :1] for x in inputs)), start, readout, zero_state(start, 1),
+                rule=make_rule(4, adapt=("memory",), rates=(1.0,)), position=0, resets=None,
+            ).state  # fmt: skip
+            rest = MemoryInputs(*(None if x is None else x[:, 1:] for x in inputs))
+            out = memory_chunked.self_modify(rest, start, readout, state, rule=rule, position=1, resets=None)
+        return max(tensor.norm().item() for tensor in out.state.current)
+
+    assert largest(rule) < 10
+    printed = make_rule(4, adapt=("memory",), rates=(1.0,), rate_stretch=0.1, erase_after_decay=False)
+    object.__setattr__(printed, "rates", (2.0,))
+    assert largest(printed) > 1000
 
 
 @pytest.mark.parametrize(
@@ -211,6 +240,7 @@ def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk):
         ({"adapt": ("memory", "k"), "rates": (1.0, 1.0)}, "in this order"),
         ({"adapt": ("k",), "rates": (1.0,)}, "with `memory`"),
         ({"rates": (1.0,)}, "1 rates for 5 memories"),
+        ({"erase_after_decay": False, "rate_memory": 1.5}, "below -1 for a rate near 2"),
         ({"chunk_generators": 12}, "do not nest"),
     ],
 )

@@ -84,6 +84,7 @@ class SelfModifying(MixerSection):
     targets: Literal["generated", "values"] = "generated"  # M(v) of each memory, or the value itself (Titans)
     gradient: Literal["border", "fresh", "self_referential"] = "border"  # where it is taken; the last two: depth 1
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
+    erase_after_decay: bool = True  # alpha (I - eta k k^T), stable for rates to 2; false: alpha I - eta k k^T (eq. 88)
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
     momentum: bool = False  # a running sum of writes with a decay of its own for every token
@@ -116,6 +117,7 @@ class SelfModifying(MixerSection):
             targets=self.targets,
             gradient=self.gradient,
             erase=self.erase,
+            erase_after_decay=self.erase_after_decay,
             decay_towards=self.decay_towards,
             momentum=self.momentum,
             read=self.read,

@@ -127,13 +127,14 @@ def _backward_layer(
         factor = -(right @ found.write.mT)  # gradient of the factor; only below the diagonal counts
         if shared:
             factor = factor.sum(2, keepdim=True)
+        factor = factor * decays.erased
         weighted = factor * found.overlap
         grad_rate += limit * weighted.sum((2, 4))
         weighted = weighted * rate
         grad_log_before += weighted.sum((2, 4))
         grad_log_kept -= weighted.sum((2, 3))
         grad_overlap = factor * rate * decays.ratio
-        grad_faded = grad_known * decays.before
+        grad_faded = grad_known * (decays.before * decays.erased)
         grad_log_before += (grad_faded * found.faded).sum((2, 4))
         grad_old[:, :, group] += product(grad_faded.mT, at, operands)
         along = product(grad_faded, old[:, :, group], operands)
@@ -316,9 +317,11 @@ def backward_chunk(
     grad_key = grad_key + inner.direction.sum(2) + trace.inner_key
     grad_rate = grad_rate + inner.rate + outer.rate + trace.rate * rule.rate_memory
     log_before = inner.log_before + outer.log_before
-    # log_kept is the running sum of log_decay, log_before is log_kept - log_decay
+    # log_kept is the running sum of log_decay; the erase term meets gamma_t, or gamma_{t-1}
     running = inner.log_kept + outer.log_kept + trace.log_kept + log_before
-    grad_log_decay = running.flip(-1).cumsum(-1).flip(-1) - log_before
+    grad_log_decay = running.flip(-1).cumsum(-1).flip(-1)
+    if not rule.erase_after_decay:
+        grad_log_decay = grad_log_decay - log_before
     grad_log_decay = grad_log_decay + trace.decay * made.log_decay.exp()
     grads = (grad_key, grad_value, trace.query, grad_rate, grad_log_decay)
     grad_inputs, grad_readout = _backward_generate(

@@ -262,7 +262,7 @@ def solve_self_referential(
     key, value = made.key[:, :, None], made.value[:, :, None]
     rate = made.rate[:, :, None, :, None] * limit
     toward = rate * (value - key if rule.objective == "l2" else value)
-    reader = toward - rate * key if rule.erased_layers[0] else toward
+    reader = toward - decays.erased * rate * key if rule.erased_layers[0] else toward
     inverse = unit_lower_inverse(-decays.ratio * product(reader, key.mT, operands))
     known = product(toward, base.mT, operands) + decays.before * product(reader, old.mT, operands)
     return Writes(inverse @ known)
@@ -278,7 +278,9 @@ def _write_linear(
 ) -> tuple[Writes, ...]:
     """Writes of linear memories (eqs. 92-93, and the fresh-gradient and self-referential forms)."""
     key, value = made.key[:, :, None], made.value[:, :, None]
-    times = int(rule.erased_layers[0]) + (rule.gradient == "fresh" and rule.objective == "l2")
+    times = decays.erased if rule.erased_layers[0] else None
+    if rule.gradient == "fresh" and rule.objective == "l2":
+        times = torch.ones_like(decays.erased) if times is None else times + 1
     writes = []
     for group, limit in rate_groups(rule):
         base, old = weights.base.inner[:, group], weights.distance.inner[:, :, group]
@@ -313,16 +315,17 @@ def _write_layer(
     operands: torch.dtype | None,
 ) -> tuple[Writes, ...]:
     """Writes of one layer of all two-layer memories, one entry a group of equal rates."""
+    times = decays.erased if erase else None
     writes = []
     for group, limit in rate_groups(rule):
         rate = made.rate[:, :, None, :, None] * limit
         at = direction if direction.shape[2] == 1 else direction[:, :, group]
         known, before = error[:, :, group], old[:, :, group]
         if spread is None or momentum is None:
-            writes.append(solve_writes(known, at, before, rate, decays, int(erase), operands))
+            writes.append(solve_writes(known, at, before, rate, decays, times, operands))
         else:
             running = momentum[:, :, group]
-            writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, int(erase), operands))
+            writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, times, operands))
     return tuple(writes)
 
 
@@ -355,7 +358,7 @@ def forward_chunk(
 ) -> Chunk:
     """Write up to a chunk of tokens, none beyond the next border, into all memories."""
     made = generate(inputs, weights.anchor, readout, rule, operands)
-    decays = running_decays(made.log_decay)
+    decays = running_decays(made.log_decay, rule)
     spread = None
     if made.log_momentum is not None:
         spread = spread_of_momentum(decays.log_kept, made.log_momentum)

@@ -156,7 +156,8 @@ def write_memory(
             new_momentum.append(push)
         written = keep * old + push
         if layer < rule.depth and rule.erased_layers[layer]:
-            along = torch.einsum("bhxy,bhy->bhx", old, directions[layer])
+            met = keep * old if rule.erase_after_decay else old
+            along = torch.einsum("bhxy,bhy->bhx", met, directions[layer])
             written = written - step * torch.einsum("bhx,bhy->bhxy", along, directions[layer])
         new.append(written)
     return (new[0], new[1]), (new_momentum[0], new_momentum[1]) if new_momentum else None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nested_lm.ops.triangular import unit_lower_inverse
+from nested_lm.write_rule import WriteRule
 
 
 class Writes(NamedTuple):
@@ -43,6 +44,7 @@ class Decays(NamedTuple):
     ratio: Float[Tensor, "B H 1 C C"]  # gamma_{t-1} / gamma_i below the diagonal, 0 elsewhere
     to_end: Float[Tensor, "B H 1 C 1"]  # gamma_C / gamma_t
     end: Float[Tensor, "B H 1 1 1"]  # gamma_C
+    erased: Float[Tensor, "B H 1 C 1"]  # share of gamma_{t-1} that the erase term meets: alpha_t, or 1
 
 
 class Spread(NamedTuple):
@@ -65,7 +67,7 @@ def product(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
     return (a.to(operands) @ b.to(operands)).to(a.dtype)
 
 
-def running_decays(log_decay: Float[Tensor, "B H C"]) -> Decays:
+def running_decays(log_decay: Float[Tensor, "B H C"], rule: WriteRule) -> Decays:
     """Accumulate the retention over the chunk, in logarithms so that nothing overflows."""
     log_kept = log_decay.cumsum(dim=-1)
     log_before = log_kept - log_decay
@@ -77,6 +79,7 @@ def running_decays(log_decay: Float[Tensor, "B H C"]) -> Decays:
         ratio[:, :, None],
         (last - log_kept).exp()[:, :, None, :, None],
         last.exp()[..., None, None],
+        (log_decay.exp() if rule.erase_after_decay else torch.ones_like(log_decay))[:, :, None, :, None],
     )
 
 
@@ -108,20 +111,20 @@ def solve_writes(
     old: Float[Tensor, "B H N X Y"],
     rate: Float[Tensor, "B H 1 C 1"],
     decays: Decays,
-    times: int,
+    times: Float[Tensor, "B H 1 C 1"] | None,
     operands: torch.dtype | None,
 ) -> Writes:
-    """Writes of one layer of N memories of equal rate: w_t = -eta_t (g_t + times * D_{t-1} p_t).
+    """Writes of one layer of N memories of equal rate: w_t = -eta_t (g_t + times_t D_{t-1} p_t).
 
-    G is 1 when the memories share their directions, else N. times: how often the old content is taken off: by the
-    erase term, by a gradient at the fresh weights, by both, or not at all.
+    G is 1 when the memories share their directions, else N. times: how much of the old content is taken off: by the
+    erase term, by a gradient at the fresh weights, or by both; None: nothing.
     """
-    if not times:
+    if times is None:
         return Writes(-rate * error, error)
     overlap = decays.ratio * product(direction, direction.mT, operands)
     inverse = unit_lower_inverse((times * rate) * overlap)
     faded = product(direction, old.mT, operands)
-    known = torch.addcmul(error, decays.before, faded, value=times)
+    known = torch.addcmul(error, times * decays.before, faded)
     return Writes(inverse @ (-rate * known), known, faded, inverse, overlap)
 
 
@@ -133,12 +136,12 @@ def solve_with_momentum(
     rate: Float[Tensor, "B H 1 C 1"],
     decays: Decays,
     spread: Spread,
-    times: int,
+    times: Float[Tensor, "B H 1 C 1"] | None,
     operands: torch.dtype | None,
 ) -> Writes:
     """The same when errors go through a running sum first: what is pushed, and what the erase term takes off."""
     pushed = -rate * error
-    if not times:
+    if times is None:
         return Writes(torch.zeros_like(pushed), pushed=pushed)
     mutual = product(direction, direction.mT, operands)
     inverse = unit_lower_inverse((times * rate) * (decays.ratio * mutual))
