@@ -1,0 +1,471 @@
+/* The self-modifying memories on a CPU: what `ops/memory_chunk.py` and `ops/memory_backward.py` compute, one row and head
+   at a time, so that the weights of its memories stay in the core's cache.
+
+   Letters as there: C tokens of a piece, K head width, E hidden width, M memories. Weights are kept transposed, `in` as
+   K x E (a product with a token's row gives the hidden layer), `out` as E x K. K and E are padded to whole vectors.
+
+   Forward keeps the weights before every piece (or every `group` pieces); backward computes a piece again. */
+
+#include "dense.h"
+
+enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
+
+/* One call. Mirrored by `Call` in memory_cpu.py; the order of the fields is its contract. */
+typedef struct {
+    int64_t B, T, H, K, E, M, pieces, longest, group;
+    int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
+    int64_t erase_in, erase_out, erase_after_decay, inclusive;
+    double stretch, norm_floor, room_floor, gradient_floor;
+    const int64_t *begin, *end, *flags; /* of each piece */
+    const REAL *limits;                 /* largest rate of each memory */
+    const REAL *key, *value, *query;    /* B T H K */
+    const REAL *rate, *decay;           /* B T H */
+    const REAL *start_in, *start_out;   /* H M E K, H M K E */
+    const REAL *readout_rate, *readout_decay;                          /* H K, or null */
+    const REAL *border_in, *border_out, *current_in, *current_out;     /* B H M E K, B H M K E */
+    const REAL *keep;                                                  /* pieces x B, or null */
+    REAL *reads, *used_rate, *used_decay;                              /* B T H K, B T H, B T H */
+    REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after;
+    REAL *saved; /* null in inference */
+    const REAL *g_reads, *g_used_rate, *g_used_decay, *g_border_in, *g_border_out, *g_current_in, *g_current_out;
+    REAL *g_key, *g_value, *g_query, *g_rate, *g_decay;
+    REAL *g_start_in, *g_start_out;           /* B H M E K, B H M K E: one for each row */
+    REAL *g_readout_rate, *g_readout_decay;   /* B H K, or null */
+    REAL *g_first_border_in, *g_first_border_out, *g_first_current_in, *g_first_current_out;
+} Call;
+
+/* What one memory computed of a piece. */
+typedef struct {
+    REAL *pre, *gate, *difference, *slope_value, *back, *direction, *known_in, *write_in; /* C x E */
+    REAL *error, *moved, *known_out, *write_out;                                          /* C x K */
+    REAL *overlap;                                                                        /* C x C */
+    REAL *squared, *length, *damped, *steepness, *room, *size;                            /* C */
+} Memory;
+
+/* What one generator answered. */
+typedef struct {
+    REAL *pre, *gate, *out;
+} Answer;
+
+/* Everything about one row, head and piece, and the room for its gradients. */
+typedef struct {
+    const Call *call;
+    long C, K, E, Kp, Ep, Cp, M, layer, all; /* layer: numbers of one layer; all: of both layers of all memories */
+    long row, head, begin;
+    REAL *start, *anchor, *turned_out, *turned_in; /* M x (in, out); M x (K x E); M x (E x K) */
+    REAL *x_key, *x_value, *x_query, *key, *value, *query, *key_turned, *ratio, *gram;
+    REAL *share, *log_decay, *log_kept, *log_before, *before, *erased, *to_end;
+    REAL *long_key, *long_value, *long_query;
+    Memory *memory;
+    Answer *answer;
+    REAL *read_pre, *read_gate, *read_in, *read_out; /* C x E, C x E, C x C, C x C */
+    REAL *minus, *square, *wide, *narrow, *wide2, *narrow2, *turned; /* work space */
+    REAL *g_anchor, *g_current, *g_border, *g_start;
+    REAL *g_key, *g_value, *g_query, *g_share, *g_log_kept, *g_log_before, *g_gram;
+    REAL *g_write_in, *g_write_out, *g_direction, *g_read_pre, *faded_query, *g_known_in, *g_known_out;
+    void *block;
+} Work;
+
+INLINE REAL *in_of(const Work *w, REAL *weights, long m) { return weights + 2 * m * w->layer; }
+INLINE REAL *out_of(const Work *w, REAL *weights, long m) { return weights + (2 * m + 1) * w->layer; }
+
+/* Numbers of the saved weights of one row and head. */
+static int64_t saved_slots(const Call *c, int64_t piece)
+{
+    int64_t slots = 0;
+    for (int64_t p = 0; p < piece; p++)
+        if (p % c->group == 0) slots += c->flags[p] & FRESH ? 1 : 2;
+    return slots;
+}
+
+int64_t saved_numbers(const Call *c)
+{
+    return saved_slots(c, c->pieces) * c->M * 2 * padded(c->K) * padded(c->E);
+}
+
+/* Lay all arrays out behind each other; with a null base, only count. */
+static long lay_out(Work *w, REAL *base)
+{
+    const long C = w->call->longest, K = w->Kp, E = w->Ep, S = padded(C), M = w->M;
+    long used = 0;
+#define ROOM(field, numbers) (w->field = base ? base + used : NULL, used += padded(numbers))
+    ROOM(start, w->all), ROOM(anchor, w->all), ROOM(turned_out, M * w->layer), ROOM(turned_in, M * w->layer);
+    ROOM(x_key, C * K), ROOM(x_value, C * K), ROOM(x_query, C * K), ROOM(key, C * K), ROOM(value, C * K);
+    ROOM(query, C * K), ROOM(key_turned, K * S), ROOM(ratio, C * S), ROOM(gram, C * S);
+    ROOM(share, C), ROOM(log_decay, C), ROOM(log_kept, C), ROOM(log_before, C), ROOM(before, C), ROOM(erased, C);
+    ROOM(to_end, C), ROOM(long_key, C), ROOM(long_value, C), ROOM(long_query, C);
+    ROOM(read_pre, C * E), ROOM(read_gate, C * E), ROOM(read_in, C * S), ROOM(read_out, C * S);
+    ROOM(minus, C * S), ROOM(square, C * S), ROOM(wide, C * E), ROOM(narrow, C * K), ROOM(wide2, C * E);
+    ROOM(narrow2, C * K), ROOM(turned, (K > E ? K : E) * (S > K ? (S > E ? S : E) : (K > E ? K : E)));
+    ROOM(g_anchor, w->all), ROOM(g_current, w->all), ROOM(g_border, w->all), ROOM(g_start, w->all);
+    ROOM(g_key, C * K), ROOM(g_value, C * K), ROOM(g_query, C * K), ROOM(g_share, C), ROOM(g_log_kept, C);
+    ROOM(g_log_before, C), ROOM(g_gram, C * S), ROOM(g_write_in, C * E), ROOM(g_write_out, C * K);
+    ROOM(g_direction, C * E), ROOM(g_read_pre, C * E), ROOM(faded_query, C * (E > K ? E : K));
+    ROOM(g_known_in, C * E), ROOM(g_known_out, C * K);
+#undef ROOM
+#define ROOM(field, numbers) (x->field = base ? base + used : NULL, used += padded(numbers))
+    EACH(m, M) {
+        Memory *x = w->memory + m;
+        ROOM(pre, C * E), ROOM(gate, C * E), ROOM(difference, C * E), ROOM(slope_value, C * E), ROOM(back, C * E);
+        ROOM(direction, C * E), ROOM(known_in, C * E), ROOM(write_in, C * E), ROOM(error, C * K), ROOM(moved, C * K);
+        ROOM(known_out, C * K), ROOM(write_out, C * K), ROOM(overlap, C * S);
+        ROOM(squared, C), ROOM(length, C), ROOM(damped, C), ROOM(steepness, C), ROOM(room, C), ROOM(size, C);
+    }
+    EACH(m, M - 1) {
+        Answer *x = w->answer + m;
+        ROOM(pre, C * E), ROOM(gate, C * E), ROOM(out, C * K);
+    }
+#undef ROOM
+    return used;
+}
+
+static int open_work(Work *w, const Call *c)
+{
+    memset(w, 0, sizeof *w);
+    w->call = c, w->K = c->K, w->E = c->E, w->M = c->M, w->Kp = padded(c->K), w->Ep = padded(c->E);
+    w->layer = w->Kp * w->Ep, w->all = 2 * w->M * w->layer;
+    w->memory = calloc((size_t)w->M, sizeof(Memory));
+    w->answer = calloc((size_t)w->M, sizeof(Answer));
+    if (!w->memory || !w->answer) return 0;
+    const size_t bytes = (size_t)lay_out(w, NULL) * sizeof(REAL);
+    if (posix_memalign(&w->block, 64, bytes)) return 0;
+    memset(w->block, 0, bytes);
+    lay_out(w, w->block);
+    return 1;
+}
+
+static void close_work(Work *w) { free(w->block), free(w->memory), free(w->answer); }
+
+static void open_piece(Work *w, long row, long head, long begin, long end)
+{
+    w->row = row, w->head = head, w->begin = begin, w->C = end - begin, w->Cp = padded(w->C);
+}
+
+/* Weights of one row and head, as given (E x K, K x E), into transposed padded ones, and back. */
+static void read_weights(const Work *w, const REAL *in, const REAL *out, REAL *to)
+{
+    const long size = w->K * w->E;
+    memset(to, 0, (size_t)w->all * sizeof(REAL));
+    EACH(m, w->M) {
+        transpose(w->E, w->K, in + m * size, w->K, in_of(w, to, m), w->Ep, 0);
+        transpose(w->K, w->E, out + m * size, w->E, out_of(w, to, m), w->Kp, 0);
+    }
+}
+
+static void write_weights(const Work *w, REAL *from, REAL *in, REAL *out)
+{
+    const long size = w->K * w->E;
+    EACH(m, w->M) {
+        transpose(w->K, w->E, in_of(w, from, m), w->Ep, in + m * size, w->K, 0);
+        transpose(w->E, w->K, out_of(w, from, m), w->Kp, out + m * size, w->E, 0);
+    }
+}
+
+static void unit_rows(Work *w, const REAL *x, REAL *unit, REAL *length)
+{
+    EACH(t, w->C) {
+        length[t] = (REAL)sqrt((double)dot(w->Kp, x + t * w->Kp, x + t * w->Kp));
+        const double divisor = length[t] > w->call->norm_floor ? length[t] : w->call->norm_floor;
+        scaled(w->Kp, unit + t * w->Kp, (REAL)(1 / divisor), x + t * w->Kp);
+    }
+}
+
+/* x + W_out silu(W_in x) of generator m at its border. */
+static void answer(Work *w, long m, const REAL *x)
+{
+    const Answer *a = w->answer + m;
+    product(w->C, w->Ep, w->K, x, w->Kp, 1, in_of(w, w->anchor, m), w->Ep, a->pre, w->Ep, 0, FULL);
+    activate(w->C * w->Ep, a->pre, a->gate, w->wide);
+    memcpy(a->out, x, (size_t)(w->C * w->Kp) * sizeof(REAL));
+    product(w->C, w->Kp, w->E, w->wide, w->Ep, 1, out_of(w, w->anchor, m), w->Kp, a->out, w->Kp, 1, FULL);
+}
+
+/* Keys, values, queries, rates and retentions of the piece (eq. 83). */
+static void generate(Work *w)
+{
+    const Call *c = w->call;
+    const long stride = c->H * c->K, first = ((w->row * c->T + w->begin) * c->H + w->head) * c->K;
+    gather(w->C, w->K, w->Kp, c->key + first, stride, w->x_key);
+    gather(w->C, w->K, w->Kp, c->value + first, stride, w->x_value);
+    gather(w->C, w->K, w->Kp, c->query + first, stride, w->x_query);
+    const size_t bytes = (size_t)(w->C * w->Kp) * sizeof(REAL);
+    if (c->k >= 0) answer(w, c->k, w->x_key), unit_rows(w, w->answer[c->k].out, w->key, w->long_key);
+    else memcpy(w->key, w->x_key, bytes);
+    if (c->v >= 0) answer(w, c->v, w->x_value), unit_rows(w, w->answer[c->v].out, w->value, w->long_value);
+    else memcpy(w->value, w->x_value, bytes);
+    if (c->q >= 0) answer(w, c->q, w->x_query), unit_rows(w, w->answer[c->q].out, w->query, w->long_query);
+    else memcpy(w->query, w->x_query, bytes);
+    if (c->eta >= 0) answer(w, c->eta, w->x_key);
+    if (c->alpha >= 0) answer(w, c->alpha, w->x_key);
+    EACH(t, w->C) {
+        const long gate = (w->row * c->T + w->begin + t) * c->H + w->head;
+        REAL rate = c->rate[gate], decay = c->decay[gate];
+        EACH(j, w->K) {
+            if (c->eta >= 0) rate += w->answer[c->eta].out[t * w->Kp + j] * c->readout_rate[w->head * c->K + j];
+            if (c->alpha >= 0) decay += w->answer[c->alpha].out[t * w->Kp + j] * c->readout_decay[w->head * c->K + j];
+        }
+        const REAL share = (REAL)((1 + 2 * c->stretch) * one_sigmoid(rate) - c->stretch);
+        w->share[t] = share < 0 ? 0 : share > 1 ? 1 : share; /* NaN stays NaN */
+        w->log_decay[t] = log_sigmoid(decay);
+    }
+}
+
+/* mutual products times ratio, 0 on and above the diagonal, where `product` left them unset. */
+static void weigh(const Work *w, REAL *mutual)
+{
+    EACH(t, w->C) for (long i = 0; i < w->Cp; i += VL)
+    {
+        const long at = t * w->Cp + i;
+        vec weighed = load(w->ratio + at);
+        if (i < t) weighed *= load(mutual + at);
+        store(mutual + at, weighed);
+    }
+}
+
+/* Running products of the retention; gram = ratio x k.k. */
+static void accumulate(Work *w)
+{
+    REAL sum = 0;
+    EACH(t, w->C) {
+        w->log_before[t] = sum;
+        sum += w->log_decay[t];
+        w->log_kept[t] = sum;
+    }
+    EACH(t, w->C) {
+        w->before[t] = (REAL)exp((double)w->log_before[t]);
+        w->to_end[t] = (REAL)exp((double)(sum - w->log_kept[t]));
+        w->erased[t] = w->call->erase_after_decay ? (REAL)exp((double)w->log_decay[t]) : 1;
+        REAL *ratio = w->ratio + t * w->Cp;
+        for (long i = 0; i < w->Cp; i += VL) {
+            if (i >= t) {
+                store(ratio + i, (vec){0});
+                continue;
+            }
+            store(ratio + i, exponential(w->log_before[t] - load(w->log_kept + i)));
+            for (long s = t; s < i + VL; s++) ratio[s] = 0;
+        }
+    }
+    transpose(w->C, w->K, w->key, w->Kp, w->key_turned, w->Cp, w->Cp);
+    product(w->C, w->Cp, w->K, w->key, w->Kp, 1, w->key_turned, w->Cp, w->gram, w->Cp, 0, LOWER_RESULT);
+    weigh(w, w->gram);
+}
+
+/* minus[t, i] = -erased_t rate_t overlap[t, i]: the negative of what the solve inverts. */
+static void fill_minus(Work *w, const REAL *overlap, REAL limit)
+{
+    EACH(t, w->C) scaled(w->Cp, w->minus + t * w->Cp, -w->erased[t] * w->share[t] * limit, overlap + t * w->Cp);
+}
+
+/* Writes of one layer: known += erased before (direction old), write = (I + L)^-1 (-rate known); see ops/memory_writes. */
+static void solve_writes(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, const REAL *old,
+                         long Xp, const REAL *overlap, REAL *known, REAL *write)
+{
+    if (erase) {
+        product(w->C, Xp, Y, direction, Yp, 1, old, Xp, write, Xp, 0, FULL);
+        EACH(t, w->C) add_scaled(Xp, known + t * Xp, w->erased[t] * w->before[t], write + t * Xp);
+    }
+    EACH(t, w->C) scaled(Xp, write + t * Xp, -w->share[t] * limit, known + t * Xp);
+    if (!erase) return;
+    fill_minus(w, overlap, limit);
+    solve_lower(w->C, Xp, w->minus, w->Cp, write, Xp);
+}
+
+/* weights after = gamma_C old + (to_end write)^T direction, in place. */
+static void carry(Work *w, const REAL *direction, long Y, long Yp, REAL *old, long Xp, const REAL *write, REAL *room)
+{
+    const REAL kept = (REAL)exp((double)w->log_kept[w->C - 1]);
+    EACH(t, w->C) scaled(Xp, room + t * Xp, w->to_end[t], write + t * Xp);
+    EACH(y, Y) scaled(Xp, old + y * Xp, kept, old + y * Xp);
+    product(Y, Xp, w->C, direction, 1, Yp, room, Xp, old, Xp, 1, FULL);
+}
+
+/* Closed-form gradients of one memory at its border (eqs. 84-85), their damping, and its writes (eq. 88). */
+static void write_memory(Work *w, long m, REAL *current)
+{
+    const Call *c = w->call;
+    const Memory *x = w->memory + m;
+    const long C = w->C, K = w->K, E = w->E, Kp = w->Kp, Ep = w->Ep;
+    const REAL *in = in_of(w, w->anchor, m), *out = out_of(w, w->anchor, m), limit = c->limits[m];
+    REAL *turned_out = w->turned_out + m * w->layer, *hidden = w->wide, *gradient = x->known_in;
+    transpose(E, K, out, Kp, turned_out, Ep, Ep);
+    product(C, Ep, K, w->key, Kp, 1, in, Ep, x->pre, Ep, 0, FULL);
+    product(C, Ep, K, w->value, Kp, 1, in, Ep, x->difference, Ep, 0, FULL);
+    for (long j = 0; j < C * Ep; j += VL) {
+        const vec p = load(x->pre + j), g = sigmoid(p), pv = load(x->difference + j), gv = sigmoid(pv);
+        store(x->gate + j, g);
+        store(hidden + j, p * g);
+        store(x->difference + j, p * g - pv * gv);
+        store(x->slope_value + j, silu_slope(pv, gv));
+    }
+    for (long j = 0; j < C * Kp; j += VL) store(x->error + j, load(w->key + j) - load(w->value + j));
+    product(C, Kp, E, x->difference, Ep, 1, out, Kp, x->error, Kp, 1, FULL);
+    product(C, Ep, K, x->error, Kp, 1, turned_out, Ep, x->back, Ep, 0, FULL);
+    EACH(t, C) {
+        const REAL squared = dot(Ep, hidden + t * Ep, hidden + t * Ep);
+        x->squared[t] = squared;
+        x->length[t] = (REAL)sqrt((double)squared + c->norm_floor * c->norm_floor);
+        scaled(Ep, x->direction + t * Ep, 1 / x->length[t], hidden + t * Ep);
+        scaled(Kp, x->moved + t * Kp, squared, x->error + t * Kp);
+    }
+    for (long j = 0; j < C * Ep; j += VL) {
+        const vec slope = silu_slope(load(x->pre + j), load(x->gate + j)), g = slope * load(x->back + j);
+        store(gradient + j, g);
+        store(w->wide2 + j, slope * g);
+    }
+    product(C, Kp, E, w->wide2, Ep, 1, out, Kp, x->moved, Kp, 1, FULL);
+    EACH(t, C) {
+        const REAL rate = w->share[t] * limit, *error = x->error + t * Kp, *moved = x->moved + t * Kp;
+        double room = 1;
+        if (c->erase_in || c->erase_out) {
+            room = (2 - (double)rate) / (rate > 1 ? (double)rate : 1);
+            room = room < c->room_floor ? c->room_floor : room > 1 ? 1 : room;
+        }
+        x->room[t] = (REAL)room;
+        x->size[t] = (REAL)(dot(Ep, gradient + t * Ep, gradient + t * Ep) + x->squared[t] * dot(Kp, error, error) +
+                            c->gradient_floor);
+        x->steepness[t] = dot(Kp, moved, moved) / x->size[t] / x->room[t];
+        const REAL damped = x->steepness[t] > 1 ? 1 / x->steepness[t] : x->steepness[t] <= 1 ? 1 : x->steepness[t];
+        x->damped[t] = damped;
+        scaled(Ep, gradient + t * Ep, damped, gradient + t * Ep);
+        scaled(Kp, x->known_out + t * Kp, damped * x->length[t], error);
+    }
+    solve_writes(w, limit, (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), Ep, w->gram, x->known_in, x->write_in);
+    if (c->erase_out) {
+        transpose(C, E, x->direction, Ep, w->turned, w->Cp, w->Cp);
+        product(C, w->Cp, E, x->direction, Ep, 1, w->turned, w->Cp, x->overlap, w->Cp, 0, LOWER_RESULT);
+        weigh(w, x->overlap);
+    }
+    solve_writes(w, limit, (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), Kp, x->overlap, x->known_out,
+                 x->write_out);
+}
+
+/* seen[t, i] = ratio of the retention between write i and read t, times what is there: see `read_chunks`. */
+static void weigh_seen(Work *w, const REAL *mutual, REAL *seen)
+{
+    const int64_t inclusive = w->call->inclusive;
+    EACH(t, w->C) {
+        const REAL step = inclusive ? (REAL)exp((double)w->log_decay[t]) : 1;
+        for (long i = 0; i < w->Cp; i += VL) {
+            const long at = t * w->Cp + i;
+            vec weighed = step * load(w->ratio + at);
+            if (i < t) weighed *= load(mutual + at);
+            store(seen + at, weighed);
+        }
+        if (inclusive) seen[t * w->Cp + t] = mutual[t * w->Cp + t];
+    }
+}
+
+INLINE REAL faded(const Work *w, long t)
+{
+    return (REAL)exp((double)(w->call->inclusive ? w->log_kept[t] : w->log_before[t]));
+}
+
+/* One layer of a read: x (start + faded old) + seen write; the mutual products of x with the keys are kept. */
+static void read_layer(Work *w, const REAL *x, long Y, long Yp, const REAL *start, const REAL *old, long Xp,
+                       const REAL *keys_turned, const REAL *write, REAL *mutual, REAL *result)
+{
+    product(w->C, Xp, Y, x, Yp, 1, old, Xp, result, Xp, 0, FULL);
+    EACH(t, w->C) scaled(Xp, result + t * Xp, faded(w, t), result + t * Xp);
+    product(w->C, Xp, Y, x, Yp, 1, start, Xp, result, Xp, 1, FULL);
+    product(w->C, w->Cp, Y, x, Yp, 1, keys_turned, w->Cp, mutual, w->Cp, 0, LOWER_RESULT);
+    weigh_seen(w, mutual, w->square);
+    product(w->C, Xp, w->C, w->square, w->Cp, 1, write, Xp, result, Xp, 1, LOWER);
+}
+
+/* Read `memory` at every token of the piece. */
+static void read_memory(Work *w, REAL *current)
+{
+    const long m = w->M - 1;
+    const Memory *x = w->memory + m;
+    read_layer(w, w->query, w->K, w->Kp, in_of(w, w->start, m), in_of(w, current, m), w->Ep, w->key_turned, x->write_in,
+               w->read_in, w->read_pre);
+    activate(w->C * w->Ep, w->read_pre, w->read_gate, w->wide);
+    transpose(w->C, w->E, x->direction, w->Ep, w->turned, w->Cp, w->Cp);
+    read_layer(w, w->wide, w->E, w->Ep, out_of(w, w->start, m), out_of(w, current, m), w->Kp, w->turned, x->write_out,
+               w->read_out, w->narrow);
+    for (long j = 0; j < w->C * w->Kp; j += VL) store(w->narrow + j, load(w->narrow + j) + load(w->query + j));
+}
+
+/* Everything of a piece up to its writes and reads; `current` are the weights before it. */
+static void forward_piece(Work *w, REAL *current)
+{
+    generate(w);
+    accumulate(w);
+    EACH(m, w->M) write_memory(w, m, current);
+    read_memory(w, current);
+}
+
+static void carry_all(Work *w, REAL *current)
+{
+    EACH(m, w->M) {
+        const Memory *x = w->memory + m;
+        carry(w, w->key, w->K, w->Kp, in_of(w, current, m), w->Ep, x->write_in, w->wide);
+        carry(w, x->direction, w->E, w->Ep, out_of(w, current, m), w->Kp, x->write_out, w->narrow);
+    }
+}
+
+static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL *current, REAL *border)
+{
+    if (!(c->flags[piece] & ALIGNED) || !c->keep) return;
+    if (c->keep[piece * c->B + row] == 0) memset(current, 0, (size_t)numbers * sizeof(REAL));
+    memcpy(border, current, (size_t)numbers * sizeof(REAL));
+}
+
+static void set_anchor(Work *w, const REAL *border)
+{
+    for (long j = 0; j < w->all; j += VL) store(w->anchor + j, load(w->start + j) + load(border + j));
+}
+
+static void move_border(const Work *w, int64_t flags, const REAL *current, REAL *border)
+{
+    const long generators = 2 * (w->M - 1) * w->layer;
+    if (flags & MOVES_GENERATORS) memcpy(border, current, (size_t)generators * sizeof(REAL));
+    if (flags & MOVES_MEMORY) memcpy(border + generators, current + generators, (size_t)(2 * w->layer) * sizeof(REAL));
+}
+
+static void emit(Work *w)
+{
+    const Call *c = w->call;
+    const long first = (w->row * c->T + w->begin) * c->H + w->head;
+    scatter(w->C, w->K, w->Kp, w->narrow, c->reads + first * c->K, c->H * c->K);
+    EACH(t, w->C) {
+        c->used_rate[first + t * c->H] = w->share[t] * c->limits[w->M - 1];
+        c->used_decay[first + t * c->H] = (REAL)exp((double)w->log_decay[t]);
+    }
+}
+
+/* Write and read all pieces of rows and heads first to last - 1 (row x heads + head). Returns 0, or 1 without memory. */
+int forward(const Call *c, int64_t first, int64_t last)
+{
+    Work work, *w = &work;
+    if (!open_work(w, c)) return close_work(w), 1;
+    REAL *current = w->g_current, *border = w->g_border; /* no gradients here: their room serves */
+    const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
+    const size_t bytes = (size_t)w->all * sizeof(REAL);
+    for (int64_t at = first; at < last; at++) {
+        const long row = at / c->H, head = at % c->H;
+        REAL *saved = c->saved ? c->saved + at * per_head : NULL;
+        read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
+        read_weights(w, c->border_in + at * size, c->border_out + at * size, border);
+        read_weights(w, c->current_in + at * size, c->current_out + at * size, current);
+        EACH(p, c->pieces) {
+            set_back(c, p, row, w->all, current, border);
+            if (saved && p % c->group == 0) {
+                memcpy(saved, current, bytes), saved += w->all;
+                if (!(c->flags[p] & FRESH)) memcpy(saved, border, bytes), saved += w->all;
+            }
+            open_piece(w, row, head, c->begin[p], c->end[p]);
+            set_anchor(w, border);
+            forward_piece(w, current);
+            emit(w);
+            carry_all(w, current);
+            move_border(w, c->flags[p], current, border);
+        }
+        write_weights(w, border, c->border_in_after + at * size, c->border_out_after + at * size);
+        write_weights(w, current, c->current_in_after + at * size, c->current_out_after + at * size);
+    }
+    close_work(w);
+    return 0;
+}
+
+#include "memory_backward.h"

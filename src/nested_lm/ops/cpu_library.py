@@ -1,0 +1,117 @@
+"""Compiling the C of `ops/cpu` for this machine, once, and loading it.
+
+The compiler is `$CC`, or `cc`. Libraries are kept below `$XDG_CACHE_HOME/nested-lm` (or `~/.cache`), by a hash of source,
+compiler and processor, so that a home directory shared by several machines holds one for each.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nested_lm.errors import ConfigError
+
+SOURCES = Path(__file__).parent / "cpu"
+
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+C_TYPES = {torch.float32: "float", torch.float64: "double"}
+"""Number types there is a library for."""
+
+
+def compiler() -> list[str] | None:
+    """Command of the C compiler; None when there is none."""
+    command = shlex.split(os.environ.get("CC", "cc"))
+    return command if command and shutil.which(command[0]) else None
+
+
+@functools.cache
+def reason_missing() -> str | None:
+    """Why the library cannot be used here; None when it can. Compiles it when that has not been done yet."""
+    command = compiler()
+    if command is None:
+        return "no C compiler was found (looked for $CC, then cc)"
+    try:
+        for dtype in C_TYPES:
+            load(dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return f"`{shlex.join(command)}` could not build it: {said.strip().splitlines()[-1] if said.strip() else error}"
+    return None
+
+
+def check_usable() -> None:
+    """Refuse a machine without a working compiler.
+
+    Raises:
+        ConfigError: with the repair.
+    """
+    reason = reason_missing()
+    if reason is not None:
+        raise ConfigError(
+            f"model.mixer.backend is `cpu`, but {reason}; install a C compiler (apt-get install gcc), name one in $CC, "
+            "or set model.mixer.backend=torch"
+        )
+
+
+@functools.cache
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """Load the library of one number type, compiled first where there is none yet.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be compiled, stored or loaded.
+    """
+    path = _cache() / f"memory-{C_TYPES[dtype]}-{_fingerprint()}.so"
+    if not path.exists():
+        _compile(path, C_TYPES[dtype])
+    return ctypes.CDLL(str(path))
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(home) if home else Path.home() / ".cache") / "nested-lm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        folder = Path(tempfile.gettempdir()) / f"nested-lm-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise
+    return folder
+
+
+def _fingerprint() -> str:
+    command = compiler() or []
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\0".join((*FLAGS, *command, version, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")]
+    return "\n".join(sorted(set(named))) or f"{platform.machine()} {platform.processor()}"
+
+
+def _compile(path: Path, c_type: str) -> None:
+    """Compile beside the target and rename, so that processes that build at the same time do no harm."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    command = [*(compiler() or []), *FLAGS, f"-DREAL={c_type}", "-o", name, str(SOURCES / "memory.c"), "-lm"]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""The self-modifying memories in C, for processors: the numbers of `memory_chunked`, several times as fast.
+
+`cpu/memory.c` runs all pieces of one row and head in a go, so that the weights of its memories stay in the core's cache;
+rows and heads are shared out over torch's number of threads. Backward computes every piece again from the weights before
+it, which is all that is kept: 2 M K E numbers a row, head and chunk.
+
+Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidden width of a memory.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from nested_lm.ops import cpu_library
+from nested_lm.ops.memory import (
+    GRADIENT_FLOOR,
+    NORM_FLOOR,
+    ROOM_FLOOR,
+    GateReadout,
+    MemoryInputs,
+    MemoryOutput,
+    MemoryState,
+    MemoryWeights,
+)
+from nested_lm.ops.memory_backward import has_closed_backward
+from nested_lm.ops.memory_chunked import Piece, cut
+from nested_lm.write_rule import WriteRule
+
+SHORT = 16
+"""With pieces shorter than this many tokens, weights are kept for every so many tokens only."""
+
+_COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
+_SWITCHES = ("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay", "inclusive")
+_CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
+_GIVEN = ("begin", "end", "flags", "limits", "key", "value", "query", "rate", "decay", "start_in", "start_out")
+_OPTIONAL = ("readout_rate", "readout_decay")
+_STATE = ("border_in", "border_out", "current_in", "current_out")
+_FOUND = ("reads", "used_rate", "used_decay", *(f"{name}_after" for name in _STATE), "saved")
+_SENT = ("g_reads", "g_used_rate", "g_used_decay", *(f"g_{name}" for name in _STATE))
+_GRADIENTS = (
+    *(f"g_{name}" for name in ("key", "value", "query", "rate", "decay", "start_in", "start_out", *_OPTIONAL)),
+    *(f"g_first_{name}" for name in _STATE),
+)
+_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", *_FOUND, *_SENT, *_GRADIENTS)
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cpu/memory.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*_COUNTS, *_SWITCHES)),
+        *((name, ctypes.c_double) for name in _CONSTANTS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    )
+
+
+def unsupported(rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> str | None:
+    """Why the C library cannot compute a call; None when it can. Says nothing about whether it can be compiled."""
+    if not has_closed_backward(rule):
+        return "it has the rules without the rarer options only (adapt, rates, erase, read, chunk sizes, rate_stretch)"
+    if inputs.key.device.type != "cpu":
+        return f"the tensors are on `{inputs.key.device.type}`"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, and it computes in float32 and float64 only"
+    if torch.promote_types(inputs.key.dtype, start.inner.dtype) not in cpu_library.C_TYPES:
+        return f"it computes in float32 and float64 only, not in {inputs.key.dtype}"
+    if isinstance(inputs.key, FakeTensor):
+        return "the tensors have no values"
+    return None
+
+
+def self_modify(
+    inputs: MemoryInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    *,
+    rule: WriteRule,
+    position: int,
+    resets: Bool[Tensor, "B T"] | None,
+    recompute: bool = False,
+) -> MemoryOutput:
+    """Write every token and read; exactly what `memory_reference.self_modify` computes. See there for the arguments.
+
+    Backward always computes pieces again; recompute is there for the sake of the other backends' callers.
+
+    Raises:
+        ConfigError: there is no working C compiler.
+    """
+    del recompute
+    assert unsupported(rule, inputs, start) is None
+    cpu_library.check_usable()
+    dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
+    pieces = cut(inputs.key.shape[1], position, rule)
+    keep = None
+    if resets is not None:
+        keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype).contiguous()
+    tensors = (*inputs[:5], *start, readout.rate, readout.decay, *state.border, *state.current)
+    tensors = tuple(None if x is None else x.to(dtype).contiguous() for x in tensors)
+    found = _SelfModify.apply(rule, pieces, keep, *tensors)  # type: ignore[no-untyped-call]
+    after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]))
+    return MemoryOutput(found[0], after, found[1], found[2])
+
+
+class _SelfModify(torch.autograd.Function):
+    """One call of the library."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rule: WriteRule, pieces: tuple[Piece, ...], keep: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.rule, ctx.pieces = rule, pieces
+        named = _named(tensors, keep)
+        call, kept_alive = _call(rule, pieces, named)
+        found = {
+            "reads": torch.empty_like(named["key"]),
+            "used_rate": torch.empty_like(named["rate"]),
+            "used_decay": torch.empty_like(named["rate"]),
+            **{f"{name}_after": torch.empty_like(named[name]) for name in _STATE},
+        }
+        saved = None
+        if any(ctx.needs_input_grad):
+            lanes = call.B * call.H
+            library = cpu_library.load(named["key"].dtype)
+            library.saved_numbers.restype = ctypes.c_int64
+            saved = torch.empty(lanes * library.saved_numbers(ctypes.byref(call)), dtype=named["key"].dtype)
+        _point(call, {**found, "saved": saved})
+        _run("forward", call, named["key"].dtype)
+        del kept_alive
+        ctx.save_for_backward(keep, saved, *tensors)
+        return tuple(found.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        keep, saved, *tensors = ctx.saved_tensors
+        named = _named(tuple(tensors), keep)
+        call, kept_alive = _call(ctx.rule, ctx.pieces, named)
+        sent = dict(zip(_SENT, (grad.contiguous() for grad in grads), strict=True))
+        batch = call.B
+        found: dict[str, Tensor | None] = {}
+        for name in _GRADIENTS:
+            of = named[name.removeprefix("g_").removeprefix("first_")]
+            if of is None or name not in ("g_start_in", "g_start_out", *(f"g_{x}" for x in _OPTIONAL)):
+                found[name] = None if of is None else torch.empty_like(of)
+            else:  # a part for each row, so that rows need not wait for one another
+                found[name] = torch.zeros(batch, *of.shape, dtype=of.dtype)
+        _point(call, {**sent, **found, "saved": saved})
+        _run("backward", call, named["key"].dtype)
+        del kept_alive
+        for name, grad in found.items():
+            of = named[name.removeprefix("g_").removeprefix("first_")]
+            if grad is not None and of is not None and grad.dim() > of.dim():
+                found[name] = grad.sum(0)
+        return (None, None, None, *found.values())
+
+
+_TENSORS = ("key", "value", "query", "rate", "decay", "start_in", "start_out", *_OPTIONAL, *_STATE)
+
+
+def _named(tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> dict[str, Any]:
+    return {**dict(zip(_TENSORS, tensors, strict=True)), "keep": keep}
+
+
+def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> tuple[_Call, list[Tensor]]:
+    """Describe a call for the library; the tensors must outlive it."""
+    key = named["key"]
+    batch, tokens, heads, width = key.shape
+    resets = named["keep"] is not None
+    moved = [sum(bit for bit, moves in zip((1, 2), piece.after, strict=True) if moves) for piece in pieces]
+    fresh = [index > 0 and moved[index - 1] == 3 or piece.aligned and resets for index, piece in enumerate(pieces)]
+    flags = [m + 4 * p.aligned + 8 * f for m, p, f in zip(moved, pieces, fresh, strict=True)]
+    longest = max(piece.end - piece.begin for piece in pieces)
+    lists = {
+        "begin": torch.tensor([piece.begin for piece in pieces]),
+        "end": torch.tensor([piece.end for piece in pieces]),
+        "flags": torch.tensor(flags),
+        "limits": torch.tensor(rule.rates, dtype=key.dtype),
+    }
+    places = {name: -1 if rule.index(name) is None else rule.index(name) for name in ("k", "eta", "alpha", "v", "q")}
+    erase_in, erase_out = rule.erased_layers
+    call = _Call(
+        B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),
+        longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **places, erase_in=erase_in,
+        erase_out=erase_out, erase_after_decay=rule.erase_after_decay, inclusive=rule.read == "inclusive",
+        stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
+    )  # fmt: skip
+    _point(call, {**lists, **named})
+    return call, list(lists.values())
+
+
+def _point(call: _Call, tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        setattr(call, name, None if tensor is None else tensor.data_ptr())
+
+
+def _shares(lanes: int, threads: int) -> Iterator[tuple[int, int]]:
+    """Cut `lanes` rows and heads into neighbouring shares of nearly equal size."""
+    threads = max(1, min(threads, lanes))
+    for thread in range(threads):
+        yield lanes * thread // threads, lanes * (thread + 1) // threads
+
+
+def _run(name: str, call: _Call, dtype: torch.dtype) -> None:
+    """Run a function of the library on all rows and heads. ctypes lets go of the interpreter meanwhile."""
+    function = getattr(cpu_library.load(dtype), name)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    failed = []
+
+    def work(first: int, last: int) -> None:
+        if function(ctypes.byref(call), first, last):
+            failed.append(first)
+
+    first_share, *others = _shares(call.B * call.H, torch.get_num_threads())
+    threads = [threading.Thread(target=work, args=share) for share in others]
+    for thread in threads:
+        thread.start()
+    work(*first_share)
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise MemoryError(f"{name} of the memories: no room for the work space of a chunk of {call.longest} tokens")
