@@ -79,10 +79,11 @@ def _parse() -> argparse.Namespace:
     known = [case.name for case in cases(Sizes())]
 
     def names(text: str) -> list[str]:
-        for name in text.split(","):
+        given = [name.strip() for name in text.split(";")]  # names have commas in them
+        for name in given:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {'; '.join(known)}")
-        return text.split(",")
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {'; '.join(known)}; put ; between several")
+        return given
 
     def count(text: str) -> int:
         if not text.isdigit() or int(text) < 1:

@@ -14,6 +14,13 @@ Rate = Annotated[float, Field(ge=0.0, le=2.0)]
 """Largest inner step size of a memory; 0 keeps it at its start."""
 
 
+MemoryBackend = Literal["auto", "torch", "cpu"]
+"""What computes the self-modifying memories: matrix products of torch, on any device; C that is compiled for this
+machine's processor on first use, an error where it cannot run (another device, the rarer options of the write rule, no
+compiler); or (`auto`) the C wherever it can. The two differ by rounding.
+"""
+
+
 class MixerSection(Section):
     """What every mixer's configuration answers."""
 
@@ -99,6 +106,7 @@ class SelfModifying(MixerSection):
     rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.8
     # share of the largest rate at the start: of all heads, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
+    backend: MemoryBackend = "auto"
 
     def rule(self) -> WriteRule:
         """Return the rule by which the memories are written.

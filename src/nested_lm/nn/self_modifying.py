@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
-from nested_lm.ops import memory_chunked
+from nested_lm.nn.memory_backend import run_memories
 from nested_lm.ops.memory import (
     GateReadout,
     MemoryInputs,
@@ -109,7 +109,7 @@ class SelfModifyingTitans(nn.Module):
             gates.insert(1, torch.full_like(gates[0], CLOSED))
         if context.frozen:
             gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
-        output = memory_chunked.self_modify(
+        output = run_memories(
             MemoryInputs(key, value, query, *gates),
             self.start_weights(),
             GateReadout(self.readout_rate, self.readout_decay, self.gain),
@@ -118,6 +118,7 @@ class SelfModifyingTitans(nn.Module):
             position=context.position,
             resets=context.resets,
             recompute=self.recompute,
+            backend=config.backend,
         )
         reads = self.read_norm(output.reads).flatten(2)
         result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))

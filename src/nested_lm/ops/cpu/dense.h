@@ -135,18 +135,60 @@ static void solve_upper(long m, long n, const REAL *minus, long ldm, REAL *x, lo
     }
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+/* A square of VL x VL numbers: interleaving row i with row i + VL / 2, log2(VL) times, transposes. */
+INLINE void turn_square(const REAL *from, long ldf, REAL *to, long ldt)
+{
+#if defined(__AVX512F__)
+    enum { LANES = 64 / sizeof(REAL) };
+#elif defined(__AVX__)
+    enum { LANES = 32 / sizeof(REAL) };
+#else
+    enum { LANES = 16 / sizeof(REAL) };
+#endif
+    typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) whole;
+    typedef whole index __attribute__((vector_size(VECTOR_BYTES)));
+    index low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i / 2 + (i % 2) * LANES;
+        high[i] = low[i] + LANES / 2;
+    }
+    vec rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = load(from + i * ldf);
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        vec next[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * ldt, rows[i]);
+}
+#else
+INLINE void turn_square(const REAL *from, long ldf, REAL *to, long ldt)
+{
+    EACH(j, VL) EACH(i, VL) to[j * ldt + i] = from[i * ldf + j];
+}
+#endif
+
 /* to (n x m, leading dimension ldt) = from (m x n) transposed; columns of `to` up to `width` become 0. */
 static void transpose(long m, long n, const REAL *from, long ldf, REAL *to, long ldt, long width)
 {
-    for (long i = 0; i < m; i += 8)
-        for (long j = 0; j < n; j += 8) {
-            const long rows = m - i < 8 ? m - i : 8, columns = n - j < 8 ? n - j : 8;
-            if (rows == 8 && columns == 8)
-                for (long q = 0; q < 8; q++)
-                    for (long p = 0; p < 8; p++) to[(j + q) * ldt + i + p] = from[(i + p) * ldf + j + q];
-            else
-                for (long q = 0; q < columns; q++)
-                    for (long p = 0; p < rows; p++) to[(j + q) * ldt + i + p] = from[(i + p) * ldf + j + q];
+    for (long i = 0; i < m; i += VL)
+        for (long j = 0; j < n; j += VL) {
+            if (i + VL <= m && j + VL <= n) {
+                turn_square(from + i * ldf + j, ldf, to + j * ldt + i, ldt);
+                continue;
+            }
+            const long rows = m - i < VL ? m - i : VL, columns = n - j < VL ? n - j : VL;
+            EACH(q, columns) EACH(p, rows) to[(j + q) * ldt + i + p] = from[(i + p) * ldf + j + q];
         }
     if (width > m) EACH(j, n) memset(to + j * ldt + m, 0, (size_t)(width - m) * sizeof(REAL));
 }
