@@ -76,6 +76,7 @@ def unsupported(rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> 
     return None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def self_modify(
     inputs: MemoryInputs,
     start: MemoryWeights,
