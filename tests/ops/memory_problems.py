@@ -2,7 +2,9 @@
 
 import torch
 
+from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
 from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
+from nested_lm.ops.memory_backward import has_closed_backward
 from nested_lm.write_rule import WriteRule
 
 ALL = ("k", "eta", "alpha", "v", "q", "memory")
@@ -76,6 +78,21 @@ OPTIONS = {
 """Name -> options of `make_rule`. Every option of WriteRule occurs."""
 
 
+BACKENDS = {"reference": memory_reference, "chunked": memory_chunked, "cpu": memory_cpu}
+
+
+def supports(backend, rule):
+    """Whether a backend computes a rule on this machine. A compiler that is there must work, or tests fail."""
+    return backend is not memory_cpu or (has_closed_backward(rule) and cpu_library.compiler() is not None)
+
+
+def backends_by_option(names, chunk=4, **common):
+    """All pairs of a backend and an option that it has, as (backend, name), with readable ids."""
+    rules = {name: make_rule(chunk, **(common | OPTIONS[name])) for name in names}
+    pairs = [(backend, name) for backend in BACKENDS for name in names if supports(BACKENDS[backend], rules[name])]
+    return {"argvalues": [(BACKENDS[backend], name) for backend, name in pairs], "ids": ["-".join(p) for p in pairs]}
+
+
 class Problem:
     """Inputs with different content in every row, a learned start and a state that has already been written.
 
@@ -146,7 +163,7 @@ def run_with_gradients(problem, backend, **kwargs):
     """Outputs, end state, and gradients of a fixed random functional of all of them with respect to every leaf."""
     results = results_of(problem.run(backend, **kwargs))
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(result.shape, generator=generator, dtype=result.dtype) for result in results]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in results]
     loss = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
     leaves = [leaf for leaf in problem.leaves.values() if leaf.numel()]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)

@@ -8,16 +8,29 @@ import torch
 from nested_lm.ops import memory_backward, memory_chunk, memory_chunked, memory_reference
 from nested_lm.ops.memory import MemoryInputs, MemoryWeights, zero_state
 from nested_lm.write_rule import MEMORIES, WriteRule
-from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, worst
+from tests.ops.memory_problems import (
+    BACKENDS,
+    OPTIONS,
+    Problem,
+    backends_by_option,
+    make_rule,
+    results_of,
+    run_with_gradients,
+    supports,
+    worst,
+)
 
 LIMIT = 1e-10  # relative, float64: rounding of a few hundred chained products, with room for other machines
 
 
 def assert_equal_to_reference(problem, **kwargs):
+    """Of every other backend that has the rule."""
     expected, expected_gradients = run_with_gradients(problem, memory_reference, **kwargs)
-    found, gradients = run_with_gradients(problem, memory_chunked, **kwargs)
-    assert worst(found, expected) < LIMIT
-    assert worst(gradients, expected_gradients) < LIMIT
+    for name, backend in BACKENDS.items():
+        if backend is not memory_reference and supports(backend, problem.rule):
+            found, gradients = run_with_gradients(problem, backend, **kwargs)
+            assert worst(found, expected) < LIMIT, name
+            assert worst(gradients, expected_gradients) < LIMIT, name
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -34,7 +47,7 @@ def test_every_option_of_the_rule_is_among_those_compared():
 @pytest.mark.parametrize("read", ["inclusive", "exclusive"])
 @pytest.mark.parametrize("erase", ["both", "input"])
 @pytest.mark.parametrize(("chunk", "tokens", "position"), [(1, 5, 0), (4, 11, 3), (16, 37, 5)])
-def test_chunked_equals_reference(read, erase, chunk, tokens, position):
+def test_every_backend_equals_reference(read, erase, chunk, tokens, position):
     problem = Problem(make_rule(chunk, erase=erase, read=read), tokens=tokens, width=4, hidden=5)
     assert_equal_to_reference(problem, position=position)
 
@@ -90,9 +103,8 @@ def test_chunk_of_one_is_the_paper_with_fresh_gradients():
 SOME = ["default", "adapt all six", "momentum", "Titans", "linear, self-referential", "normalised", "read border"]
 
 
-@pytest.mark.parametrize("backend", [memory_reference, memory_chunked], ids=["reference", "chunked"])
 class TestEveryBackend:
-    @pytest.mark.parametrize("name", SOME)
+    @pytest.mark.parametrize(("backend", "name"), **backends_by_option(SOME))
     def test_split_anywhere_gives_the_same_stream(self, backend, name):
         problem = Problem(make_rule(4, **OPTIONS[name]), tokens=10, width=3, hidden=4)
         inputs, start, readout, state = problem.arguments()
@@ -106,7 +118,7 @@ class TestEveryBackend:
             assert worst([torch.cat([first.reads, second.reads], dim=1)], [whole.reads]) < LIMIT
             assert worst(results_of(second)[1:-2], results_of(whole)[1:-2]) < LIMIT
 
-    @pytest.mark.parametrize("name", SOME)
+    @pytest.mark.parametrize(("backend", "name"), **backends_by_option(SOME))
     def test_rows_do_not_see_each_other(self, backend, name):
         problem = Problem(make_rule(4, **OPTIONS[name]), tokens=7, width=3, hidden=4)
         before = problem.run(backend)
@@ -116,7 +128,7 @@ class TestEveryBackend:
         assert not torch.allclose(after.reads[0], before.reads[0])
         assert worst([after.reads[1]], [before.reads[1]]) < 1e-14
 
-    @pytest.mark.parametrize("name", [*SOME, "read exclusive"])
+    @pytest.mark.parametrize(("backend", "name"), **backends_by_option([*SOME, "read exclusive"]))
     def test_future_tokens_do_not_change_past_reads(self, backend, name):
         problem = Problem(make_rule(4, **OPTIONS[name]), tokens=11, width=3, hidden=4)
         before = problem.run(backend)
@@ -127,7 +139,7 @@ class TestEveryBackend:
         assert worst([after.reads[:, :6]], [before.reads[:, :6]]) < 1e-14
         assert not torch.allclose(after.reads[:, 6:], before.reads[:, 6:])
 
-    @pytest.mark.parametrize("name", ["default", "adapt all six", "momentum", "linear, self-referential"])
+    @pytest.mark.parametrize(("backend", "name"), **backends_by_option([*SOME[:3], "linear, self-referential"]))
     def test_gradient_through_the_writes_is_a_finite_difference(self, backend, name):
         problem = Problem(make_rule(4, **OPTIONS[name]), batch=1, tokens=6, heads=1, width=2, hidden=3)
         names = [key for key, leaf in problem.leaves.items() if leaf.numel()]
@@ -139,8 +151,9 @@ class TestEveryBackend:
         leaves = tuple(problem.leaves[key] for key in names)
         assert torch.autograd.gradcheck(reads, leaves, fast_mode=True, atol=1e-6, rtol=1e-5)
 
-    def test_zero_rate_writes_nothing_and_keeps_the_start(self, backend):
-        problem = Problem(make_rule(4), tokens=11)
+    @pytest.mark.parametrize(("backend", "name"), **backends_by_option(["default", "adapt all six"]))
+    def test_zero_rate_writes_nothing_and_keeps_the_start(self, backend, name):
+        problem = Problem(make_rule(4, **OPTIONS[name]), tokens=11)
         inputs, start, readout, _ = problem.arguments()
         silent = inputs._replace(rate=torch.full_like(inputs.rate, -1e4))
         state = zero_state(start, 2)
@@ -157,10 +170,25 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", LONG)
+def long_rule(name):
+    return make_rule(16, **({"rate_memory": 1.0, "rate_generators": 1.0} | LONG[name]))
+
+
+FAST = {name: backend for name, backend in BACKENDS.items() if backend is not memory_reference}
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        pytest.param(backend, name, id=f"{called}-{name}")
+        for called, backend in FAST.items()
+        for name in LONG
+        if supports(backend, long_rule(name))
+    ],
+)
 @pytest.mark.parametrize("stream", ["independent", "repeated"])
-def test_memory_is_alive_and_bounded_after_8k_tokens(stream, name):
-    rule = make_rule(16, **({"rate_memory": 1.0, "rate_generators": 1.0} | LONG[name]))
+def test_memory_is_alive_and_bounded_after_8k_tokens(stream, backend, name):
+    rule = long_rule(name)
     problem = Problem(rule, batch=1, tokens=8192, heads=1, width=16, hidden=16, dtype=torch.float32)
     inputs, start, readout, _ = problem.arguments()
     if rule.depth == 1:  # linear memories start near the identity, as the model initialises them
@@ -170,7 +198,7 @@ def test_memory_is_alive_and_bounded_after_8k_tokens(stream, name):
     inputs = inputs._replace(decay=torch.full_like(inputs.decay, 7.6))
     state = zero_state(start, 1, momentum=rule.momentum)
     with torch.no_grad():
-        out = memory_chunked.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
+        out = backend.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
     for tensor in out.state.current:
         if not tensor.numel():
             continue
@@ -190,15 +218,17 @@ def test_erase_and_gradient_together_never_overshoot(monkeypatch, chunk, horizon
     inputs = inputs._replace(rate=torch.full_like(inputs.rate, 6.0), decay=torch.full_like(inputs.decay, horizon))
     start = MemoryWeights(start.inner, 10 * start.outer)
 
-    def largest():
+    def largest(backend):
         with torch.no_grad():
             state = zero_state(start, 1)
-            out = memory_chunked.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
+            out = backend.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
         return max(tensor.norm().item() for tensor in out.state.current)
 
-    assert largest() < 1
+    for backend in FAST.values():
+        if supports(backend, rule):
+            assert largest(backend) < 1
     monkeypatch.setattr(memory_chunk, "room_beside_erase", lambda rate, rule: torch.ones_like(rate))
-    assert largest() > 50
+    assert largest(memory_chunked) > 50
 
 
 def test_a_repeated_key_at_rate_2_does_not_grow_where_memory_fades():
@@ -213,20 +243,22 @@ def test_a_repeated_key_at_rate_2_does_not_grow_where_memory_fades():
         None,
     )
 
-    def largest(rule):
+    def largest(rule, backend):
         with torch.no_grad():
             state = memory_reference.self_modify(
                 MemoryInputs(*(None if x is None else x[:, :1] for x in inputs)), start, readout, zero_state(start, 1),
                 rule=make_rule(4, adapt=("memory",), rates=(1.0,)), position=0, resets=None,
             ).state  # fmt: skip
             rest = MemoryInputs(*(None if x is None else x[:, 1:] for x in inputs))
-            out = memory_chunked.self_modify(rest, start, readout, state, rule=rule, position=1, resets=None)
+            out = backend.self_modify(rest, start, readout, state, rule=rule, position=1, resets=None)
         return max(tensor.norm().item() for tensor in out.state.current)
 
-    assert largest(rule) < 10
+    for backend in FAST.values():
+        if supports(backend, rule):
+            assert largest(rule, backend) < 10
     printed = make_rule(4, adapt=("memory",), rates=(1.0,), rate_stretch=0.1, erase_after_decay=False)
     object.__setattr__(printed, "rates", (2.0,))
-    assert largest(printed) > 1000
+    assert largest(printed, memory_chunked) > 1000
 
 
 @pytest.mark.parametrize(
