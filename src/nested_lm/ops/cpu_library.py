@@ -1,7 +1,8 @@
 """Compiling the C of `ops/cpu` for this machine, once, and loading it.
 
-The compiler is `$CC`, or `cc`. Libraries are kept below `$XDG_CACHE_HOME/nested-lm` (or `~/.cache`), by a hash of source,
-compiler and processor, so that a home directory shared by several machines holds one for each.
+The compiler is `$CC`, or `cc`. Libraries are kept in `$XDG_CACHE_HOME/nested-lm` (or `~/.cache`; or the temporary
+folder where that cannot be written to), by a hash of source, compiler and processor, so that a home directory shared by
+several machines holds one for each.
 """
 
 import ctypes
@@ -43,8 +44,9 @@ def reason_missing() -> str | None:
         for dtype in C_TYPES:
             load(dtype)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return f"`{shlex.join(command)}` could not build it: {said.strip().splitlines()[-1] if said.strip() else error}"
+        said = (getattr(error, "stderr", None) or str(error)).splitlines()
+        line = next((line for line in said if "error" in line.lower()), said[-1] if said else "it said nothing")
+        return f"`{shlex.join(command)}` could not build it: {line.strip()}"
     return None
 
 
@@ -69,22 +71,36 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be compiled, stored or loaded.
     """
-    path = _cache() / f"memory-{C_TYPES[dtype]}-{_fingerprint()}.so"
-    if not path.exists():
+    path = library_path(dtype)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # not there, or damaged
         _compile(path, C_TYPES[dtype])
-    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
+
+
+def library_path(dtype: torch.dtype) -> Path:
+    """Where the library of a number type is kept, whether it is there or not.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no place for it, or the compiler does not say its version.
+    """
+    return _cache() / f"memory-{C_TYPES[dtype]}-{_fingerprint()}.so"
 
 
 def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache") / "nested-lm"
     try:
+        home = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(home) if home else Path.home() / ".cache") / "nested-lm"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to
-        folder = Path(tempfile.gettempdir()) / f"nested-lm-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError):  # a home that cannot be written to, or none at all
+        pass
+    folder = Path(tempfile.gettempdir()) / f"nested-lm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else")
     return folder
 
 
@@ -112,6 +128,6 @@ def _compile(path: Path, c_type: str) -> None:
     command = [*(compiler() or []), *FLAGS, f"-DREAL={c_type}", "-o", name, str(SOURCES / "memory.c"), "-lm"]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)
-        os.replace(name, path)
+        Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
