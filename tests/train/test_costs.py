@@ -48,6 +48,13 @@ def test_two_short_probes_say_what_a_longer_one_counts(name):
     assert found.state_bytes == pytest.approx(model.num_layers * direct.state)
 
 
+def test_memories_that_are_to_run_in_c_are_counted_as_in_torch():
+    """Counting goes by shapes alone, which only the torch form can."""
+    counted = [costs.count_costs(load_run("hope/demo", [f"model.mixer.backend={name}"]).model, 256, bfloat16=False)
+               for name in ("cpu", "torch", "auto")]  # fmt: skip
+    assert counted[0] == counted[1] == counted[2]
+
+
 @pytest.mark.parametrize("name", ["hope/target", "baselines/titans_lmm_target", "baselines/titans_mac_pilot"])
 def test_probes_are_a_few_chunks(name):
     """A dry run takes seconds, at whatever context."""

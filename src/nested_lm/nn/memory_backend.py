@@ -1,7 +1,9 @@
 """What computes the self-modifying memories: matrix products of torch, or this project's C for processors."""
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nested_lm.config.mixers import MemoryBackend
 from nested_lm.errors import ConfigError
@@ -39,11 +41,16 @@ def uses_library(backend: MemoryBackend, rule: WriteRule, inputs: MemoryInputs, 
     Raises:
         ConfigError: asked for where it cannot run.
     """
-    if backend == "torch":
+    if backend == "torch" or isinstance(inputs.key, FakeTensor):  # who counts operations computes nothing
         return False
     reason = memory_cpu.unsupported(rule, inputs, start)
     if backend == "auto":
-        return reason is None and cpu_library.reason_missing() is None
+        return reason is None and _is_library_there()
     if reason is not None:
         raise ConfigError(f"model.mixer.backend is `cpu`, but {reason}; set model.mixer.backend=auto, or torch")
     return True
+
+
+@torch.compiler.assume_constant_result
+def _is_library_there() -> bool:
+    return cpu_library.reason_missing() is None

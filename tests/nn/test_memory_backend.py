@@ -1,0 +1,96 @@
+"""Which code computes the memories: what `model.mixer.backend` asks for, and `auto` what the machine can do."""
+
+import pytest
+import torch
+
+from nested_lm.config.mixers import SelfModifying
+from nested_lm.errors import ConfigError
+from nested_lm.nn.memory_backend import uses_library
+from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
+from tests.nn.test_model import HOPE, build, tokens
+from tests.ops.memory_problems import Problem, make_rule
+
+PAPER = {"momentum": True}  # an option that the C lacks
+
+needs_compiler = pytest.mark.skipif(cpu_library.compiler() is None, reason="there is no C compiler")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setenv("CC", "/nonexistent")
+    monkeypatch.setattr(cpu_library, "reason_missing", cpu_library.reason_missing.__wrapped__)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Names of the forms that models call."""
+    names = []
+    for module, name in ((memory_chunked, "torch"), (memory_cpu, "cpu")):
+
+        def watched(*args, _original=module.self_modify, _name=name, **kwargs):
+            names.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, "self_modify", watched)
+    return names
+
+
+def hope(backend, **settings):
+    return build(HOPE | {"mixer": HOPE["mixer"] | {"backend": backend} | settings, "num_layers": 1})
+
+
+def test_the_default_is_auto():
+    assert SelfModifying(kind="self_modifying", num_heads=2).backend == "auto"
+
+
+@needs_compiler
+class TestWithACompiler:
+    @pytest.mark.parametrize(("backend", "taken"), [("auto", "cpu"), ("cpu", "cpu"), ("torch", "torch")])
+    def test_each_takes_what_it_says(self, backend, taken, called):
+        hope(backend)(tokens(2, 9))
+        assert called == [taken]
+
+    def test_both_give_the_same_logits_state_and_gradients(self):
+        found = []
+        for backend in ("cpu", "torch"):
+            model = hope(backend)
+            output = model(tokens(2, 17))
+            output.logits.square().mean().backward()
+            memory = output.state.layers[0].memory
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            found.append((output.logits.detach(), [x.detach() for x in (*memory.border, *memory.current)], gradients))
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+    def test_auto_leaves_what_the_c_lacks_to_torch(self, called):
+        hope("auto", **PAPER)(tokens(2, 9))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hope("auto").float()(tokens(2, 9))
+        assert called == ["torch", "torch"]
+
+    def test_asked_for_where_it_cannot_run_it_is_an_error_with_the_repair(self):
+        repair = "set model.mixer.backend=auto, or torch"
+        with pytest.raises(ConfigError, match=rf"backend is `cpu`, but it has the rules without .*; {repair}"):
+            hope("cpu", **PAPER)(tokens(2, 9))
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(ConfigError, match=rf"autocast is on.*; {repair}"),
+        ):
+            hope("cpu").float()(tokens(2, 9))
+
+    def test_tensors_on_another_device_are_none_of_its_business(self):
+        problem = Problem(make_rule(4), tokens=2)
+        problem.leaves = {name: leaf.detach().to("meta") for name, leaf in problem.leaves.items()}
+        inputs, start, *_ = problem.arguments()
+        assert not uses_library("auto", problem.rule, inputs, start)
+        with pytest.raises(ConfigError, match="the tensors are on `meta`"):
+            uses_library("cpu", problem.rule, inputs, start)
+
+
+class TestWithoutACompiler:
+    def test_auto_takes_torch(self, no_compiler, called):
+        hope("auto")(tokens(2, 9))
+        assert called == ["torch"]
+
+    def test_asked_for_it_is_an_error_with_the_repair(self, no_compiler):
+        with pytest.raises(ConfigError, match=r"no C compiler was found .*gcc\), name one in \$CC, or set .*=torch"):
+            hope("cpu")(tokens(2, 9))
