@@ -25,6 +25,8 @@ from nested_lm.streaming.verbs import identity, open_memory, update_memory
 FIRST = "the union of these states shall keep its army and navy in peace"
 SECOND = "while congress reads this message on the revenue and the commerce of nations, ünd so weiter"
 PROMPT = "our citizens trade"
+ROUNDING = 1e-5
+"""Relative to the largest weight, float32: the same sums, cut differently. Measured: 5e-6."""
 MODELS = {
     "hope": {
         "mixer": {"kind": "self_modifying", "num_heads": 2, "head_width": 8, "chunk": 4},
@@ -172,9 +174,8 @@ class TestMemorize:
         checkpoint = loaded(make_checkpoint("hope"))
         a, b = (open_memory(texts / name, checkpoint) for name in ("m", "whole"))
         for one, other in zip(a.layers, b.layers, strict=True):
-            torch.testing.assert_close(
-                one.memory.current.inner, other.memory.current.inner, rtol=1e-4, atol=1e-6
-            )  # float32, cut differently
+            difference = (one.memory.current.inner - other.memory.current.inner).abs().max()
+            assert difference < ROUNDING * other.memory.current.inner.abs().max()
 
     def test_a_memory_is_not_overwritten_silently(self, memorize, run, make_checkpoint, texts):
         memorize("first.txt", "--memory", "m")

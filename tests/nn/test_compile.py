@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nested_lm.nn.model import token_losses
-from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
+from tests.nn.test_model import HOPE, HOPE_IN_TORCH, TRANSFORMER, build, tokens
 
 
 @pytest.mark.filterwarnings("default")  # the tracer looks at tensors in ways that torch itself warns of
-@pytest.mark.parametrize("settings", [HOPE, TRANSFORMER], ids=["hope", "transformer"])
+@pytest.mark.parametrize("settings", [HOPE, HOPE_IN_TORCH, TRANSFORMER], ids=["hope", "hope-torch", "transformer"])
 def test_a_traced_model_gives_the_same_loss_and_gradients(settings):
     ids = tokens(2, 17)
     found = []

@@ -24,6 +24,7 @@ HOPE = {
         "levels": [{"period_tokens": 64, "expansion": 1.5}, {"period_tokens": 128, "expansion": 2.0}],
     },
 }
+HOPE_IN_TORCH = HOPE | {"mixer": HOPE["mixer"] | {"backend": "torch"}}
 TRANSFORMER = HOPE | {
     "mixer": {"kind": "attention", "num_heads": 2},
     "channel": {"kind": "swiglu", "expansion": 2.0},
@@ -44,7 +45,7 @@ def relative(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("settings", [HOPE, TRANSFORMER], ids=["hope", "transformer"])
+@pytest.mark.parametrize("settings", [HOPE, HOPE_IN_TORCH, TRANSFORMER], ids=["hope", "hope-torch", "transformer"])
 class TestBothModels:
     @pytest.mark.parametrize("cut", [1, 3, 4, 7, 16, 18])
     def test_a_stream_cut_anywhere_equals_one_pass(self, settings, cut):
@@ -199,7 +200,7 @@ def test_block_checkpoints_drop_what_the_chunks_would_keep(monkeypatch, recomput
 
     forward_chunk = memory_chunked.forward_chunk
     monkeypatch.setattr(memory_chunked, "forward_chunk", watched)
-    logits = build(HOPE, recompute=recompute)(tokens(2, 17)).logits
+    logits = build(HOPE_IN_TORCH, recompute=recompute)(tokens(2, 17)).logits
     assert storages
     assert logits.requires_grad
     assert any(not storage.expired() for storage in storages) == keeps

@@ -6,7 +6,7 @@ import torch
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.self_modifying import CLOSED, SelfModifyingTitans
-from nested_lm.ops import memory_chunked, memory_reference
+from nested_lm.ops import memory_chunked, memory_cpu, memory_reference
 
 WIDTH, HEADS = 12, 2
 ADAPT = ("k", "eta", "v", "memory")
@@ -36,9 +36,9 @@ def run(mixer: SelfModifyingTitans, x: torch.Tensor):
     return mixer(x, StepContext(position=0, resets=None, documents=None), mixer.initial_state(len(x)))
 
 
-@pytest.mark.parametrize("momentum", [False, True])
-def test_it_equals_the_token_by_token_reference_with_a_gate_at_one(momentum, monkeypatch):
-    mixer = build(retention="full", momentum=momentum)
+@pytest.mark.parametrize(("momentum", "backend"), [(False, "auto"), (False, "torch"), (True, "torch")])
+def test_it_equals_the_token_by_token_reference_with_a_gate_at_one(momentum, backend, monkeypatch):
+    mixer = build(retention="full", momentum=momentum, backend=backend)
     outputs, state, stats = run(mixer, stream())
     assert stats["decay"].item() == 1.0
     seen = []
@@ -47,7 +47,8 @@ def test_it_equals_the_token_by_token_reference_with_a_gate_at_one(momentum, mon
         seen.append(torch.sigmoid(inputs.decay))
         return memory_reference.self_modify(inputs, *arguments, **options)
 
-    monkeypatch.setattr(memory_chunked, "self_modify", reference)
+    for module in (memory_chunked, memory_cpu):
+        monkeypatch.setattr(module, "self_modify", reference)
     expected, expected_state, _ = run(mixer, stream())
     assert bool((seen[0] == 1.0).all())
     torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-12)

@@ -20,7 +20,7 @@ from nested_lm.train.costs import count_costs
 STEP = 64
 SHAPE = {"vocab_size": 512, "width": 128, "num_layers": 3}
 HOPE = SHAPE | {
-    "mixer": {"kind": "self_modifying", "num_heads": 2, "head_width": 64, "chunk": 64},
+    "mixer": {"kind": "self_modifying", "num_heads": 2, "head_width": 64, "chunk": 64, "backend": "torch"},
     "channel": {"kind": "swiglu", "expansion": 2.0},
 }
 TRANSFORMER = SHAPE | {

@@ -70,8 +70,8 @@ def peak_bytes(config: RunConfig, costs: Costs, *, recompute: Recompute, devices
 
     Weights, gradients and optimizer state are exact. Under FSDP2 they are cut, but gradients are whole while a device
     has more than one micro-batch, and two blocks and everything outside the blocks are gathered at once. Activations,
-    which include the fast weights, are those of the CPU's operations: what CUDA kernels need on the way and the
-    fragments of the allocator come on top.
+    which include the fast weights, are those of torch's operations on a CPU: what CUDA kernels need on the way and the
+    fragments of the allocator come on top. Memories that run in C (mixer.backend) hold several times less.
 
     Raises:
         ConfigError: devices that cannot share a step.
