@@ -16,10 +16,12 @@ from nested_lm.nn.block import Block
 from nested_lm.nn.layers import CausalConv
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.self_modifying import SelfModifyingTitans
-from nested_lm.ops import memory_chunked
+from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
 from nested_lm.ops.update_rules_momentum import GradientDescent
 from nested_lm.optim.clocked import ClockedOptimizer
 from tests.audit.conftest import MODELS
+
+needs_compiler = pytest.mark.skipif(cpu_library.compiler() is None, reason="there is no C compiler")
 
 
 def break_operation(monkeypatch, module, name, change):
@@ -33,6 +35,12 @@ def break_operation(monkeypatch, module, name, change):
     monkeypatch.setattr(module, name, changed)
 
 
+def break_memories(monkeypatch, change):
+    """The same for the memories, in whichever form a model takes."""
+    for module in (memory_chunked, memory_cpu):
+        break_operation(monkeypatch, module, "self_modify", change)
+
+
 def break_blocks(monkeypatch, change):
     """Add something to the input of every block."""
     original = Block.forward
@@ -43,13 +51,19 @@ def break_blocks(monkeypatch, change):
     monkeypatch.setattr(Block, "forward", forward)
 
 
+BOTH = [
+    pytest.param("torch", memory_chunked, memory_cpu, id="torch"),
+    pytest.param("cpu", memory_cpu, memory_chunked, id="cpu", marks=needs_compiler),
+]
+
+
 class TestReference:
     def test_wrong_reads(self, make_subject, missed, monkeypatch):
         def change(original, *args, **kwargs):
             output = original(*args, **kwargs)
             return output._replace(reads=output.reads * (1 + 1e-9))
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("reference", make_subject("hope"))
         assert "outputs and states, own chunk size" in found
         assert "outputs and states, chunks of one token" in found
@@ -58,9 +72,27 @@ class TestReference:
         def change(original, inputs, *args, **kwargs):
             return original(inputs._replace(value=inputs.value.detach()), *args, **kwargs)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("reference", make_subject("hope"))
         assert found == ["outer gradients, own chunk size", "outer gradients, chunks of one token"]
+
+    @pytest.mark.parametrize(("backend", "used", "other"), BOTH)
+    def test_the_form_that_the_model_takes_is_compared_and_named(
+        self, make_subject, missed, findings, monkeypatch, backend, used, other
+    ):
+        subject = make_subject("hope", mixer=MODELS["hope"]["mixer"] | {"backend": backend})
+
+        def change(original, *args, **kwargs):
+            output = original(*args, **kwargs)
+            return output._replace(reads=output.reads * (1 + 1e-9))
+
+        named = {finding.reason for finding in findings("reference", subject).values()}
+        assert named == {f"of {used.__name__.removeprefix('nested_lm.').replace('.', '/')}.py"}
+        with monkeypatch.context() as patch:
+            break_operation(patch, other, "self_modify", change)
+            assert missed("reference", subject) == []
+        break_operation(monkeypatch, used, "self_modify", change)
+        assert "outputs and states, own chunk size" in missed("reference", subject)
 
     def test_an_operation_that_is_not_known_is_a_miss(self, make_subject, missed, monkeypatch):
         monkeypatch.setattr("nested_lm.audit.probe.OPERATIONS", ())
@@ -103,7 +135,7 @@ class TestStreams:
         def change(original, inputs, start, readout, state, **options):
             return original(inputs, start, readout, state._replace(border=state.current), **options)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         assert "logits, token by token" in missed("split", make_subject("hope"))
 
     def test_a_state_that_is_never_used(self, make_subject, missed, monkeypatch):
@@ -149,7 +181,7 @@ class TestMemories:
             output = original(*args, **kwargs)
             return output._replace(decay=output.decay * 1.01, rate=output.rate - 0.01)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("ranges", make_subject("hope"))
         assert found == ["learning rate, share of its largest, smallest", "retention, largest"]
 
@@ -157,7 +189,7 @@ class TestMemories:
         def change(original, inputs, *args, **kwargs):
             return original(inputs._replace(decay=inputs.decay.clamp(max=20.0)), *args, **kwargs)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         assert missed("ranges", make_subject("hope")) == ["change of the state by padding"]
 
     def test_a_delta_rule_with_rates_above_two(self, make_subject, missed, monkeypatch):
@@ -176,14 +208,14 @@ class TestMemories:
             grown = (x * factor for x in output.state.current)
             return output._replace(state=output.state._replace(current=type(output.state.current)(*grown)))
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         assert f"{figure} tokens" in missed("long_stream", make_subject("hope"))
 
     def test_heads_that_never_write(self, make_subject, missed, monkeypatch):
         def change(original, inputs, *args, **kwargs):
             return original(inputs._replace(rate=inputs.rate - 50), *args, **kwargs)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("long_stream", make_subject("hope"))
         assert "share of heads closed to independent tokens" in found
         assert "smallest memory after independent tokens" in found
@@ -199,7 +231,7 @@ class TestGradients:
         def change(original, inputs, *args, **kwargs):
             return original(inputs._replace(key=inputs.key.detach()), *args, **kwargs)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("gradients", make_subject("hope", num_layers=1))
         assert "gradient of the loss against its finite difference" in found
         assert "gradient through the writes against its finite difference" in found
@@ -222,7 +254,7 @@ class TestGradients:
                 fixed.append(torch.stack(parts, dim=1))
             return original(inputs, type(start)(*fixed), *args, rule=rule, **kwargs)
 
-        break_operation(monkeypatch, memory_chunked, "self_modify", change)
+        break_memories(monkeypatch, change)
         found = missed("gradients", make_subject("hope", num_layers=1))
         assert "smallest gradient of a head's start, by way of the writes" in found
 
@@ -250,6 +282,11 @@ class TestAblations:
         original = SelfModifying.rule
         monkeypatch.setattr(SelfModifying, "rule", lambda self: dataclasses.replace(original(self), erase="both"))
         assert missed("ablations", make_subject("hope", num_layers=1)) == ["change of logits, DGD's erase term off"]
+
+    @needs_compiler
+    def test_a_variant_that_the_c_lacks_is_tried_in_torch(self, make_subject, missed):
+        mixer = MODELS["hope"]["mixer"] | {"backend": "cpu"}
+        assert missed("ablations", make_subject("hope", num_layers=1, mixer=mixer)) == []
 
     def test_a_variant_that_breaks(self, make_subject, missed, monkeypatch):
         original = SelfModifyingTitans.forward

@@ -100,10 +100,10 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
         lambda document: of(document).update(erase="none" if has_erase else "both"),
     )
     if settings["gradient"] == "border":
-        yield Switch(
-            "momentum off" if settings["momentum"] else "momentum on",
-            lambda document: of(document).update(momentum=not settings["momentum"]),
-        )
+        if settings["momentum"]:
+            yield Switch("momentum off", lambda document: of(document).update(momentum=False))
+        else:  # which the C lacks
+            yield Switch("momentum on", lambda document: of(document).update(momentum=True, backend="torch"))
     else:
         reason = f"gradient {settings['gradient']} is not known before the chunk, which momentum needs"
         yield does_not_apply("change of logits, momentum", reason)

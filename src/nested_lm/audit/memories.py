@@ -58,7 +58,7 @@ def reference(subject: Subject) -> list[Finding]:
 
     The inputs are what each layer hands over in the middle of a chunk, with memories that have been written. Once with
     the model's own chunk sizes and once, for self-modifying memories, with chunks of one token: eq. 88 as it is
-    printed.
+    printed. Each figure says which fast form was compared.
     """
     calls = _calls(subject, subject.build())
     if not calls:
@@ -68,7 +68,7 @@ def reference(subject: Subject) -> list[Finding]:
         _compare(call, call.arguments if index == 0 else _first_tokens(call, AROUND_BORDER))
         for index, call in enumerate(calls)
     ]
-    findings = _worst(own, "own chunk size")
+    findings = _worst(own, "own chunk size", calls)
     memory = next((call for call in calls if call.is_memory), None)
     if memory is None:
         reason = "this operation has no chunk in its definition: any cut gives the same numbers"
@@ -78,7 +78,7 @@ def reference(subject: Subject) -> list[Finding]:
     except ValueError as error:
         return [*findings, does_not_apply("chunks of one token", f"the rule is refused at chunk 1: {error}")]
     single = _compare(memory, _first_tokens(memory, 3 * AROUND_BORDER) | {"rule": rule})
-    return [*findings, *_worst([single], "chunks of one token")]
+    return [*findings, *_worst([single], "chunks of one token", [memory])]
 
 
 def ranges(subject: Subject) -> list[Finding]:
@@ -201,10 +201,11 @@ def _with_unit_vectors(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | {"inputs": inputs._replace(key=unit(inputs.key), query=unit(inputs.query), value=value)}
 
 
-def _worst(compared: list[tuple[float, float]], label: str) -> list[Finding]:
+def _worst(compared: list[tuple[float, float]], label: str, calls: list[Call]) -> list[Finding]:
+    form = "of " + ", ".join(sorted({call.operation.source for call in calls}))
     return [
-        at_most(f"outputs and states, {label}", max(values for values, _ in compared), VALUES),
-        at_most(f"outer gradients, {label}", max(gradients for _, gradients in compared), GRADIENTS),
+        at_most(f"outputs and states, {label}", max(values for values, _ in compared), VALUES, form),
+        at_most(f"outer gradients, {label}", max(gradients for _, gradients in compared), GRADIENTS, form),
     ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.state import StreamState, iterate_tensors, map_tensors
-from nested_lm.ops import delta_rule, delta_rule_reference, memory_chunked, memory_reference
+from nested_lm.ops import delta_rule, delta_rule_reference, memory_chunked, memory_cpu, memory_reference
 
 TINY = 1e-300
 """Added to denominators that may be zero."""
@@ -33,9 +33,15 @@ class Operation:
         found: Callable[..., Any] = getattr(self.module, self.name)
         return found
 
+    @property
+    def source(self) -> str:
+        """File of the fast form: which of several was taken."""
+        return self.module.__name__.removeprefix("nested_lm.").replace(".", "/") + ".py"
+
 
 OPERATIONS = (
     Operation(memory_chunked, "self_modify", memory_reference.self_modify),
+    Operation(memory_cpu, "self_modify", memory_reference.self_modify),
     Operation(delta_rule, "gated_delta_rule", delta_rule_reference.gated_delta_rule),
     Operation(delta_rule, "linear_attention", delta_rule_reference.linear_attention),
 )
