@@ -1,4 +1,4 @@
-"""Worst float64 differences between the chunk form of the memories and the token-by-token reference, option by option.
+"""Worst float64 differences between both fast forms of the memories and the token-by-token reference, option by option.
 
 The options and problems are those of the tests (tests/ops/memory_problems.py); here their errors are written down.
 
@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' problems
 
-from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, worst
+from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, supports, worst
 
-from nested_lm.ops import memory_chunked, memory_reference
+from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
 
 EQUATIONS = {
     "erase": "57, 88",
@@ -44,6 +44,9 @@ def errors(name: str, tokens: int, chunk: int) -> dict[str, object]:
     expected, expected_gradients = run_with_gradients(problem, memory_reference, position=3)
     found, gradients = run_with_gradients(problem, memory_chunked, position=3)
     states = len(results_of(problem.run(memory_chunked, position=3))) - 2  # the last two are the gates
+    in_c = None
+    if supports(memory_cpu, problem.rule):
+        in_c = max(map(worst, run_with_gradients(problem, memory_cpu, position=3), (expected, expected_gradients)))
     named = [equation for key in OPTIONS[name] for equation in EQUATIONS[key].split(", ")] or ["83-91"]
     equations = sorted(dict.fromkeys(named), key=lambda equation: (equation[0].isalpha(), equation))
     return {
@@ -52,14 +55,19 @@ def errors(name: str, tokens: int, chunk: int) -> dict[str, object]:
         "outputs": worst([found[0], *found[states:]], [expected[0], *expected[states:]]),
         "states": worst(found[1:states], expected[1:states]),
         "gradients": worst(gradients, expected_gradients),
+        "cpu": in_c,
     }
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    lines = ["| Option | Equations, rulings | Outputs | States | Gradients |", "|---|---|---|---|---|"]
-    lines += [
-        "| {option} | {equations} | {outputs:.1e} | {states:.1e} | {gradients:.1e} |".format(**row) for row in rows
+    lines = [
+        "| Option | Equations, rulings | Outputs | States | Gradients | All three in C |",
+        "|---|---|---|---|---|---|",
     ]
+    for row in rows:
+        in_c = "-" if row["cpu"] is None else f"{row['cpu']:.1e}"
+        figures = "{outputs:.1e} | {states:.1e} | {gradients:.1e}".format(**row)
+        lines.append(f"| {row['option']} | {row['equations']} | {figures} | {in_c} |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,6 +79,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if (reason := cpu_library.reason_missing()) is not None:
+        sys.exit(f"the column of the C would be empty: {reason}")
     rows = [errors(name, arguments.tokens, arguments.chunk) for name in OPTIONS]
     text = table(rows)
     print(text)
