@@ -2,7 +2,7 @@
 
 All sides of a case are ready in processes of their own, one a package, before the first turn; then they take turns, one
 at a time, so that a noisy machine disturbs them alike. What counts is processor time of one thread. Nothing is timed
-unless the chunk form of the memories agrees with its reference.
+unless both fast forms of the memories agree with their reference.
 
     python -m benchmarks.speed [--peers] [--turns 5] [--cases "write pass,..."] [--out FILE.json] [--page FILE.md]
                                [--only-page] [--quick]
@@ -25,6 +25,7 @@ from benchmarks.streaming import hardware
 from nested_lm.commit import current_commit
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.data.atomic import write_atomically
+from nested_lm.ops import cpu_library
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def _run(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "version": report.VERSION,
         "what": "float32, one thread a side, tokens per processor second; memory in bytes",
-        "gate": {"error": gate.check(rules), "limit": gate.AGREEMENT},
+        "gate": {"errors": gate.check(rules), "limit": gate.AGREEMENT},
+        "memories": cpu_library.describe(),
         "quick": arguments.quick,
         "turns": arguments.turns,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),

@@ -239,9 +239,14 @@ def _loop(size: Sizes) -> Case:
     shape = {"heads": size.heads, "head_width": size.head_width, "tokens": size.few_tokens, "chunk": size.few_tokens}
     return Case(
         "chunk form against token-by-token loop",
-        f"The memories alone, forward and backward, {size.few_tokens} tokens, {size.heads} heads.",
-        tuple(Side(form, "nested_lm", "memory", shape | {"backend": form}) for form in ("chunked", "reference")),
-        (Goal("C7", "chunked", "reference", 30, 60),),
+        f"The memories alone, forward and backward, {size.few_tokens} tokens, {size.heads} heads: in torch (`chunked`) "
+        "and in C (`cpu`).",
+        tuple(Side(form, "nested_lm", "memory", shape | {"backend": form}) for form in ("chunked", "reference", "cpu")),
+        (
+            Goal("C7", "chunked", "reference", 30, 60),
+            Goal("C7, C over reference", "cpu", "reference"),
+            Goal("C7, C over chunk form", "cpu", "chunked"),
+        ),
     )
 
 

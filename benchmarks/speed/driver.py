@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.speed import peers
 from benchmarks.speed.cases import Case, Package, Side
+from nested_lm.ops import cpu_library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +109,9 @@ def prepare(case: Case, workers: Workers) -> tuple[dict[str, Answer], dict[str, 
         arguments = dict(side.arguments)
         if side.package not in workers.running:
             missing[side.name] = workers.packages[side.package]["missing"]
+            continue
+        if arguments.get("backend") == "cpu" and (reason := cpu_library.reason_missing()) is not None:
+            missing[side.name] = reason
             continue
         if side.same_size_as is not None:
             if side.same_size_as not in ready:

@@ -7,7 +7,7 @@ from benchmarks.speed.cases import Case, Goal
 
 Row = dict[str, Any]
 
-VERSION = 1
+VERSION = 2
 
 
 def judged(case: Case, rows: list[Row]) -> Row:
@@ -54,11 +54,12 @@ def tables(result: Row) -> str:
 
 def _origin(result: Row) -> str:
     hardware, load = result["hardware"], result["load_average"]
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in result["gate"]["errors"].items())
     lines = [
         f"Commit `{str(result['commit'])[:12]}`, {result['date']}: {hardware['processor']}, {hardware['cores']} cores, "
-        f"one thread a side, {result['turns']} turns; torch {hardware['torch']}, Python {hardware['python']}; load "
-        f"average {load['before'][0]:.1f} before and {load['after'][0]:.1f} after. Chunk form against reference in "
-        f"float64: {result['gate']['error']:.1e} (limit {result['gate']['limit']:.0e}).",
+        f"one thread a side, {result['turns']} turns; torch {hardware['torch']}, Python {hardware['python']}; "
+        f"memories {result['memories']}; load average {load['before'][0]:.1f} before and {load['after'][0]:.1f} after. "
+        f"Against the reference in float64: {errors} (limit {result['gate']['limit']:.0e}).",
     ]
     missing = [f"{name}: {found['missing']}" for name, found in result["packages"].items() if "missing" in found]
     return "\n\n".join(lines + [f"Not timed: {line}" for line in missing])

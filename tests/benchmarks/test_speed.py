@@ -11,6 +11,7 @@ from benchmarks.speed.cases import QUICK, Case, Goal, MemoryGoal, Side, Sizes, c
 from benchmarks.speed.driver import JobError, Worker, Workers, prepare, take_turns
 
 from nested_lm.config.mixers import SelfModifying
+from nested_lm.ops import cpu_library, memory_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +33,9 @@ class TestAQuickRun:
         assert result["version"] == report.VERSION
         assert result["quick"]
         assert result["hardware"].keys() >= {"processor", "cores", "torch", "python", "threads"}
-        assert result["gate"]["error"] <= result["gate"]["limit"]
+        assert set(result["gate"]["errors"]) == set(gate.FORMS)
+        assert max(result["gate"]["errors"].values()) <= result["gate"]["limit"]
+        assert result["memories"].startswith("in C (")
         assert {"before", "after"} == result["load_average"].keys()
         assert "commit" in result
 
@@ -86,37 +89,58 @@ class TestTheCases:
             assert {packages[goal.side] for goal in case.goals} == {"nested_lm"}
 
 
+def test_the_c_is_missing_where_it_cannot_be_built(monkeypatch):
+    monkeypatch.setattr(cpu_library, "reason_missing", lambda: "there is no compiler")
+    case = Case("a", "", (Side("cpu", "nested_lm", "memory", {"backend": "cpu"}),), ())
+    workers = Workers(with_peers=False)
+    workers.running["nested_lm"] = None  # is not asked
+    assert prepare(case, workers) == ({}, {"cpu": "there is no compiler"})
+
+
+USABLE = [form for form in gate.FORMS.values() if form is not memory_cpu or cpu_library.compiler() is not None]
+
+
 class TestTheGate:
     rules = tuple(SelfModifying.model_validate(mixer).rule() for mixer in timed_mixers(QUICK))
 
-    def test_lets_the_right_form_pass(self):
-        assert gate.check(self.rules) < gate.AGREEMENT
+    def test_lets_the_right_forms_pass(self):
+        errors = gate.check(self.rules)
+        assert set(errors) == {name for name, form in gate.FORMS.items() if form in USABLE}
+        assert max(errors.values()) < gate.AGREEMENT
 
-    def test_stops_a_wrong_output(self, monkeypatch):
-        right = gate.memory_chunked.self_modify
+    @pytest.mark.parametrize("form", USABLE, ids=lambda form: form.__name__.rpartition(".")[2])
+    def test_stops_a_wrong_output(self, monkeypatch, form):
+        right = form.self_modify
 
         def wrong(*arguments, **options):
             output = right(*arguments, **options)
             return output._replace(reads=output.reads * (1 + 1e-8))
 
-        monkeypatch.setattr(gate.memory_chunked, "self_modify", wrong)
+        monkeypatch.setattr(form, "self_modify", wrong)
         with pytest.raises(SystemExit, match=r"not timed.*e-0[89]"):
             gate.check(self.rules[:1])
 
-    def test_stops_a_wrong_gradient(self, monkeypatch):
-        right = gate.memory_chunked.self_modify
+    @pytest.mark.parametrize("form", USABLE, ids=lambda form: form.__name__.rpartition(".")[2])
+    def test_stops_a_wrong_gradient(self, monkeypatch, form):
+        right = form.self_modify
 
         def wrong(inputs, *arguments, **options):
             half = inputs._replace(key=(inputs.key + inputs.key.detach()) / 2)
             return right(half, *arguments, **options)
 
-        monkeypatch.setattr(gate.memory_chunked, "self_modify", wrong)
+        monkeypatch.setattr(form, "self_modify", wrong)
         with pytest.raises(SystemExit, match="not timed"):
-            gate.check(self.rules[-1:])
+            gate.check(self.rules[:1])
 
     def test_stops_values_that_are_not_numbers(self, monkeypatch):
-        monkeypatch.setattr(gate, "worst_error", lambda rules: float("nan"))
-        with pytest.raises(SystemExit, match="not timed"):
+        right = gate.memory_chunked.self_modify
+
+        def wrong(*arguments, rule, **options):
+            output = right(*arguments, rule=rule, **options)
+            return output._replace(reads=output.reads * float("nan")) if rule.erase == "input" else output
+
+        monkeypatch.setattr(gate.memory_chunked, "self_modify", wrong)
+        with pytest.raises(SystemExit, match="not timed: the chunk form differs from the reference by nan"):
             gate.check(self.rules)
 
 

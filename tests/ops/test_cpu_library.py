@@ -53,6 +53,10 @@ class TestBuilding:
         monkeypatch.setattr(cpu_library, "_compile", lambda *arguments: pytest.fail("compiled again"))
         assert works(cpu_library.load(DOUBLE))
 
+    def test_is_part_of_what_a_measurement_says_of_its_machine(self, cache):
+        assert cpu_library.describe() == f"in C ({cpu_library.compiler_version()})"
+        assert re.search(r"\d", cpu_library.compiler_version())
+
     def test_by_several_at_once_does_no_harm(self, cache):
         found = []
 
@@ -150,6 +154,10 @@ class TestACompilerThatIsMissing:
         assert cpu_library.reason_missing() == "no C compiler was found (looked for $CC, then cc)"
         with pytest.raises(ConfigError, match=r"install a C compiler .*, name one in \$CC, or set .*backend=torch"):
             cpu_library.check_usable()
+
+    def test_is_part_of_what_a_measurement_says_of_its_machine(self, cache, monkeypatch):
+        monkeypatch.setenv("CC", "/nonexistent")
+        assert cpu_library.describe().startswith("in torch: no C compiler was found")
 
     def test_so_is_one_that_is_none(self, cache, monkeypatch):
         monkeypatch.setenv("CC", "false")

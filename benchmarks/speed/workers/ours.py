@@ -18,10 +18,10 @@ from nested_lm.config.model import ModelConfig
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.sizing import count_parameters
-from nested_lm.ops import memory_chunked, memory_reference
+from nested_lm.ops import memory_chunked, memory_cpu, memory_reference
 from nested_lm.write_rule import WriteRule
 
-BACKENDS = {"chunked": memory_chunked, "reference": memory_reference}
+BACKENDS = {"chunked": memory_chunked, "cpu": memory_cpu, "reference": memory_reference}
 
 
 def mixer_job(mixer: dict[str, Any], width: int, batch: int, tokens: int, *, train: bool) -> Job:
@@ -40,7 +40,7 @@ def mixer_job(mixer: dict[str, Any], width: int, batch: int, tokens: int, *, tra
 
 
 def memory_job(backend: str, chunk: int, heads: int, head_width: int, tokens: int) -> Job:
-    """The memories alone, forward and backward, by one of their two forms."""
+    """The memories alone, forward and backward, by one of their forms."""
     problem = memory_problem(WriteRule(chunk, chunk), 1, tokens, heads, head_width, torch.float32)
     leaves = [*problem[0][:3], *problem[1]]
 

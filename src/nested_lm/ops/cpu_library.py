@@ -50,6 +50,25 @@ def reason_missing() -> str | None:
     return None
 
 
+def describe() -> str:
+    """Say what computes the memories on this machine's processor, and why."""
+    reason = reason_missing()
+    return f"in C ({compiler_version()})" if reason is None else f"in torch: {reason}"
+
+
+def compiler_version() -> str:
+    """First line of what the compiler says of its version.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be asked.
+    """
+    return _version(compiler() or []).splitlines()[0].strip()
+
+
+def _version(command: list[str]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def check_usable() -> None:
     """Refuse a machine without a working compiler.
 
@@ -106,8 +125,7 @@ def _cache() -> Path:
 
 def _fingerprint() -> str:
     command = compiler() or []
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\0".join((*FLAGS, *command, version, _processor())).encode())
+    digest = hashlib.sha256("\0".join((*FLAGS, *command, _version(command), _processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
