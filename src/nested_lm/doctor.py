@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,21 @@ def _torch() -> Iterator[Check]:
         yield Check("device", "ok", f"{torch.cuda.device_count()} x {properties.name}, {memory}")
     else:
         yield Check("device", "ok", f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
+    yield _memories_in_c()
+
+
+def _memories_in_c() -> Check:
+    """Build the C library of the memories, where that has not been done: a training would do it at its first step."""
+    from nested_lm.ops import cpu_library
+
+    began = time.perf_counter()
+    reason = cpu_library.reason_missing()
+    seconds = time.perf_counter() - began
+    if reason is not None:
+        found = f"{reason}; on a CPU the memories run in torch, at a half to a quarter of the speed"
+        return Check("memories in C", "absent", found, "install a C compiler (apt-get install gcc), or name one in $CC")
+    found = f"{cpu_library.compiler_version()}; ready in {seconds:.1f} s, in {cpu_library.cache_folder()}"
+    return Check("memories in C", "ok", found)
 
 
 def _presets() -> Check:

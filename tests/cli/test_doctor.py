@@ -13,6 +13,7 @@ from nested_lm import doctor
 from nested_lm.cli import app
 from nested_lm.data import corpora
 from nested_lm.errors import ConfigError, DataError
+from nested_lm.ops import cpu_library
 
 
 def states(output: Path) -> dict[str, str]:
@@ -84,6 +85,28 @@ def test_exit_code_of_a_failure(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["doctor", "--json", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["ok"] is False
+
+
+class TestMemoriesInC:
+    def found(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(cpu_library, "reason_missing", cpu_library.reason_missing.__wrapped__)
+        [check] = [check for check in doctor.examine(tmp_path) if check.name == "memories in C"]
+        return check
+
+    @pytest.mark.skipif(cpu_library.compiler() is None, reason="there is no C compiler")
+    def test_a_compiler_and_the_place_of_the_library_are_named(self, monkeypatch, tmp_path):
+        check = self.found(monkeypatch, tmp_path)
+        assert check.state == "ok"
+        assert cpu_library.compiler_version() in check.found
+        assert str(cpu_library.cache_folder()) in check.found
+
+    def test_without_one_the_program_works_and_says_what_is_lost(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CC", "/nonexistent")
+        check = self.found(monkeypatch, tmp_path)
+        assert check.state == "absent"
+        assert "no C compiler was found" in check.found
+        assert "run in torch" in check.found
+        assert "gcc" in check.fix
 
 
 def test_output_folder_that_is_a_file(tmp_path):

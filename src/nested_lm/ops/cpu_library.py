@@ -104,10 +104,15 @@ def library_path(dtype: torch.dtype) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: there is no place for it, or the compiler does not say its version.
     """
-    return _cache() / f"memory-{C_TYPES[dtype]}-{_fingerprint()}.so"
+    return cache_folder() / f"memory-{C_TYPES[dtype]}-{_fingerprint()}.so"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Folder of the libraries, made where it is missing.
+
+    Raises:
+        OSError: neither the user's cache nor the temporary folder can be written to.
+    """
     try:
         home = os.environ.get("XDG_CACHE_HOME")
         folder = (Path(home) if home else Path.home() / ".cache") / "nested-lm"
