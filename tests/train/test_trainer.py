@@ -12,7 +12,9 @@ from nested_lm.data.loader import PackedLoader
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError
 from nested_lm.nn.model import LanguageModel, token_losses
+from nested_lm.ops import cpu_library
 from nested_lm.train import strategy as strategy_module
+from nested_lm.train.run_folder import new_identity
 from nested_lm.train.strategy import choose_device
 from nested_lm.train.trainer import train
 
@@ -99,6 +101,20 @@ class TestRunFolder:
         assert {"torch", "python", "nested-lm"} <= identity["versions"].keys()
         resolved = yaml.safe_load((summary.folder / "config.resolved.yaml").read_text())
         assert resolved == config.model_dump(mode="json")
+
+    @pytest.mark.parametrize(("backend", "compiler"), [("auto", True), ("torch", True), ("auto", False)])
+    def test_the_identity_names_the_compiler_of_memories_that_run_in_c(
+        self, make_config, monkeypatch, backend, compiler
+    ):
+        monkeypatch.setattr(cpu_library, "reason_missing", lambda: None if compiler else "there is no C compiler")
+        monkeypatch.setattr(cpu_library, "compiler_version", lambda: "cc 1.0")
+        model = make_config("hope").model
+        mixer = model.mixer.model_copy(update={"backend": backend})
+        config = make_config("hope").model_copy(update={"model": model.model_copy(update={"mixer": mixer})})
+        identity = new_identity(config, data_hash=None, tokenizer_hash="", device="cpu", parameters=1)
+        assert identity["versions"].get("c_compiler") == ("cc 1.0" if backend == "auto" and compiler else None)
+        other = new_identity(config, data_hash=None, tokenizer_hash="", device="cuda:0", parameters=1)
+        assert "c_compiler" not in other["versions"]
 
     def test_other_evaluation_settings_are_the_same_training(self, make_config):
         config = make_config()

@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 from nested_lm.commit import current_commit
 from nested_lm.config.architecture import flat
 from nested_lm.config.load import dump_resolved, training_hash
+from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
 from nested_lm.data.atomic import write_atomically
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
+from nested_lm.ops import cpu_library
 
 RESOLVED = "config.resolved.yaml"
 IDENTITY = "run.json"
@@ -84,10 +86,19 @@ def new_identity(
             "nested-lm": version("nested-lm"),
             "python": platform.python_version(),
             **{package: version(package) for package in _PACKAGES},
+            **_compiler(config, device),
         },
         "device": device,
         "parameters": parameters,
     }
+
+
+def _compiler(config: RunConfig, device: str) -> dict[str, str]:
+    """Version of the C compiler where memories may run in C, which rounds otherwise than torch."""
+    memory = getattr(config.model.mixer, "memory", config.model.mixer)
+    if device != "cpu" or not isinstance(memory, SelfModifying) or memory.backend == "torch":
+        return {}
+    return {"c_compiler": cpu_library.compiler_version()} if cpu_library.reason_missing() is None else {}
 
 
 def _create(
