@@ -1,15 +1,15 @@
 """The self-modifying memories in C, for processors: the numbers of `memory_chunked`, several times as fast.
 
-`cpu/memory.c` runs all pieces of one row and head in a go, so that the weights of its memories stay in the core's cache;
-rows and heads are shared out over torch's number of threads. Backward computes every piece again from the weights before
-it, which is all that is kept: 2 M K E numbers a row, head and chunk.
+`cpu/memory.c` runs all pieces of one row and head in a go, so that the weights of its memories stay in the core's
+cache; rows and heads are shared out over torch's number of threads. Backward computes every piece again from the
+weights before it, which is all that is kept: 2 M K E numbers a row, head and chunk.
 
 Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidden width of a memory.
 """
 
 import ctypes
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -103,9 +103,9 @@ def self_modify(
     keep = None
     if resets is not None:
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype).contiguous()
-    tensors = (*inputs[:5], *start, readout.rate, readout.decay, *state.border, *state.current)
-    tensors = tuple(None if x is None else x.to(dtype).contiguous() for x in tensors)
-    found = _SelfModify.apply(rule, pieces, keep, *tensors)  # type: ignore[no-untyped-call]
+    given = (*inputs[:5], *start, readout.rate, readout.decay, *state.border, *state.current)
+    tensors = (None if x is None else x.to(dtype).contiguous() for x in given)
+    found = _SelfModify.apply(rule, pieces, torch.is_grad_enabled(), keep, *tensors)  # type: ignore[no-untyped-call]
     after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]))
     return MemoryOutput(found[0], after, found[1], found[2])
 
@@ -115,7 +115,12 @@ class _SelfModify(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rule: WriteRule, pieces: tuple[Piece, ...], keep: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        rule: WriteRule,
+        pieces: tuple[Piece, ...],
+        with_backward: bool,
+        keep: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.rule, ctx.pieces = rule, pieces
         named = _named(tensors, keep)
@@ -127,7 +132,7 @@ class _SelfModify(torch.autograd.Function):
             **{f"{name}_after": torch.empty_like(named[name]) for name in _STATE},
         }
         saved = None
-        if any(ctx.needs_input_grad):
+        if with_backward and any(ctx.needs_input_grad):
             lanes = call.B * call.H
             library = cpu_library.load(named["key"].dtype)
             library.saved_numbers.restype = ctypes.c_int64
@@ -160,7 +165,7 @@ class _SelfModify(torch.autograd.Function):
             of = named[name.removeprefix("g_").removeprefix("first_")]
             if grad is not None and of is not None and grad.dim() > of.dim():
                 found[name] = grad.sum(0)
-        return (None, None, None, *found.values())
+        return (None, None, None, None, *found.values())
 
 
 _TENSORS = ("key", "value", "query", "rate", "decay", "start_in", "start_out", *_OPTIONAL, *_STATE)
@@ -176,7 +181,7 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
     batch, tokens, heads, width = key.shape
     resets = named["keep"] is not None
     moved = [sum(bit for bit, moves in zip((1, 2), piece.after, strict=True) if moves) for piece in pieces]
-    fresh = [index > 0 and moved[index - 1] == 3 or piece.aligned and resets for index, piece in enumerate(pieces)]
+    fresh = [(index > 0 and moved[index - 1] == 3) or (piece.aligned and resets) for index, piece in enumerate(pieces)]
     flags = [m + 4 * p.aligned + 8 * f for m, p, f in zip(moved, pieces, fresh, strict=True)]
     longest = max(piece.end - piece.begin for piece in pieces)
     lists = {
@@ -213,18 +218,16 @@ def _run(name: str, call: _Call, dtype: torch.dtype) -> None:
     """Run a function of the library on all rows and heads. ctypes lets go of the interpreter meanwhile."""
     function = getattr(cpu_library.load(dtype), name)
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    failed = []
 
-    def work(first: int, last: int) -> None:
-        if function(ctypes.byref(call), first, last):
-            failed.append(first)
+    def work(share: tuple[int, int]) -> int:
+        status: int = function(ctypes.byref(call), *share)
+        return status
 
-    first_share, *others = _shares(call.B * call.H, torch.get_num_threads())
-    threads = [threading.Thread(target=work, args=share) for share in others]
-    for thread in threads:
-        thread.start()
-    work(*first_share)
-    for thread in threads:
-        thread.join()
+    shares = list(_shares(call.B * call.H, torch.get_num_threads()))
+    if len(shares) == 1:
+        failed = bool(work(shares[0]))
+    else:
+        with ThreadPoolExecutor(len(shares)) as pool:  # waits for all of them, also when it is interrupted
+            failed = any(list(pool.map(work, shares)))
     if failed:
         raise MemoryError(f"{name} of the memories: no room for the work space of a chunk of {call.longest} tokens")
