@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -140,7 +141,7 @@ def test_rows_of_one_table_may_differ_in_these(make_result, other):
         ({"tokens": 8192}, "tokens: 4096 against 8192"),
         ({"context_length": 128}, "context_length: 256 against 128"),
         ({"task_version": "2"}, "task_version: '1' against '2'"),
-        ({"settings": {"max_new_tokens": 4}}, "settings"),
+        ({"settings": {"max_new_tokens": 4}}, "settings.max_new_tokens"),
         ({"parameters": 1021}, "parameters: 1,000 against 1,021, 2.1% apart"),
     ],
 )
@@ -152,3 +153,15 @@ def test_rows_of_one_table_may_not_differ_in_those(make_result, other, named):
     with pytest.raises(ReportError, match="may not share a table") as caught:
         require_comparable([first, first, second])
     assert found in str(caught.value)
+
+
+def test_arms_and_oracles_are_a_rows_own():
+    def result(task, **settings):
+        identity = {"data_hash": "d", "tokenizer_hash": "t", "tokens": 1, "context_length": 8, "parameters": 1000}
+        return SimpleNamespace(task=task, task_version="1", settings=settings, identity=SimpleNamespace(**identity))
+
+    plain, memorized = result("zeroshot", limit=3, memorize=[]), result("zeroshot", limit=3, memorize=[{"passes": 2}])
+    assert differences(plain, memorized) == ()
+    assert differences(plain, result("zeroshot", limit=4, memorize=[])) == ("settings.limit: 3 against 4",)
+    assert differences(result("regret", oracle="a", periods=4), result("regret", oracle="b", periods=4)) == ()
+    assert differences(result("niah", memorize=1), result("niah")) == ("settings.memorize: 1 against 'absent'",)

@@ -117,7 +117,14 @@ METRICS = (
         kind="regret",
         segments=("1790-1850", "1851-2026"),
         oracle=OtherRun(
-            run_id="mixed-1", name="mixed", config_hash="0", seed=1, commit=None, checkpoint="step-1", digest="0"
+            run_id="mixed-1",
+            name="mixed",
+            config_hash="0",
+            seed=1,
+            commit=None,
+            checkpoint="step-1",
+            digest="0",
+            arm="attention+swiglu",
         ),
         bits_per_byte=(at(2.0), at(2.1)),
         regret=((at(0.1), at(0.4)), (at(0.2), at(0.1))),

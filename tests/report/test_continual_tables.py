@@ -15,12 +15,15 @@ def tables(tmp_path_factory):
     shown = other_results(collect(root))
     assert len(shown) == len(METRICS)
     assert not any("no table of its own" in one.text for one in shown)
+    (regret,) = [one for one in shown if one.title == "Regret"]
+    assert "The oracle of Hope is not of the arm's own model" in regret.text
     return {one.title: [[(cell.text, cell.detail) for cell in row] for row in one.table.rows] for one in shown}
 
 
 @pytest.mark.parametrize(
     ("title", "row", "cell"),
     [
+        ("Regret", "oracle", ("Transformer++", "mixed; another model")),
         ("Regret", "on the period just read", ("0.123", "0.023 to 0.223")),
         ("Lesions of levels", "level of 2,048 tokens", ("+0.010 / +0.512", "")),
         ("Lesions of levels", "everything but the levels", ("+3.000 / +3.000", "")),

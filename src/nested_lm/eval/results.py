@@ -16,7 +16,19 @@ PARAMETER_TOLERANCE = 0.02
 """Rows of one table are models of equal size: parameters within this share of the larger."""
 
 _EQUAL_IDENTITY = ("data_hash", "tokenizer_hash", "tokens", "context_length")
-_EQUAL_RESULT = ("task", "task_version", "settings")
+_EQUAL_RESULT = ("task", "task_version")
+
+_ABSENT = "absent"
+
+_OWN_SETTINGS = {"zeroshot": ("memorize",), "regret": ("oracle",)}
+"""Settings, by task, that a row has for itself: tables name them. Arms that only one result has are beside the others,
+and every arm has an oracle of its own kind."""
+
+
+def shared_settings(result: ResultFile) -> dict[str, Any]:
+    """Settings that all rows of a table must have in common."""
+    own = _OWN_SETTINGS.get(result.task, ())
+    return {key: value for key, value in result.settings.items() if key not in own}
 
 
 def content_digest(document: dict[str, Any]) -> str:
@@ -93,12 +105,19 @@ def _check_digest(path: Path, document: dict[str, Any], again: str) -> None:
 def differences(a: ResultFile, b: ResultFile) -> tuple[str, ...]:
     """What keeps two results out of one table, one line for each field; empty when they may be compared.
 
-    They may differ in configuration hash, seed, run, arm, commit and step, and in parameters by 2 %.
+    They may differ in configuration hash, seed, run, arm, commit and step, in parameters by 2 %, and in what a row has
+    for itself: the memorize arms of zero-shot results, the oracle of regret.
     """
     found = [
         f"{field}: {getattr(a, field)!r} against {getattr(b, field)!r}"
         for field in _EQUAL_RESULT
         if getattr(a, field) != getattr(b, field)
+    ]
+    one, other = shared_settings(a), shared_settings(b)
+    found += [
+        f"settings.{key}: {one.get(key, _ABSENT)!r} against {other.get(key, _ABSENT)!r}"
+        for key in {**one, **other}
+        if one.get(key, _ABSENT) != other.get(key, _ABSENT)
     ]
     found += [
         f"{field}: {getattr(a.identity, field)!r} against {getattr(b.identity, field)!r}"

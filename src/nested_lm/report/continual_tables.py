@@ -14,11 +14,12 @@ from nested_lm.eval.continual.schema import (
     LanguagesMetrics,
     LesionMetrics,
     LevelEvents,
+    OtherRun,
     RegretMetrics,
     RetentionMetrics,
 )
 from nested_lm.eval.interval import Interval
-from nested_lm.report.collect import Campaign, Run
+from nested_lm.report.collect import ARM_NAMES, Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
 M = TypeVar("M")
@@ -33,8 +34,29 @@ def regret(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
     )
     found = _metrics(runs, task, RegretMetrics)
     rows = [(Cell(name), *(interval_cell(measure(metrics)) for metrics in found)) for name, measure in measures]
+    oracles = [_oracle(campaign, run, metrics.oracle) for run, metrics in zip(runs, found, strict=True)]
+    rows.append((Cell("oracle", "the model that read the text mixed"), *(cell for cell, _ in oracles)))
     text = "Bits per byte above a model that read the same text mixed, with the same budget; lower is better."
+    strange = [campaign.label(run) for run, (_, differs) in zip(runs, oracles, strict=True) if differs]
+    if strange:
+        text += (
+            f" The oracle of {', '.join(strange)} is not of the arm's own model: what stands there is forgetting plus "
+            "the difference between the two models, and may be below 0."
+        )
     return [Shown("Regret", text, _table(campaign, runs, "regret", rows))]
+
+
+def _oracle(campaign: Campaign, run: Run, oracle: OtherRun) -> tuple[Cell, bool]:
+    """What the oracle is, and whether it is known to be another model than the run's."""
+    known = next((other for other in campaign.runs if other.record.get("run_id") == oracle.run_id), None)
+    if known is not None:
+        differs = known.config.model != run.config.model
+        return Cell(known.arm, f"{oracle.name}{'; another model' if differs else ''}"), differs
+    if oracle.arm is None:
+        return Cell("kind not known", f"{oracle.name}, which is no run of this campaign"), False
+    differs = oracle.arm != run.results["regret"].identity.arm
+    name = ARM_NAMES.get(oracle.arm, oracle.arm)
+    return Cell(name, f"{oracle.name}{'; another model' if differs else ''}"), differs
 
 
 def lesions(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:

@@ -24,7 +24,7 @@ from nested_lm.eval.continual.schema import (
 )
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.subject import Subject
-from nested_lm.eval.identity import mark_checkpoint
+from nested_lm.eval.identity import identify, mark_checkpoint
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.language_modelling import BITS, Reading
 from nested_lm.eval.scoring import score_streaming
@@ -128,6 +128,7 @@ def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) 
             commit=loaded.identity["commit"],
             checkpoint=mark.name,
             digest=mark.digest,
+            arm=identify(loaded, data_hash=lambda: subject.identity.data_hash).arm,
         ),
         bits_per_byte=tuple(
             bootstrap.ratio(column[:, 0], size, scale=BITS) for column, size in zip(columns, sizes, strict=True)

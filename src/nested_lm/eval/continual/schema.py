@@ -12,7 +12,7 @@ Shares = tuple[tuple[Fraction, ...], ...]
 
 
 class OtherRun(Section):
-    """Another run that a result leans on."""
+    """Another run that a result leans on. arm: kind of its mixer and channel memory; null in older files."""
 
     run_id: str
     name: str
@@ -21,6 +21,7 @@ class OtherRun(Section):
     commit: str | None
     checkpoint: str
     digest: str
+    arm: str | None = None
 
 
 class RegretMetrics(Section):

@@ -7,6 +7,7 @@ import numpy as np
 from nested_lm.errors import ReportError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.interval import Interval
+from nested_lm.eval.results import shared_settings
 from nested_lm.eval.schema import ResultFile
 from nested_lm.eval.zeroshot.metrics import TaskScores, ZeroShotMetrics
 from nested_lm.eval.zeroshot.tasks import TASKS
@@ -31,7 +32,7 @@ class Difference:
 
 
 def compare(first: ResultFile, second: ResultFile) -> list[Difference]:
-    """Differences of all printed metrics of all arms that both have, paired by document.
+    """Differences of all printed metrics of all arms that both have, by name of the arm, paired by document.
 
     Raises:
         ReportError: one of them is no zero-shot result, or they did not answer the same questions the same way.
@@ -39,11 +40,14 @@ def compare(first: ResultFile, second: ResultFile) -> list[Difference]:
     a, b = first.metrics, second.metrics
     if not isinstance(a, ZeroShotMetrics) or not isinstance(b, ZeroShotMetrics):
         raise ReportError(f"results of tasks {first.task!r} and {second.task!r}: only zero-shot results compare here")
-    for field in ("task_version", "settings"):
-        _require_equal(field, getattr(first, field), getattr(second, field))
+    _require_equal("task_version", first.task_version, second.task_version)
+    _require_equal("settings", shared_settings(first), shared_settings(second))
     bootstrap = Bootstrap(samples=first.settings["bootstrap_samples"])  # type: ignore[arg-type]
     found = []
-    for arm, other in zip(a.arms, b.arms, strict=True):
+    others_arms = {arm.name: arm for arm in b.arms}
+    for arm in a.arms:
+        if (other := others_arms.get(arm.name)) is None:
+            continue
         for scores, others in zip(arm.tasks, other.tasks, strict=True):
             found += [
                 Difference(arm.name, scores.task, metric, _difference(scores, others, metric, bootstrap))
@@ -65,10 +69,18 @@ def comparison_lines(first: ResultFile, second: ResultFile) -> list[str]:
             f"{entry.arm:<12} {entry.task:<16} {entry.metric:<16} {scale * interval.value:+9.3f} "
             f"[{low:+.3f}, {high:+.3f}]  {verdict}"
         )
+    for name, one, two in ((names[0], first, second), (names[1], second, first)):
+        if lone := [arm for arm in _arms(one) if arm not in _arms(two)]:
+            lines.append(f"only {name} has {'; '.join(lone)}: nothing to compare with")
     lines.append(
         "one seed a run: these intervals are of the documents; for claims about models train three seeds or more"
     )
     return lines
+
+
+def _arms(result: ResultFile) -> list[str]:
+    assert isinstance(result.metrics, ZeroShotMetrics)
+    return [arm.name for arm in result.metrics.arms]
 
 
 def _difference(a: TaskScores, b: TaskScores, metric: str, bootstrap: Bootstrap) -> Interval:
