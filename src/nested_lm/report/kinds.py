@@ -6,8 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nested_lm.eval.interval import Interval
-from nested_lm.eval.niah.metrics import NiahMetrics
-from nested_lm.report import continual_tables
+from nested_lm.report import continual_tables, needle_tables
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
@@ -47,34 +46,6 @@ def intervals(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     return [Shown(task.replace("_", " "), text, Table(("number", *_labels(campaign, runs)), tuple(rows)))]
 
 
-def needles(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
-    """Answers found by task and length, beside the same question without its needle."""
-    cells: dict[tuple[str, int], dict[int, Cell]] = {}
-    for index, run in enumerate(runs):
-        metrics = run.results[task].metrics
-        assert isinstance(metrics, NiahMetrics)
-        for one in metrics.tasks:
-            for length in one.lengths:
-                cells.setdefault((one.task, length.length), {})[index] = _needle_cell(length)
-    rows = [
-        (Cell(f"{name}, {length:,}"), *(found.get(index, Cell(ABSENT)) for index in range(len(runs))))
-        for (name, length), found in cells.items()
-    ]
-    text = (
-        "Share of the questions whose answer greedy decoding begins with; below it the interval, and the same question "
-        "without the needle in the text, which is what guessing gives."
-    )
-    return [Shown("Needles", text, Table(("task, tokens", *_labels(campaign, runs)), tuple(rows)))]
-
-
-def _needle_cell(length: Any) -> Cell:
-    if length.scores is None:
-        return Cell("stopped", length.stopped)
-    exact, control = length.scores.score.exact, length.scores.controls.no_needle.exact
-    shown = interval_cell(exact)
-    return Cell(f"{exact.value:.2f}", f"{shown.detail}; without needle {control.value:.2f}")
-
-
 def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
     """The plain arm by task: first printed metric, chance and the constant answer beside it."""
     tasks: dict[str, dict[int, Any]] = {}
@@ -101,7 +72,9 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
 
 
 RENDERERS: dict[str, Renderer] = {
-    "niah": needles,
+    "niah": needle_tables.needles,
+    "babilong": needle_tables.babilong,
+    "books": needle_tables.books,
     "zeroshot": zero_shot,
     "regret": continual_tables.regret,
     "lesion": continual_tables.lesions,
