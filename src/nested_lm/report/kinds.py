@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nested_lm.eval.interval import Interval
-from nested_lm.report import continual_tables, needle_tables
+from nested_lm.report import continual_tables, needle_tables, zeroshot_tables
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
@@ -46,36 +46,11 @@ def intervals(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     return [Shown(task.replace("_", " "), text, Table(("number", *_labels(campaign, runs)), tuple(rows)))]
 
 
-def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
-    """The plain arm by task: first printed metric, chance and the constant answer beside it."""
-    tasks: dict[str, dict[int, Any]] = {}
-    floors: dict[str, Any] = {}
-    for index, run in enumerate(runs):
-        metrics: Any = run.results[task].metrics
-        floors |= metrics.floors
-        for scores in metrics.arms[0].tasks:
-            tasks.setdefault(scores.task, {})[index] = scores
-    rows = []
-    for name, found in tasks.items():
-        metric = next(iter(found.values())).printed[0]
-        floor = floors[name]
-        lowest = [
-            f"{word} {value:.3f}" for word in ("chance", "constant") if (value := getattr(floor, word)) is not None
-        ]
-        cells = [
-            interval_cell(found[index].metrics[metric]) if index in found else Cell(ABSENT)
-            for index in range(len(runs))
-        ]
-        rows.append((Cell(name, metric), Cell(", ".join(lowest) or "-"), *cells))
-    text = "The plain score of each task, beside guessing and the best constant answer on the same documents."
-    return [Shown("Zero-shot", text, Table(("task", "floors", *_labels(campaign, runs)), tuple(rows)))]
-
-
 RENDERERS: dict[str, Renderer] = {
     "niah": needle_tables.needles,
     "babilong": needle_tables.babilong,
     "books": needle_tables.books,
-    "zeroshot": zero_shot,
+    "zeroshot": zeroshot_tables.zero_shot,
     "regret": continual_tables.regret,
     "lesion": continual_tables.lesions,
     "events": continual_tables.events,

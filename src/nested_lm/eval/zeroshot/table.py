@@ -8,7 +8,7 @@ from nested_lm.eval.zeroshot.metrics import Arm, ZeroShotMetrics
 from nested_lm.eval.zeroshot.papers import PaperRow, nearest_rows
 from nested_lm.eval.zeroshot.tasks import TASKS
 
-_SHORT = {
+SHORT_NAMES = {
     "wikitext/word_perplexity": "Wiki ppl",
     "wikitext/bits_per_byte": "Wiki bpb",
     "lambada_openai/perplexity": "LMB ppl",
@@ -23,6 +23,7 @@ _SHORT = {
     "commonsense_qa/acc": "CSQA",
     "openbookqa/acc_norm": "OBQA n",
 }
+"""Names of columns, by `task/metric`; n: by length of the answer."""
 
 
 def table_lines(result: ResultFile) -> list[str]:
@@ -30,7 +31,7 @@ def table_lines(result: ResultFile) -> list[str]:
     metrics = result.metrics
     assert isinstance(metrics, ZeroShotMetrics)
     columns = [f"{name}/{metric}" for name in metrics.data for metric in TASKS[name].printed]
-    rows = [["", *(_SHORT[column] for column in columns), "avg"]]
+    rows = [["", *(SHORT_NAMES[column] for column in columns), "avg"]]
     for arm in metrics.arms:
         rows += _arm_rows(result.identity.name, arm, columns)
     rows += _floor_rows(metrics, columns)
