@@ -270,3 +270,22 @@ def test_suites_are_verbs_of_their_own_and_take_options(prefix):
     ):
         with pytest.raises(ValueError, match=message):
             with_runner({"kind": "local"}, steps=[*steps[:3], {**steps[3], **wrong}])
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "added", "outputs"),
+    [
+        ("niah", ["--tasks=s1"], (), "results/niah.json"),
+        ("babilong", ["--tasks=qa1"], (), "results/babilong.json"),
+        ("books", ["--length=4k"], (), "results/books.json"),
+        ("zeroshot", ["--tasks=piqa"], ("--output=out/hope/results/zeroshot.json",), "results/zeroshot.json"),
+        ("zeroshot", ["--output=out/hope/results/piqa.json"], (), "results/*.json"),
+        ("continual", ["--tasks=facts"], (), "results/*.json"),
+    ],
+)
+def test_a_suite_leaves_its_result_where_the_report_looks(suite, options, added, outputs):
+    steps = campaign().model_dump(mode="json")["steps"]
+    steps[3] |= {"suite": suite, "options": options}
+    step = plan_steps(with_runner({"kind": "local"}, steps=steps))[3]
+    assert step.arguments == ("eval", suite, "out/hope", *options, *added)
+    assert (step.folder / step.outputs).as_posix() == f"out/hope/{outputs}"

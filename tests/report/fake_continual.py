@@ -1,6 +1,7 @@
 """One result of every kind of continual learning, and a campaign whose chronological Hope run has them all."""
 
 from nested_lm.eval.continual.schema import (
+    CarriedMetrics,
     ClassIncrementalMetrics,
     ClassStream,
     CorrelationScore,
@@ -45,6 +46,13 @@ TRANSLATED = LanguageScores(
     unread=READING, alone=READING, first_then_other=READING, other_then_this=READING, kept=at(-1.5)
 )
 METRICS = (
+    CarriedMetrics(
+        kind="carried",
+        segments=("1790-1850", "1851-2026"),
+        bits_per_byte=((at(3.0), at(3.1)), (at(2.0), at(2.6)), (at(2.2), at(2.1))),
+        backward_transfer=at(-0.2),
+        accuracy=at(2.15),
+    ),
     LesionMetrics(
         kind="lesion",
         segments=("1790-1850", "1851-2026"),

@@ -1,9 +1,12 @@
 """Tables of continual learning: every kind has one, and it says numbers, floors and p-values."""
 
+from typing import get_args
+
 import pytest
 
+from nested_lm.eval.schema import Metrics
 from nested_lm.report.collect import collect
-from nested_lm.report.kinds import other_results
+from nested_lm.report.kinds import ON_THE_PAGE, RENDERERS, other_results
 from tests.report.fake_continual import METRICS, write_continual
 
 
@@ -25,6 +28,8 @@ def tables(tmp_path_factory):
     [
         ("Regret", "oracle", ("Transformer++", "mixed; another model")),
         ("Regret", "on the period just read", ("0.123", "0.023 to 0.223")),
+        ("Periods with carried state", "backward transfer", ("-0.200", "-0.300 to -0.100")),
+        ("Periods with carried state", "period 1", ("2.200", "2.100 to 2.300")),
         ("Lesions of levels", "level of 2,048 tokens", ("+0.010 / +0.512", "")),
         ("Lesions of levels", "everything but the levels", ("+3.000 / +3.000", "")),
         ("Lesions of levels", "rank correlation", ("-1.00", "p = 0.33, at least 0.33; n = 3")),
@@ -48,3 +53,9 @@ def tables(tmp_path_factory):
 )
 def test_tables_say_the_numbers_of_their_results(tables, title, row, cell):
     assert next(cells[1] for cells in tables[title] if cells[0][0] == row) == cell
+
+
+def test_every_kind_of_result_has_a_table():
+    (union, _) = get_args(Metrics)
+    kinds = {get_args(one.model_fields["kind"].annotation)[0] for one in get_args(union)}
+    assert kinds == {*RENDERERS, *ON_THE_PAGE}

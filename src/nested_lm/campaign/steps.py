@@ -112,14 +112,17 @@ class _Plan:
 
     def add_suite(self, step: EvalStep) -> None:
         folder = self.steps[step.run].folder
+        has_own_output = any(option.startswith("--output") for option in step.options)
+        # Alone of the suites, zeroshot writes outside the run unless it is told where the report looks.
+        place = (f"--output={folder / 'results' / 'zeroshot.json'}",) if step.suite == "zeroshot" else ()
         self.add(
             step.id,
             "eval",
-            ("eval", step.suite, str(folder), *step.options),
+            ("eval", step.suite, str(folder), *step.options, *(() if has_own_output else place)),
             after=(step.run, *step.after),
             settings=json.dumps([step.suite, *step.options]),
             folder=folder,
-            outputs="results/*.json",
+            outputs="results/*.json" if has_own_output or step.suite == "continual" else f"results/{step.suite}.json",
         )
 
 

@@ -44,7 +44,7 @@ class EvalStep(Section):
     settings: str | None = None  # evaluation preset; null: the section `eval` of the run's own preset
     after: Names = ()
     overrides: Overrides = ()  # of the settings
-    suite: Literal["run", "zeroshot", "niah", "continual"] = "run"
+    suite: Literal["run", "zeroshot", "niah", "babilong", "books", "continual"] = "run"
     options: Overrides = ()  # of a suite's verb, such as --tasks=s1,mk1
 
     @model_validator(mode="after")

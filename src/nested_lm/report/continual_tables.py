@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from nested_lm.eval.continual.schema import (
+    CarriedMetrics,
     ClassIncrementalMetrics,
     ClassStream,
     EffectScore,
@@ -57,6 +58,27 @@ def _oracle(campaign: Campaign, run: Run, oracle: OtherRun) -> tuple[Cell, bool]
     differs = oracle.arm != run.results["regret"].identity.arm
     name = ARM_NAMES.get(oracle.arm, oracle.arm)
     return Cell(name, f"{oracle.name}{'; another model' if differs else ''}"), differs
+
+
+def carried(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
+    """The matrix with state carried through whole documents: its last row, and how much was lost."""
+    found = _metrics(runs, task, CarriedMetrics)
+    rows = [
+        (Cell("mean over the periods", "at the end"), *(interval_cell(metrics.accuracy) for metrics in found)),
+        (
+            Cell("backward transfer", "above 0: later reading helped earlier periods"),
+            *(interval_cell(metrics.backward_transfer, signed=True) for metrics in found),
+        ),
+    ]
+    for place in range(max(len(metrics.segments) for metrics in found)):
+        cells = (
+            interval_cell(metrics.bits_per_byte[-1][place]) if place < len(metrics.segments) else Cell("-")
+            for metrics in found
+        )
+        names = dict.fromkeys(metrics.segments[place] for metrics in found if place < len(metrics.segments))
+        rows.append((Cell(f"period {place + 1}", ", ".join(names)), *cells))
+    text = "Bits per byte at the end with whole documents read in one stream each and the memories writing on."
+    return [Shown("Periods with carried state", text, _table(campaign, runs, "measure", rows))]
 
 
 def lesions(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:

@@ -52,6 +52,7 @@ RENDERERS: dict[str, Renderer] = {
     "books": needle_tables.books,
     "zeroshot": zeroshot_tables.zero_shot,
     "regret": continual_tables.regret,
+    "carried": continual_tables.carried,
     "lesion": continual_tables.lesions,
     "events": continual_tables.events,
     "retention": continual_tables.retention,
