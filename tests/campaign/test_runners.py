@@ -228,6 +228,11 @@ class TestGrid:
         assert "tokens       65,536 in 4 trainings" in text
         assert "4.1e+11 FLOPs" in text  # 6 x 1,033,848 x 65,536
         assert "2 min at 1,000 tokens/s and 10 s besides training for each run (measured on a laptop)" in text
+        faster = {**speed, "by_preset": {"hope/demo": 65_536 / 4 / 20}}  # 20 s a training
+        said.clear()
+        made = CampaignConfig.model_validate({**with_grid().model_dump(mode="json"), "speed": faster})
+        run_campaign(made, prefix=prefix, dry_run=True, say=said.append)
+        assert any("2 min at 819 tokens/s and 10 s besides" in line for line in said)
         # 4 runs x 2 kept x (weights, one moment of Muon's matrices and two of the rest, gradients that wait)
         assert "84.8 MB of checkpoints" in text
 
@@ -236,6 +241,14 @@ class TestGrid:
 def test_the_shipped_campaigns_can_be_planned(name):
     steps = plan_steps(load_campaign(name))
     assert all(step.needs == (step.id.removeprefix("eval-"),) for step in steps if step.kind == "eval")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/campaign").absolute().glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_campaign_states_a_speed_of_presets_that_it_trains(path):
+    config = load_campaign(str(path))
+    assert config.speed is not None
+    trained = {step.config for step in config.steps if step.kind == "train"}
+    assert not {*config.speed.by_preset} - trained
 
 
 def test_a_first_signal_leaves_jobs_alone_and_a_second_cancels_them():

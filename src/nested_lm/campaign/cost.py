@@ -22,18 +22,25 @@ def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
         operations = sum(_operations(run) for run in runs)
         rows["tokens"] = f"{tokens:,} in {len(runs)} trainings"
         rows["compute"] = f"{operations:.2g} FLOPs, by 6 x parameters x tokens"
-        rows["time"] = _time(config, tokens, len(runs))
+        rows["time"] = _time(config, [step for step in to_do if step.run is not None])
         rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end"
     return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was run or written"]
 
 
-def _time(config: CampaignConfig, tokens: int, runs: int) -> str:
-    speed = config.speed
+def _time(config: CampaignConfig, trainings: Sequence[PlannedStep]) -> str:
+    speed, runs = config.speed, len(trainings)
     if speed is None:
         return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
     parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs)
-    seconds = (tokens / speed.tokens_per_s + runs * speed.run_seconds) / parallel
-    how = f"{speed.tokens_per_s:,.0f} tokens/s and {speed.run_seconds:g} s besides training for each run"
+    seconds, speeds = runs * speed.run_seconds, {}
+    for step in trainings:
+        assert step.run is not None
+        own = speed.by_preset.get(step.arguments[1], speed.tokens_per_s)
+        speeds[own] = None
+        seconds += _tokens(step.run) / own
+    seconds /= parallel
+    words = " or ".join(f"{own:,.0f}" for own in sorted(speeds))
+    how = f"{words} tokens/s and {speed.run_seconds:g} s besides training for each run"
     together = f", {parallel} at a time" if parallel > 1 else ""
     return f"{_duration(seconds)} at {how}{together} (measured on {speed.measured_on})"
 
