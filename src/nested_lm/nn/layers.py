@@ -120,16 +120,27 @@ class CausalConv(nn.Module):
         weight = self.weight.to(x.dtype)
         if resets is None and x.shape[1] <= _SHORT_CALL:
             windows = padded.unfold(1, past + 1, 1)  # (B, T, D, W)
-            return (windows * weight).sum(dim=-1), padded[:, padded.shape[1] - past :]
+            return (windows * weight).sum(dim=-1), self.next_tail(x, tail, None)
         if resets is None:
             convolved = functional.conv1d(padded.transpose(1, 2), weight[:, None], groups=x.shape[2])
-            return convolved.transpose(1, 2), padded[:, padded.shape[1] - past :]
+            return convolved.transpose(1, 2), self.next_tail(x, tail, None)
         age = tokens_since_reset(resets)
         result = x * weight[:, past]
         for back in range(1, past + 1):
             shifted = padded[:, past - back : padded.shape[1] - back]
             result = result + shifted * weight[:, past - back] * (age >= back)[..., None]
-        # A token before the last document start must not reach the next call.
-        keep = torch.arange(padded.shape[1], device=x.device) >= (past + x.shape[1] - 1 - age[:, -1:])
-        new_tail = padded * keep[..., None]
-        return result, new_tail[:, padded.shape[1] - past :]
+        return result, self.next_tail(x, tail, age)
+
+    def next_tail(
+        self, x: Float[Tensor, "B T D"], tail: Float[Tensor, "B W D"], age: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B W D"]:
+        """Last tokens of a call, for the next one; those before the last document start are 0."""
+        past = tail.shape[1]
+        if past == 0:
+            return tail
+        last = torch.cat([tail.to(x.dtype), x[:, -past:]], dim=1)[:, -past:]
+        if age is None:
+            return last
+        back = torch.arange(past - 1, -1, -1, device=x.device)
+        kept: Tensor = last * (back <= age[:, -1:])[..., None]
+        return kept

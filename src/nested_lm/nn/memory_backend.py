@@ -1,14 +1,16 @@
 """What computes the self-modifying memories: matrix products of torch, or this project's C for processors."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 
 from nested_lm.config.mixers import MemoryBackend
 from nested_lm.errors import ConfigError
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
-from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryOutput, MemoryState, MemoryWeights
+from nested_lm.nn.layers import CausalConv, tokens_since_reset
+from nested_lm.ops import cpu_library, front_cpu, memory_chunked, memory_cpu
+from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryOutput, MemoryState, MemoryWeights, unit
 from nested_lm.write_rule import WriteRule
 
 
@@ -49,6 +51,27 @@ def uses_library(backend: MemoryBackend, rule: WriteRule, inputs: MemoryInputs, 
     if reason is not None:
         raise ConfigError(f"model.mixer.backend is `cpu`, but {reason}; set model.mixer.backend=auto, or torch")
     return True
+
+
+def convolved_units(
+    conv: CausalConv,
+    x: Float[Tensor, "B T 3HK"],
+    tail: Float[Tensor, "B W 3HK"],
+    resets: Bool[Tensor, "B T"] | None,
+    *,
+    num_heads: int,
+    unit_values: bool,
+    backend: MemoryBackend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value of every head, unit(silu(conv(x))), and the tail of the next call."""
+    computes = x.device.type == "cpu" and x.dtype in cpu_library.C_TYPES and not isinstance(x, FakeTensor)
+    if backend != "torch" and computes and _is_library_there():
+        age = None if resets is None else tokens_since_reset(resets)
+        units = front_cpu.convolved_units(x, conv.weight, tail, age, num_heads=num_heads, unit_values=unit_values)
+        return *units, conv.next_tail(x, tail, age)
+    mixed, tail = conv(x, tail, resets)
+    query, key, value = functional.silu(mixed).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
+    return unit(query), unit(key), unit(value) if unit_values else value, tail
 
 
 @torch.compiler.assume_constant_result

@@ -14,13 +14,12 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
-from nested_lm.nn.memory_backend import run_memories
+from nested_lm.nn.memory_backend import convolved_units, run_memories
 from nested_lm.ops.memory import (
     GateReadout,
     MemoryInputs,
     MemoryState,
     MemoryWeights,
-    unit,
     zero_state,
 )
 
@@ -97,13 +96,17 @@ class SelfModifyingTitans(nn.Module):
         Raises:
             ValueError: a document starts inside a chunk.
         """
-        batch, tokens, _ = x.shape
         config = self.config
         self._check_resets(context)
-        mixed, tail = self.conv(self.qkv(x), state.tail, context.resets)
-        mixed = functional.silu(mixed).view(batch, tokens, 3, config.num_heads, config.head_width)
-        query, key = unit(mixed[:, :, 0]), unit(mixed[:, :, 1])
-        value = unit(mixed[:, :, 2]) if config.unit_values else mixed[:, :, 2]
+        query, key, value, tail = convolved_units(
+            self.conv,
+            self.qkv(x),
+            state.tail,
+            context.resets,
+            num_heads=config.num_heads,
+            unit_values=config.unit_values,
+            backend=config.backend,
+        )
         gates = list((self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2))
         if config.retention == "full":
             gates.insert(1, torch.full_like(gates[0], CLOSED))

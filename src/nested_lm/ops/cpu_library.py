@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -154,3 +155,32 @@ def _compile(path: Path, c_type: str) -> None:
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def point(call: ctypes.Structure, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Set pointers of a call's description; the tensors must outlive it."""
+    for name, tensor in tensors.items():
+        setattr(call, name, None if tensor is None else tensor.data_ptr())
+
+
+def run(name: str, call: ctypes.Structure, dtype: torch.dtype, lanes: int) -> None:
+    """Run a function of the library on lanes that know nothing of one another, over torch's number of threads.
+
+    ctypes lets go of the interpreter meanwhile.
+    """
+    function = getattr(load(dtype), name)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+    def work(share: tuple[int, int]) -> int:
+        status: int = function(ctypes.byref(call), *share)
+        return status
+
+    threads = max(1, min(torch.get_num_threads(), lanes))
+    shares = [(lanes * thread // threads, lanes * (thread + 1) // threads) for thread in range(threads)]
+    if threads == 1:
+        failed = bool(work(shares[0]))
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # waits for all of them, also when it is interrupted
+            failed = any(list(pool.map(work, shares)))
+    if failed:
+        raise MemoryError(f"`{name}` of the C library found no room for its work space")

@@ -8,8 +8,6 @@ Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidde
 """
 
 import ctypes
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -137,8 +135,8 @@ class _SelfModify(torch.autograd.Function):
             library = cpu_library.load(named["key"].dtype)
             library.saved_numbers.restype = ctypes.c_int64
             saved = torch.empty(lanes * library.saved_numbers(ctypes.byref(call)), dtype=named["key"].dtype)
-        _point(call, {**found, "saved": saved})
-        _run("forward", call, named["key"].dtype)
+        cpu_library.point(call, {**found, "saved": saved})
+        cpu_library.run("forward", call, named["key"].dtype, call.B * call.H)
         del kept_alive
         ctx.save_for_backward(keep, saved, *tensors)
         return tuple(found.values())
@@ -158,8 +156,8 @@ class _SelfModify(torch.autograd.Function):
                 found[name] = None if of is None else torch.empty_like(of)
             else:  # a part for each row, so that rows need not wait for one another
                 found[name] = torch.zeros(batch, *of.shape, dtype=of.dtype)
-        _point(call, {**sent, **found, "saved": saved})
-        _run("backward", call, named["key"].dtype)
+        cpu_library.point(call, {**sent, **found, "saved": saved})
+        cpu_library.run("backward", call, named["key"].dtype, call.B * call.H)
         del kept_alive
         for name, grad in found.items():
             of = named[name.removeprefix("g_").removeprefix("first_")]
@@ -198,36 +196,5 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
         erase_out=erase_out, erase_after_decay=rule.erase_after_decay, inclusive=rule.read == "inclusive",
         stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
     )  # fmt: skip
-    _point(call, {**lists, **named})
+    cpu_library.point(call, {**lists, **named})
     return call, list(lists.values())
-
-
-def _point(call: _Call, tensors: dict[str, Tensor | None]) -> None:
-    for name, tensor in tensors.items():
-        setattr(call, name, None if tensor is None else tensor.data_ptr())
-
-
-def _shares(lanes: int, threads: int) -> Iterator[tuple[int, int]]:
-    """Cut `lanes` rows and heads into neighbouring shares of nearly equal size."""
-    threads = max(1, min(threads, lanes))
-    for thread in range(threads):
-        yield lanes * thread // threads, lanes * (thread + 1) // threads
-
-
-def _run(name: str, call: _Call, dtype: torch.dtype) -> None:
-    """Run a function of the library on all rows and heads. ctypes lets go of the interpreter meanwhile."""
-    function = getattr(cpu_library.load(dtype), name)
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-
-    def work(share: tuple[int, int]) -> int:
-        status: int = function(ctypes.byref(call), *share)
-        return status
-
-    shares = list(_shares(call.B * call.H, torch.get_num_threads()))
-    if len(shares) == 1:
-        failed = bool(work(shares[0]))
-    else:
-        with ThreadPoolExecutor(len(shares)) as pool:  # waits for all of them, also when it is interrupted
-            failed = any(list(pool.map(work, shares)))
-    if failed:
-        raise MemoryError(f"{name} of the memories: no room for the work space of a chunk of {call.longest} tokens")

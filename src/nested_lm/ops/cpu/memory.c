@@ -469,3 +469,4 @@ int forward(const Call *c, int64_t first, int64_t last)
 }
 
 #include "memory_backward.h"
+#include "front.h"
