@@ -21,12 +21,13 @@ def root(tmp_path_factory):
     """A project with two published campaigns and one that is half done."""
     root = tmp_path_factory.mktemp("project")
     work = root / "artifacts"
-    publish(write_campaign(work / "demo"), root / "eval" / "demo")
+    demo = write_campaign(work / "demo")
+    (demo / "runs" / "hope" / "wandb.json").write_text('{"url": "https://wandb.ai/us/demo/runs/1"}')
+    metrics = demo / "runs" / "transformer" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:50]))
+    publish(demo, root / "eval" / "demo")
     grid = write_grid(work / "grid", {"no-k": (0.1, 0.1, 0.1)}, (variant("no-k"),), missing=("no-k-seed3",))
     publish(grid, root / "eval" / "grid")
-    (work / "demo" / "runs" / "hope" / "wandb.json").write_text('{"url": "https://wandb.ai/us/demo/runs/1"}')
-    metrics = work / "demo" / "runs" / "transformer" / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:50]))
     write_project(Folders(root))
     return root
 
@@ -53,8 +54,7 @@ def test_figures_that_are_named_exist(root):
 
 def test_elsewhere_and_again_the_bytes_are_the_same(root, tmp_path):
     copy = tmp_path / "elsewhere"
-    shutil.copytree(root / "eval", copy / "eval")
-    shutil.copytree(root / "artifacts", copy / "artifacts")
+    shutil.copytree(root / "eval", copy / "eval")  # as in a clean clone: no working folders
     write_project(Folders(copy))
     for name in NAMES:
         assert (copy / name).read_bytes() == (root / name).read_bytes(), name
@@ -66,11 +66,18 @@ def test_progress_says_state_and_link_of_every_run(root):
     assert "| transformer-demo | unfinished |" in text
     assert "| no-k-seed3 | not started |" in text
     assert "3 of 4 runs finished" in text
+    assert "## artifacts" not in text
 
 
 def test_evidence_is_small_and_complete(root):
     run = root / "eval/demo/runs/hope"
-    assert {path.name for path in run.iterdir()} == {"config.resolved.yaml", "run.json", "metrics.jsonl", "results"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.resolved.yaml",
+        "run.json",
+        "wandb.json",
+        "metrics.jsonl",
+        "results",
+    }
     events = [json.loads(line)["event"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert events.count("step") == 1
     assert events[-1] == "done"

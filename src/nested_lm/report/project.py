@@ -24,7 +24,7 @@ COMMAND = "nested-lm report"
 
 
 class Folders(NamedTuple):
-    """Where a project keeps things. evidence: published campaigns. runs: working folders, for the progress page."""
+    """Where a project keeps things. evidence: published campaigns, which alone its documents are made of."""
 
     root: Path
 
@@ -32,11 +32,6 @@ class Folders(NamedTuple):
     def evidence(self) -> Path:
         """Published campaigns."""
         return self.root / "eval"
-
-    @property
-    def runs(self) -> Path:
-        """Working folders."""
-        return self.root / "artifacts"
 
 
 def write_project(folders: Folders) -> list[Path]:
@@ -199,19 +194,20 @@ def _dashboard(experiments: Document, grids: Sequence[Campaign]) -> Document:
 
 
 def _progress(folders: Folders) -> Document:
-    """State of every run of the campaigns in the working folders and the published ones."""
+    """State of every run of the published campaigns; working folders differ from machine to machine."""
     parts = []
-    for source in (folders.runs, folders.evidence):
-        for path in sorted(source.glob(f"*/{MANIFEST_NAME}")):
-            manifest = read_manifest(path.parent)
-            rows = tuple(_state_row(run.name, path.parent / run.folder) for run in manifest.runs)
-            done = sum(row[1].text == "finished" for row in rows)
-            where = path.parent.relative_to(folders.root)
-            text = f"{manifest.title}. {done} of {len(rows)} runs finished."
-            parts.append(
-                Part(str(where), text=[text], table=Table(("run", "state", "tokens", "results", "W&B", "commit"), rows))
-            )
-    lead = ["Every run of every campaign below artifacts/ and eval/: how far it is, and where its curves are."]
+    for path in sorted(folders.evidence.glob(f"*/{MANIFEST_NAME}")):
+        manifest = read_manifest(path.parent)
+        rows = tuple(_state_row(run.name, path.parent / run.folder) for run in manifest.runs)
+        done = sum(row[1].text == "finished" for row in rows)
+        where = path.parent.relative_to(folders.root).as_posix()
+        text = f"{manifest.title}. {done} of {len(rows)} runs finished."
+        table = Table(("run", "state", "tokens", "results", "W&B", "commit"), rows)
+        parts.append(Part(where, text=[text], table=table))
+    lead = [
+        "Every run of every published campaign below eval/: how far it is, and where its curves are. What runs in "
+        "artifacts/ of one machine is said by `nested-lm campaign PRESET --dry-run` there."
+    ]
     return Document("Progress of the runs", COMMAND, lead, parts)
 
 
