@@ -74,7 +74,7 @@ def test_scores_stand_beside_all_controls(shown):
     assert controls["s1, 2,048", "needle only"][0] == ("1.00", "0.912 to 1.000; 0.10 nats")
     assert controls["s1, 2,048", "reset"][0] == ("0.00", detail.format("4.00"))
     assert controls["s1, 2,048", "frozen"] == [("0.00", detail.format("2.00")), ("-", "")]
-    assert "freezes the fast weights from the question on" in tables["Needles: controls"][0]
+    assert "frozen: freezes the fast weights from the question on" in tables["Needles: controls"][0]
     assert tables["Needles: nats saved"][1]["s1, 2,048", ""][0] == ("+4.5000", "+4.5000 to +4.5000; with it 0.50")
     effective = tables["Needles: effective length"][1]
     assert effective["s1", "match at least 0.856"] == [("2,048", ""), ("none", "")]

@@ -32,7 +32,8 @@ def _time(config: CampaignConfig, trainings: Sequence[PlannedStep]) -> str:
     if speed is None:
         return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
     parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs)
-    seconds, speeds = runs * speed.run_seconds, {}
+    seconds = runs * speed.run_seconds
+    speeds: dict[float, None] = {}
     for step in trainings:
         assert step.run is not None
         own = speed.by_preset.get(step.arguments[1], speed.tokens_per_s)

@@ -14,7 +14,7 @@ from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
 _FREEZING = (
-    "`frozen` freezes the fast weights from the question on: they are read and no longer written, while the text "
+    "frozen: freezes the fast weights from the question on: they are read and no longer written, while the text "
     "before was written as ever, and convolution tails and attention caches go on; - for a model without fast weights."
 )
 _EXPLAINED = (
@@ -65,7 +65,7 @@ def books(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
         rows.append((Cell("saved", f"positions {first:,} to {last:,}"), *cells))
     text = (
         "Long books read from their start; a state that is merely not fresh saves something too, so what counts is "
-        "whether `saved` grows with the position."
+        "whether it grows with the position."
     )
     return [Shown("Long books", text, Table(("measure", *_labels(campaign, runs)), tuple(rows)))]
 
@@ -100,7 +100,8 @@ def _curves(campaign: Campaign, runs: Sequence[Run], task: str, title: str, *, m
 
 def _emptiness(labels: Sequence[str], found: Sequence[NiahMetrics | BabilongMetrics]) -> list[str]:
     """Sentences about arms whose scores are all 0: with `needle only` at 0 too, the curve measures nothing."""
-    empty, silent = [], []
+    empty: list[str] = []
+    silent: list[str] = []
     for label, metrics in zip(labels, found, strict=True):
         measured = [length.scores for task in metrics.tasks for length in task.lengths if length.scores is not None]
         if not measured or any(_answers(scores.score) for scores in measured):
@@ -182,7 +183,7 @@ def _effective(labels: Sequence[str], found: Sequence[NiahMetrics | BabilongMetr
             unknown = (name, threshold) not in each
             cells.append(Cell(ABSENT) if unknown else Cell("none" if length is None else f"{length:,}"))
         rows.append((Cell(name, f"match at least {threshold:g}"), *cells))
-    text = "Longest length up to which the lower bound of `match` stays at the threshold or above, in tokens."
+    text = "Longest length up to which the lower bound of match stays at the threshold or above, in tokens."
     return text, Table(("task", *labels), tuple(rows))
 
 

@@ -206,7 +206,7 @@ def _progress(folders: Folders) -> Document:
         parts.append(Part(where, text=[text], table=table))
     lead = [
         "Every run of every published campaign below eval/: how far it is, and where its curves are. What runs in "
-        "artifacts/ of one machine is said by `nested-lm campaign PRESET --dry-run` there."
+        "artifacts/ of one machine is said there by: nested-lm campaign PRESET --dry-run."
     ]
     return Document("Progress of the runs", COMMAND, lead, parts)
 

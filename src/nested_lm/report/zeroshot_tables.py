@@ -175,7 +175,7 @@ def _papers(
     rows += [_paper(row, columns) for row in papers]
     text = (
         "Accuracies in percent; n: by length of the answer. The papers' rows of the scale nearest to ours as printed, "
-        "without seeds or intervals, of far larger models, other data and tokenizers: not comparable with ours. "
+        "without seeds or intervals, of models of other sizes, data and tokenizers: not comparable with ours. "
         "*: with attention. In brackets: the mean where the printed one is not that of the printed accuracies."
     )
     header = ("model", *(SHORT_NAMES[f"{name}/{metric}"] for name, metric in columns), "mean of 8")
@@ -189,8 +189,8 @@ def _paper(row: PaperRow, columns: Sequence[tuple[str, str]]) -> tuple[Cell, ...
         score = row.scores.get(f"{name}/{metric}")
         cells.append(Cell("-" if score is None else f"{score:.2f}"))
     again = "" if row.recomputed_average is None else f" ({row.recomputed_average:.2f})"
-    name = Cell(f"{row.model}{'*' if row.hybrid else ''}", f"{row.scale}; {row.source}")
-    return (name, *cells, Cell(f"{row.average:.2f}{again}"))
+    first = Cell(f"{row.model}{'*' if row.hybrid else ''}", f"{row.scale}; {row.source}")
+    return (first, *cells, Cell(f"{row.average:.2f}{again}"))
 
 
 def _time(labels: Sequence[str], found: Sequence[ZeroShotMetrics], seconds: Sequence[float]) -> Shown:
