@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nested_lm.audit import optimizers
+from nested_lm.audit import memories, optimizers
 from nested_lm.audit.runner import CHECKS
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.levels import LevelClock
+from nested_lm.nn import self_modifying
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.block import Block
 from nested_lm.nn.layers import CausalConv
@@ -173,7 +174,11 @@ class TestStreams:
 
 class TestMemories:
     def test_vectors_that_are_not_unit(self, make_subject, missed, monkeypatch):
-        monkeypatch.setattr("nested_lm.nn.self_modifying.unit", lambda x: x)
+        def change(original, *args, **kwargs):
+            *vectors, tail = original(*args, **kwargs)
+            return *(2 * vector for vector in vectors), tail
+
+        break_operation(monkeypatch, self_modifying, "convolved_units", change)
         assert missed("ranges", make_subject("hope")) == ["length of keys, queries and unit values, distance from 1"]
 
     def test_gates_beyond_their_range(self, make_subject, missed, monkeypatch):
@@ -219,6 +224,24 @@ class TestMemories:
         found = missed("long_stream", make_subject("hope"))
         assert "share of heads closed to independent tokens" in found
         assert "smallest memory after independent tokens" in found
+
+    def test_heads_that_only_turn_over_what_they_hold(self, make_subject, missed, monkeypatch):
+        def change(original, inputs, *args, **kwargs):
+            return original(inputs._replace(rate=inputs.rate + 50), *args, **kwargs)
+
+        break_memories(monkeypatch, change)
+        found = missed("long_stream", make_subject("hope"))
+        assert "share of heads that only turn independent tokens over" in found
+
+    def test_a_memory_that_does_not_come_back_after_a_repeated_token(self, make_subject, missed, monkeypatch):
+        def change(original, *args, **kwargs):
+            output = original(*args, **kwargs)
+            kept = (x * (kwargs["position"] < memories.LONG_STREAM) for x in output.state.current)
+            return output._replace(state=output.state._replace(current=type(output.state.current)(*kept)))
+
+        break_memories(monkeypatch, change)
+        found = missed("long_stream", make_subject("hope"))
+        assert found == ["smallest memory after repeated tokens and then others"]
 
     def test_a_memory_that_fades_to_nothing_is_dead_although_far_from_its_start(self, make_subject, missed):
         mixer = MODELS["hope"]["mixer"] | {"decay_towards": "zero", "decay_horizon_tokens": 4}

@@ -21,7 +21,7 @@ from nested_lm.audit.probe import (
     run_operation,
     worst_difference,
 )
-from nested_lm.audit.subject import Subject
+from nested_lm.audit.subject import TOKEN_SEED, Subject
 from nested_lm.nn.attention import AttentionState
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import map_tensors
@@ -103,7 +103,10 @@ def ranges(subject: Subject) -> list[Finding]:
 
 @torch.no_grad()
 def long_stream(subject: Subject) -> list[Finding]:
-    """Memories after 8192 tokens, independent ones and one token repeated: written, not exploded, logits finite."""
+    """Memories after 8192 tokens, independent ones and one token repeated: written, not exploded, logits finite.
+
+    After the repeated token come others: memories that it left at their start must move.
+    """
     model = subject.build(dtype=torch.float32)
     if not _calls(subject, subject.build()):
         return [_without_calls(subject, "memory after 8192 tokens")]
@@ -123,12 +126,18 @@ def long_stream(subject: Subject) -> list[Finding]:
         closed = [head for call in calls if call.is_memory for head in _is_closed(call).flatten().tolist()]
         if closed:
             findings.append(at_most(f"share of heads closed to {name} tokens", sum(closed) / len(closed), CLOSED))
+            turning = [head for call in calls if call.is_memory for head in _only_turns_over(call).flatten().tolist()]
+            figure = f"share of heads that only turn {name} tokens over"
+            findings.append(at_most(figure, sum(turning) / len(turning), CLOSED))
         findings += [
             at_least(f"smallest memory after {name} tokens", _extreme(min, sizes), ALIVE),
             _bounded(f"largest memory after {name} tokens", calls, _extreme(max, sizes)),
             at_most(f"largest logit over {name} tokens", logits_peak, 1e4),
         ]
-    return findings
+    with recorded() as calls:  # what a repeated token held down must come back
+        model(subject.random_tokens(1, SEGMENT, seed=TOKEN_SEED + 1), state=state)
+    sizes = [size for call in calls for size in _sizes(call)]
+    return [*findings, at_least("smallest memory after repeated tokens and then others", _extreme(min, sizes), ALIVE)]
 
 
 def _extreme(choose: Callable[[list[float]], float], sizes: list[float]) -> float:
@@ -139,6 +148,16 @@ def _extreme(choose: Callable[[list[float]], float], sizes: list[float]) -> floa
 def _is_closed(call: Call) -> Tensor:
     """Which heads wrote nothing, because their learning rate was cut off at 0 for every token. (B, H)."""
     return call.output.rate.amax(1) == 0
+
+
+def _only_turns_over(call: Call) -> Tensor:
+    """Which heads of `memory` store next to nothing, because their rate was cut off at 2 for every token. (B, H).
+
+    Erasing alone then reflects what is held, and damping leaves the gradient step a room of ROOM_FLOOR
+    (`room_beside_erase`): `memory` settles that far from its start, whatever its tokens.
+    """
+    rule = call.arguments["rule"]
+    return (call.output.rate.amin(1) >= 2.0) & any(rule.erased_layers)
 
 
 def _bounded(figure: str, calls: list[Call], largest: float) -> Finding:
@@ -266,8 +285,8 @@ def _sizes(call: Call) -> Iterator[float]:
     """Size of each memory that is written, head by head, relative to its start.
 
     Of the distance from the start, which is what writes make; of each layer's whole weights where retention shrinks
-    those, because a memory that fades to nothing is then far from its start, and dead. A closed head whose retention
-    leads back to its start is left out: it rests there, and lives.
+    those, because a memory that fades to nothing is then far from its start, and dead. Left out where retention leads
+    back to the start: closed heads, and `memory` of heads that only turn it over. They rest there, and live.
     """
     if not call.is_memory:
         yield from call.output.state.flatten(2).norm(dim=-1).flatten().tolist()
@@ -276,7 +295,9 @@ def _sizes(call: Call) -> Iterator[float]:
     assert isinstance(state, MemoryState)
     written = [index for index, rate in enumerate(rule.rates) if rate > 0]
     whole = rule.decay_towards == "zero"
-    heads = _is_closed(call).logical_not() | whole
+    heads = (_is_closed(call).logical_not() | whole)[..., None].expand(-1, -1, len(rule.adapt)).clone()
+    if not whole:
+        heads[..., -1] &= _only_turns_over(call).logical_not()
     layers = [
         (tensor + origin if whole else tensor, origin)
         for tensor, origin in zip(state.current, start, strict=True)
@@ -287,4 +308,4 @@ def _sizes(call: Call) -> Iterator[float]:
     if not whole:
         moved, origins = [torch.stack(moved).sum(0)], [torch.stack(origins).sum(0)]
     for squared, at_start in zip(moved, origins, strict=True):
-        yield from (squared / at_start).sqrt()[heads][:, written].flatten().tolist()
+        yield from (squared / at_start).sqrt()[..., written][heads[..., written]].tolist()
