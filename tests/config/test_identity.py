@@ -2,7 +2,8 @@
 
 import pytest
 
-from nested_lm.config.load import config_hash, load_evaluation, load_run, training_hash
+from nested_lm.config.architecture import architecture_differences
+from nested_lm.config.load import config_hash, load_evaluation, load_run, parse_run, training_hash
 from nested_lm.errors import ConfigError
 
 
@@ -11,6 +12,28 @@ def test_evaluation_settings_do_not_identify_a_training():
     assert config_hash(run) != config_hash(other)
     assert training_hash(run) == training_hash(other)
     assert training_hash(run) != training_hash(load_run("hope/demo", ["train.clip_norm=2.0"]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "backends"),
+    [
+        ("hope/demo", "model.mixer.backend", ("auto", "torch", "cpu")),
+        ("baselines/titans_mac_demo", "model.mixer.memory.backend", ("auto", "torch", "cpu")),
+        ("baselines/delta_net_demo", "model.mixer.backend", ("auto", "torch", "fla")),
+    ],
+)
+def test_what_computes_a_model_is_no_part_of_it(preset, field, backends):
+    runs = [load_run(preset, [f"{field}={backend}"]) for backend in backends]
+    assert len({training_hash(run) for run in runs}) == len({config_hash(run.model) for run in runs}) == 1
+    assert architecture_differences(runs[0].model, runs[1].model) == []
+
+
+def test_a_configuration_without_a_backend_gets_the_default():
+    plain = load_run("hope/demo").model_dump(mode="json")
+    del plain["model"]["mixer"]["backend"]
+    run = parse_run(plain, "an older run")
+    assert run.model.mixer.backend == "auto"
+    assert training_hash(run) == training_hash(load_run("hope/demo"))
 
 
 def test_settings_come_from_an_evaluation_preset_or_from_a_run():

@@ -178,6 +178,24 @@ class TestRefusals:
             "norm_epsilon is 1e-06 there and 1e-05 here",
         )
 
+    @pytest.mark.parametrize("backend", ["torch", "auto"])
+    def test_another_backend_reads_it(self, saved, backend):
+        model, _, state, path = saved
+        mixer = model.config.mixer.model_dump(mode="json") | {"backend": backend}
+        other = build("hope", torch.float32, mixer=mixer)
+        loaded = load_memory(path, other, identity_of(other))
+        assert all(same_bits(loaded, state))
+
+    def test_a_file_of_a_version_without_a_field_or_with_another_hash(self, saved):
+        model, identity, state, path = saved
+
+        def change(header, _tensors):
+            header["model"]["config_hash"] = "0" * 16
+            del header["model"]["settings"]["mixer"]["backend"]
+
+        rewrite(path, change)
+        assert all(same_bits(load_memory(path, model, identity), state))
+
     def test_another_mixer(self, saved):
         other = build("transformer", torch.float32)
         self.refused(saved[3], other, identity_of(other), 'mixer.kind is "self_modifying" there and "attention" here')

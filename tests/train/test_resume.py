@@ -2,12 +2,16 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from nested_lm.checkpoint import load_model
+from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.train.recorder import Recorder
+from nested_lm.train.run_folder import open_run_folder
 from nested_lm.train.trainer import train
 from nested_lm.train.validation import Validator
 
@@ -149,6 +153,32 @@ def test_another_configuration_is_refused_with_its_differences(make_config):
     assert "seed: 3 -> 4" in lines
     assert "train.optimizer.rate: 0.01 -> 0.02" in lines
     assert len(lines) == 4  # the sentence, two differences, what to do
+
+
+def test_another_backend_goes_on_with_the_run(make_config, signal_after, disarm):
+    config = make_config("hope")
+    mixer = config.model.mixer.model_copy(update={"backend": "torch"})
+    in_torch = config.model_copy(update={"model": config.model.model_copy(update={"mixer": mixer})})
+    signal_after(4)
+    assert train(in_torch).step == 4
+    disarm()
+    assert train(config).step == STEPS
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(make_config):
+    """It lacked fields, and so hashed its configuration otherwise."""
+    config = make_config("hope", budget_tokens=64)
+    train(config)
+    folder = Path(config.output_dir)
+    stored = OmegaConf.load(folder / "config.resolved.yaml")
+    del stored.model.mixer["backend"], stored.model.mixer["erase_after_decay"]
+    OmegaConf.save(stored, folder / "config.resolved.yaml")
+    identity = folder / "run.json"
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"config_hash": "0" * 16}))
+    with pytest.raises(ConfigError, match="seed: 3 -> 4"):
+        train(config.model_copy(update={"seed": 4}))
+    dataset = TokenDataset.open(Path(config.data.output_dir), "train")
+    assert open_run_folder(config, dataset, resume="auto", device="cpu", parameters=1)["config_hash"] == "0" * 16
 
 
 def test_never_refuses_a_folder_with_a_run(make_config):

@@ -6,8 +6,11 @@ from typing import Any
 from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.model import ModelConfig
 
-# Clocks and starting values: what a model computes before anything is written does not depend on them.
-_FREE = re.compile(r"init_std|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*")
+# Clocks and starting values: what a model computes before anything is written does not depend on them. `backend` does the
+# computing and is no part of a model.
+_FREE = re.compile(
+    r"init_std|(.*\.)?backend|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*"
+)
 
 
 def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]:

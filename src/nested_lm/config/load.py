@@ -80,15 +80,24 @@ def dump_resolved(config: Section, path: Path) -> None:
 
 
 def config_hash(config: Section) -> str:
-    """Identity of a configuration: the first 16 hex digits of the sha256 of its canonical JSON."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Identity of a configuration: the first 16 hex digits of the sha256 of its canonical JSON, without `backend`."""
+    return _digest(config.model_dump(mode="json"))
 
 
 def training_hash(config: RunConfig) -> str:
     """Identity of a training: as `config_hash`, but without the evaluation settings, which cannot change weights."""
-    text = json.dumps(config.model_dump(mode="json", exclude={"eval"}), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest(config.model_dump(mode="json", exclude={"eval"}))
+
+
+def identifying(value: Any) -> Any:
+    """Plain settings without `backend`: what computes a model differs by rounding, and is no part of what it is."""
+    if isinstance(value, Mapping):
+        return {key: identifying(child) for key, child in value.items() if key != "backend"}
+    return [identifying(child) for child in value] if isinstance(value, list) else value
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identifying(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _load(root: type[S], name_or_path: str, overrides: Sequence[str]) -> S:

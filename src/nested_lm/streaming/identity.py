@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import xxhash
+from pydantic import ValidationError
 from torch import Tensor
 
-from nested_lm.config.load import config_hash
+from nested_lm.config.load import config_hash, identifying
+from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 
 DIGITS = 16
@@ -21,7 +23,8 @@ class ModelIdentity:
     """What must be equal for a stored state to mean the same.
 
     label: for people, such as the name of the run and its step; not compared.
-    config_hash: of the model's settings. settings: these, so that a difference can be named.
+    config_hash: of the model's settings without `backend`, since every backend reads and writes the same state.
+    settings: all of them, so that a difference can be named.
     dtype: of the weights. weights_hash: of every weight's name, type, shape and bytes.
     tokenizer_hash: sha256 of tokenizer.json.
     """
@@ -57,7 +60,7 @@ def identify(model: LanguageModel, *, tokenizer_hash: str, label: str) -> ModelI
 
 def difference(stored: ModelIdentity, present: ModelIdentity) -> str | None:
     """Say in what a stored identity differs from the model at hand; None when they are the same model."""
-    if stored.config_hash != present.config_hash:
+    if present.config_hash not in (stored.config_hash, _hash_of(stored.settings)):
         return (
             f"its model has configuration {stored.config_hash}, this one {present.config_hash}: "
             f"{_settings_difference(stored.settings, present.settings)}"
@@ -92,9 +95,17 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _hash_of(settings: Mapping[str, Any]) -> str | None:
+    """Hash that this version gives to stored settings; an earlier one may have lacked a field, or hashed more."""
+    try:
+        return config_hash(ModelConfig.model_validate(settings))
+    except ValidationError:
+        return None
+
+
 def _settings_difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """Name the first few settings that differ."""
-    one, other = dict(_leaves(stored, "")), dict(_leaves(present, ""))
+    one, other = dict(_leaves(identifying(stored), "")), dict(_leaves(identifying(present), ""))
     found = [
         f"{path} is {_shown(one, path)} there and {_shown(other, path)} here"
         for path in dict.fromkeys([*one, *other])

@@ -1,5 +1,6 @@
 """The run folder: identity, resolved configuration, and whether a run may go on in it."""
 
+import contextlib
 import json
 import platform
 import uuid
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from nested_lm.commit import current_commit
 from nested_lm.config.architecture import flat
-from nested_lm.config.load import dump_resolved, training_hash
+from nested_lm.config.load import dump_resolved, identifying, parse_run, training_hash
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
 from nested_lm.data.atomic import write_atomically
@@ -49,10 +50,11 @@ def open_run_folder(
     if not identity_file.exists():
         return _create(config, dataset, device=device, parameters=parameters, start=start)
     identity = _read_identity(identity_file)
-    if identity["config_hash"] != training_hash(config):
+    differences = _differences(folder, config) if identity["config_hash"] != training_hash(config) else []
+    if differences:  # none: an earlier version, which lacked a field or hashed more of them
         raise ConfigError(
             f"{folder} holds a run of another configuration; these fields differ (there -> now):\n"
-            + "\n".join(f"  {line}" for line in _differences(folder, config))
+            + "\n".join(f"  {line}" for line in differences)
             + "\n  Choose another output_dir, or start with the stored configuration."
         )
     if resume == "never":
@@ -143,16 +145,20 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _differences(folder: Path, config: RunConfig) -> list[str]:
-    """List the fields of the training that differ from the stored configuration, as `path: there -> now`."""
+    """List the fields of the training that differ from the stored configuration, as `path: there -> now`.
+
+    Fields that an earlier version did not have count as their default, which is what it did.
+    """
     stored = folder / RESOLVED
     if not stored.exists():
         return [f"{RESOLVED} is missing, so the fields cannot be compared"]
-    there = flat(OmegaConf.to_container(OmegaConf.load(stored)))
-    now = flat(config.model_dump(mode="json"))
+    values = OmegaConf.to_container(OmegaConf.load(stored))
+    with contextlib.suppress(ConfigError):  # what this version does not understand is compared as it was written
+        values = parse_run(values, str(stored)).model_dump(mode="json")
+    there, now = flat(identifying(values)), flat(identifying(config.model_dump(mode="json")))
     absent = "(absent)"
-    found = [
+    return [
         f"{path}: {there.get(path, absent)} -> {now.get(path, absent)}"
         for path in sorted(set(there) | set(now))
         if there.get(path, absent) != now.get(path, absent) and not path.startswith("eval.")
     ]
-    return found or ["none: an earlier version of nested-lm began this run, and hashed its configuration otherwise"]
