@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nested_lm.errors import NumericsError
 from nested_lm.nn import generation
 from nested_lm.nn.generation import generate, next_token_probabilities
 from nested_lm.nn.state import iterate_tensors
@@ -112,3 +113,36 @@ class TestStreams:
             sample(model, prompt[:1], max_new_tokens=60, stop=alone[5])[0].tolist()
             == alone[: alone.index(alone[5]) + 1]
         )
+
+
+class TestPredictionsThatAreNotFinite:
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("drawn", [0, 4])
+    def test_are_an_error_and_never_a_token(self, temperature, drawn):
+        model = build(HOPE)
+        first = 5 + drawn
+
+        def hook(_module, given, output):
+            values = output[0].clone()
+            here = range(place[0], place[0] + values.shape[1])
+            if first - 1 in here:
+                values[0, here.index(first - 1)] = float("nan")
+            return (values, *output[1:])
+
+        place, original = [0], model.forward
+
+        def forward(ids, *, state=None, **kwargs):
+            place[0] = 0 if state is None else state.position
+            return original(ids, state=state, **kwargs)
+
+        model.forward = forward
+        model.blocks[1].mixer.register_forward_hook(hook)
+        with pytest.raises(NumericsError, match=rf"layer 1, mixer.*token {first - 1} of the stream(?s:.*)No token"):
+            sample(model, tokens(2, 5), temperature=temperature)
+
+    def test_weights_that_are_not_finite_are_named(self):
+        model = build(TRANSFORMER)
+        with torch.no_grad():
+            model.blocks[0].mixer.out.weight[0, 0] = float("nan")
+        with pytest.raises(NumericsError, match=r"parameter blocks.0.mixer.out.weight"):
+            sample(model, tokens(1, 5))

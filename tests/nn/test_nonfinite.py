@@ -1,11 +1,15 @@
 """The first value that is not finite is found: its layer, part, memory, row and token."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.nonfinite import locate_nonfinite
+from nested_lm.nn.state import map_tensors
+from tests.nn.in_context_models import settings
 from tests.nn.test_model import HOPE, TRANSFORMER, tokens
 
 
@@ -84,3 +88,27 @@ def test_a_state_that_came_in_bad_is_named():
     assert "the state before the first token, layer 0, memory.border.inner" in str(
         locate_nonfinite(model, tokens(1, 4), state=state)
     )
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
+def test_the_in_context_level_that_overflows_is_named(level, mixer):
+    """A write of endless size; the token after the level's period is the first to read it."""
+    model = build(settings(mixer))
+    model.writer.levels = tuple(
+        dataclasses.replace(written, rate=float("inf") if written.level == level else 0.0)
+        for written in model.writer.levels
+    )
+    found = locate_nonfinite(model, tokens(2, 19) % 23)
+    period = {0: 4, 2: 8}[level]
+    assert (found.layer, found.part, found.levels, found.token) == (0, "channel", (level,), period)
+    assert f"in-context level {level}" in str(found)
+
+
+def test_gradients_that_wait_for_a_slow_level_are_named():
+    model = build(settings())
+    state = model(tokens(2, 6) % 23).state
+    levels = state.in_context.levels
+    spoiled = levels[1]._replace(pending=map_tensors(levels[1].pending, lambda tensor: tensor * float("nan")))
+    state = dataclasses.replace(state, in_context=state.in_context._replace(levels=(levels[0], spoiled)))
+    assert "in-context levels, levels.1.pending" in str(locate_nonfinite(model, tokens(2, 3) % 23, state=state))

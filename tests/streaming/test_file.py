@@ -9,7 +9,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nested_lm.errors import CheckpointError, DataError
+from nested_lm.errors import CheckpointError, DataError, NumericsError
 from nested_lm.nn.state import StreamState, iterate_tensors
 from nested_lm.streaming.file import describe_bytes, load_memory, num_streams, read_header, save_memory
 from nested_lm.streaming.tree import flatten, rebuild
@@ -56,6 +56,15 @@ def rewrite(path, change):
     save_file(tensors, path, {HEADER: f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}"})
 
 
+def test_a_state_that_is_not_finite_is_not_stored(saved):
+    _, identity, state, path = saved
+    before = path.read_bytes()
+    spoiled = state.map(lambda tensor: tensor * float("nan") if tensor.is_floating_point() else tensor)
+    with pytest.raises(NumericsError, match=r"not finite: layer 0, memory\.border\.inner(?s:.*)Nothing was written"):
+        save_memory(path, spoiled, identity)
+    assert path.read_bytes() == before
+
+
 class TestRoundTrip:
     @every_model
     @pytest.mark.parametrize("length", [0, 11, 16])
@@ -89,7 +98,7 @@ class TestRoundTrip:
     def test_special_values_survive(self, tmp_path):
         model = build("hope", torch.float32)
         state = model(tokens(1, 8)).state
-        odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+        odd = torch.tensor([torch.finfo(torch.float32).max, torch.finfo(torch.float32).min, -0.0, 1e-45])
         state = state.map(lambda tensor: tensor.flatten().index_copy(0, torch.arange(4), odd).view_as(tensor))
         save_memory(tmp_path / "m", state, identity_of(model))
         assert all(same_bits(load_memory(tmp_path / "m", model, identity_of(model)), state))

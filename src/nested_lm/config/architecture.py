@@ -6,8 +6,8 @@ from typing import Any
 from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.model import ModelConfig
 
-# Clocks and starting values: what a model computes before anything is written does not depend on them. `backend` does the
-# computing and is no part of a model.
+# Clocks and starting values: what a model computes before anything is written does not depend on them. And `backend`,
+# which does the computing.
 _FREE = re.compile(
     r"init_std|(.*\.)?backend|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*"
 )

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.nonfinite import predictions_error
 from nested_lm.nn.state import StreamState
 
 SEGMENT_TOKENS = 512
@@ -51,6 +52,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt or an option out of range.
+        NumericsError: predictions are not finite; named are layer, memory and token.
     """
     if tokens.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, for example the end-of-text token")
@@ -86,7 +88,8 @@ def _sample(
     while len(chosen) < max_new_tokens and (stop is None or not bool(stopped.all())):
         if chosen:
             output = model(chosen[-1], state=state)
-            logits, state = output.logits[:, -1], output.state
+            logits = require_finite(output.logits[:, -1], model, chosen[-1], state)
+            state = output.state
         chosen.append(draw(logits))
         if stop is not None:
             stopped |= chosen[-1][:, 0] == stop
@@ -99,15 +102,40 @@ def read_prompt(
     """Read tokens in segments, keeping no more than one segment's activations.
 
     Returns: the logits after the last token, and the state.
+
+    Raises:
+        NumericsError: predictions are not finite; named are layer, memory and token.
     """
     begin, logits = 0, None
     while begin < tokens.shape[1]:
         end = begin + segment_room(model, 0 if state is None else state.position)
         output = model(tokens[:, begin:end], state=state, predictions="last")
-        logits, state, begin = output.logits[:, -1], output.state, end
+        logits = require_finite(output.logits[:, -1], model, tokens[:, begin:end], state)
+        state, begin = output.state, end
     assert logits is not None, "a prompt has tokens"
     assert state is not None
     return logits, state
+
+
+def require_finite(
+    logits: Float[Tensor, "B V"], model: LanguageModel, tokens: Int[Tensor, "B T"], state: StreamState | None
+) -> Float[Tensor, "B V"]:
+    """Return the logits of a call, which nothing may be drawn from unless all are finite.
+
+    tokens, state: as given to the call.
+
+    Raises:
+        NumericsError: some are not; the call is replayed to name the place.
+    """
+    if bool(torch.isfinite(logits).all()):
+        return logits
+    raise predictions_error(
+        model,
+        tokens,
+        state,
+        consequence="No token was drawn. The checkpoint has diverged, or the stream drove a memory out of range: use "
+        "an earlier checkpoint, or start without the memory.",
+    )
 
 
 def segment_room(model: LanguageModel, position: int) -> int:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.nn.state import StreamState
+from nested_lm.nn.state import StreamState, iterate_tensors
 
 
 class NonFiniteValue(NamedTuple):
@@ -20,6 +21,7 @@ class NonFiniteValue(NamedTuple):
     layer: index of the block; None for the embedding, the final norm and the head.
     part: module below it (`mixer`, `channel`, `embedding`), or the parameter itself.
     memories: those whose fast weights are not finite after the token; empty where the part writes none.
+    levels: those written in context whose fast copy, or what waits to be written to it, is not finite.
     row, token: in the batch that was replayed; None for a parameter, which belongs to all tokens.
     stream_position: of the token since the stream began.
     """
@@ -30,11 +32,14 @@ class NonFiniteValue(NamedTuple):
     row: int | None = None
     token: int | None = None
     stream_position: int | None = None
+    levels: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         place = self.part if self.layer is None else f"layer {self.layer}, {self.part}"
         if self.memories:
             place += f", memory {', '.join(self.memories)}"
+        if self.levels:
+            place += f", in-context level {', '.join(map(str, self.levels))}"
         if self.row is None:
             return place
         return f"{place}, row {self.row}, token {self.token} (token {self.stream_position} of the stream)"
@@ -65,9 +70,9 @@ def locate_nonfinite(
             return NonFiniteValue(None, f"parameter {name}")
     if state is None:
         state = model.initial_state(tokens.shape[0])
-    for tensor_name, tensor in named_state(state):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return NonFiniteValue(None, f"the state before the first token, {tensor_name}")
+    came_in = first_nonfinite(state)
+    if came_in is not None:
+        return NonFiniteValue(None, f"the state before the first token, {came_in}")
     step = model.config.alignment
     begins = sorted({0, *range(-state.position % step, tokens.shape[1], step)})
     for begin, end in zip(begins, [*begins[1:], tokens.shape[1]], strict=True):
@@ -121,13 +126,21 @@ def _read(
             last = torch.zeros_like(spoiled)
             last[row, -1] = True
             bad.append((layer, "mixer", last))
+        elif (found := _spoiled_row(output.state.in_context)) is not None:
+            last = torch.zeros_like(spoiled)
+            last[found, -1] = True
+            bad.append((None, "write", last))
         else:
             return None, output.state
     layer, part, spoiled = bad[0]
     column = int(spoiled.any(dim=0).nonzero()[0])
     row = int(spoiled[:, column].nonzero()[0])
+    column = min(
+        column, end - begin - 1
+    )  # an in-context write reads its segment once more, with the call's first token
     memories = _spoiled_memories(model, output.state, layer, row) if part == "mixer" and layer is not None else ()
-    return NonFiniteValue(layer, part, memories, row, begin + column, state.position + column), output.state
+    levels = _spoiled_levels(model, output.state, row) if part in ("channel", "write") else ()
+    return NonFiniteValue(layer, part, memories, row, begin + column, state.position + column, levels), output.state
 
 
 def _parts(model: LanguageModel) -> Iterator[tuple[int | None, str, nn.Module]]:
@@ -143,10 +156,51 @@ def _parts(model: LanguageModel) -> Iterator[tuple[int | None, str, nn.Module]]:
 def _spoiled_state(state: StreamState) -> tuple[int, int] | None:
     """Layer and row of the first layer state that is not finite."""
     for layer, own in enumerate(state.layers):
-        for _, tensor in _named(own, ""):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                return layer, int((~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero()[0])
+        row = _spoiled_row(own)
+        if row is not None:
+            return layer, row
     return None
+
+
+def _spoiled_row(tree: Any) -> int | None:
+    """First row of the first tensor of a tree that is not finite."""
+    for _, tensor in _named(tree, ""):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return int((~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero()[0])
+    return None
+
+
+def _spoiled_levels(model: LanguageModel, state: StreamState, row: int) -> tuple[int, ...]:
+    """Levels written in context whose copy, waiting gradients or rule are not finite in a row."""
+    if state.in_context is None or model.writer is None:
+        return ()
+    return tuple(
+        written.level
+        for written, own in zip(model.writer.levels, state.in_context.levels, strict=True)
+        if any(t.is_floating_point() and not bool(torch.isfinite(t[row]).all()) for t in iterate_tensors(own))
+    )
+
+
+def first_nonfinite(state: StreamState) -> str | None:
+    """Path of the first tensor of a state that is not finite."""
+    for path, tensor in named_state(state):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return path
+    return None
+
+
+def predictions_error(
+    model: LanguageModel, tokens: Int[Tensor, "B T"], state: StreamState | None, *, consequence: str
+) -> NumericsError:
+    """The error for a call whose predictions are not finite, with the layer, the memory and the token.
+
+    tokens, state: as given to the call. consequence: what was not done, and what to do.
+    """
+    place = locate_nonfinite(model, tokens, state=state)
+    return NumericsError(
+        f"predictions are not finite after {0 if state is None else state.position:,} tokens of the stream: "
+        f"{place or 'not repeated when the call was replayed in parts'}\n  {consequence}"
+    )
 
 
 def _spoiled_memories(model: LanguageModel, state: StreamState, layer: int, row: int) -> tuple[str, ...]:

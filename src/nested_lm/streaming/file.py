@@ -17,8 +17,9 @@ from torch import Tensor
 
 from nested_lm import __version__
 from nested_lm.data.atomic import write_atomically
-from nested_lm.errors import CheckpointError
+from nested_lm.errors import CheckpointError, NumericsError
 from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.nonfinite import first_nonfinite
 from nested_lm.nn.state import StreamState
 from nested_lm.streaming.identity import ModelIdentity, difference, tensors_hash
 from nested_lm.streaming.tree import first_difference, flatten, form_hash, rebuild
@@ -64,8 +65,16 @@ def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryH
         model: `identify(...)` of the model that made it.
 
     Raises:
+        NumericsError: a value is not finite; the old file is kept.
         DataError: the disk is full or the folder cannot be written; the old file is kept.
     """
+    spoiled = first_nonfinite(state)
+    if spoiled is not None:
+        raise NumericsError(
+            f"after {state.position:,} tokens of the stream the state is not finite: {spoiled}\n"
+            f"  Nothing was written to {path}. The checkpoint has diverged, or the stream drove a memory out of range: "
+            "use an earlier checkpoint, or start a new memory."
+        )
     flat = flatten(state.detach())
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in flat.tensors.items()}
     header = MemoryHeader(

@@ -16,7 +16,7 @@ from nested_lm.errors import CheckpointError, NumericsError
 from nested_lm.nn.generation import segment_room
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
-from nested_lm.nn.nonfinite import locate_nonfinite
+from nested_lm.nn.nonfinite import predictions_error
 from nested_lm.nn.state import StreamState
 from nested_lm.streaming.file import describe_bytes
 
@@ -108,10 +108,10 @@ class StreamReader:
 
 def nonfinite(model: LanguageModel, tokens: torch.Tensor, state: StreamState) -> NumericsError:
     """The error for a call whose predictions are not finite, with the layer, the memory and the token."""
-    place = locate_nonfinite(model, tokens, state=state)
-    return NumericsError(
-        f"predictions are not finite after {state.position:,} tokens of the stream: "
-        f"{place or 'not repeated when the call was replayed in parts'}\n"
-        "  Nothing was written. The checkpoint has diverged, or the stream drove a memory out of range: use an "
-        "earlier checkpoint, or start a new memory."
+    return predictions_error(
+        model,
+        tokens,
+        state,
+        consequence="Nothing was written. The checkpoint has diverged, or the stream drove a memory out of range: use "
+        "an earlier checkpoint, or start a new memory.",
     )
