@@ -11,6 +11,9 @@ from typing import Literal
 MEMORIES = ("k", "eta", "alpha", "v", "q", "memory")
 """Order along the memory dimension: those that read the key input, then v, then q, then the one that is read out."""
 
+ONE_BORDER = 2.0
+"""Largest product of rate and chunk at which writes without the erase term are stable."""
+
 
 @dataclass(frozen=True)
 class WriteRule:
@@ -133,6 +136,27 @@ class WriteRule:
                 "of the other",
             ),
         )
+
+    def unbounded(self) -> str | None:
+        """Say which memory grows without bound when one key is written again and again; None when none does.
+
+        C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
+        term: beyond 2 the coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
+        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
+
+        Source: spec 11.6; measured in docs/stability_journal.md.
+        """
+        if self.erase != "none" or self.objective != "l2" or self.gradient != "border":
+            return None
+        for name, rate in zip(self.adapt, self.rates, strict=True):
+            chunk = self.chunk if name == "memory" else self.chunk_generators
+            if chunk * rate > ONE_BORDER:
+                return (
+                    f"erase none with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at one "
+                    f"border turn what it held into 1 - {chunk * rate:g} times that, and grow without bound; use rates "
+                    f"up to {ONE_BORDER / chunk:g}, chunks of up to {int(ONE_BORDER / rate)}, or erase: both"
+                )
+        return None
 
     @property
     def alignment(self) -> int:

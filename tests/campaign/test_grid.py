@@ -80,7 +80,7 @@ def test_only_keeps_the_order_of_the_grid_and_the_base():
     arms = plan_arms(grid, shared=["seed=7"], only=["no-dgd", "no-k", "slow-writes"])
     assert [arm.name for arm in arms] == ["base", "no-k", "slow-writes", "no-dgd"]
     assert {arm.config.seed for arm in arms} == {7}
-    rates = "model.mixer.rates={memory: 0.1, generators: 0.1}"
+    rates = "model.mixer.rates={memory: 0.05, generators: 0.05}"
     assert arms[3].overrides == ("seed=7", rates, "model.mixer.erase=none")  # on top of the arm it is compared with
     with pytest.raises(ConfigError, match="'no-dgd' is compared with 'slow-writes'; take that one into `only`"):
         plan_arms(grid, only=["no-dgd"])
@@ -89,7 +89,7 @@ def test_only_keeps_the_order_of_the_grid_and_the_base():
 
 
 def grid(**variant) -> AblationConfig:
-    settings = {"factor": "f", "change": "c", "delta": ["model.mixer.erase=none"], "fields": ["model.mixer.erase"]}
+    settings = {"factor": "f", "change": "c", "delta": ["model.mixer.erase=input"], "fields": ["model.mixer.erase"]}
     variants = {"one": {**settings, **variant}}
     return AblationConfig.model_validate({"title": "t", "base": "hope/demo", "variants": variants})
 
@@ -98,7 +98,7 @@ def grid(**variant) -> AblationConfig:
     ("variant", "message"),
     [
         (
-            {"delta": ["model.mixer.erase=none", "train.clip_norm=2.0"]},
+            {"delta": ["model.mixer.erase=input", "train.clip_norm=2.0"]},
             r"'one' changes train\.clip_norm besides model\.mixer\.erase: .*two possible causes",
         ),
         ({"delta": ["seed=2"]}, r"'one' changes seed besides"),

@@ -36,6 +36,17 @@ def test_a_configuration_without_a_backend_gets_the_default():
     assert training_hash(run) == training_hash(load_run("hope/demo"))
 
 
+def test_writes_that_grow_without_bound_are_refused_in_presets_and_read_where_they_were_trained():
+    off, slow = "model.mixer.erase=none", "model.mixer.rates={memory: 0.0625, generators: 0.0625}"
+    message = r"rate 0\.05 and chunk 64 of k: (?s:.*)use rates up to 0\.03125, chunks of up to 40"
+    with pytest.raises(ConfigError, match=message):
+        load_run("hope/demo", [off, "model.mixer.chunk=64", "model.mixer.rates.memory=0.03"])
+    run = load_run("hope/demo", [off, slow])
+    stored = run.model_dump(mode="json")
+    stored["model"]["mixer"]["rates"]["memory"] = 0.1
+    assert parse_run(stored, "an older run").model.mixer.rates.memory == 0.1
+
+
 def test_settings_come_from_an_evaluation_preset_or_from_a_run():
     assert load_evaluation("eval/demo", ["passkey.samples=5"]).passkey.samples == 5
     assert load_evaluation("hope/demo") == load_run("hope/demo").eval

@@ -73,7 +73,7 @@ def test_a_write_stays_where_a_learned_retention_lets_it_fade():
     quiet = torch.zeros(2, 400, WIDTH, dtype=torch.float64)  # writes nothing: its values are zero
     norms = {}
     for retention in ("learned", "full"):
-        mixer = build(retention=retention, erase="none", decay_horizon_tokens=50)
+        mixer = build(retention=retention, erase="none", rates={"memory": 0.5}, decay_horizon_tokens=50)
         written = run(mixer, stream(4))[1]
         before = sum(x.square().sum() for x in written.memory.current).sqrt()
         context = StepContext(position=4, resets=None, documents=None)

@@ -262,6 +262,36 @@ def test_a_repeated_key_at_rate_2_does_not_grow_where_memory_fades():
 
 
 @pytest.mark.parametrize(
+    ("chunk", "rate", "grows"), [(16, 0.1, False), (64, 0.025, False), (64, 0.1, True), (1, 1.9, False)]
+)
+def test_without_erase_the_product_of_rate_and_chunk_decides(chunk, rate, grows):
+    """One key, 2,048 times, into linear memories, which nothing damps below the bound."""
+    rule = make_rule(chunk, adapt=("memory",), rates=(rate,), erase="none", depth=1, targets="values")
+    problem = Problem(rule, batch=1, tokens=2048, heads=1, width=16)
+    inputs, start, readout, _ = problem.arguments()
+    inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
+    inputs = inputs._replace(rate=torch.full_like(inputs.rate, 50.0), decay=torch.full_like(inputs.decay, 7.6))
+    with torch.no_grad():
+        out = memory_chunked.self_modify(
+            inputs, start, readout, zero_state(start, 1), rule=rule, position=0, resets=None
+        )
+    assert (out.state.current.inner.norm().item() > 1e3) == grows
+    assert (rule.unbounded() is not None) == grows
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 1, "objective": "dot"}, {"depth": 1, "gradient": "fresh"}])
+def test_erase_the_inner_product_and_fresh_gradients_need_no_such_bound(options):
+    erase = {"erase": "none"} if options else {}
+    assert make_rule(64, **erase, **options).unbounded() is None
+
+
+def test_each_memory_has_its_own_chunk():
+    rule = make_rule(4, 64, rate_memory=0.5, rate_generators=0.05, erase="none")
+    assert "rate 0.05 and chunk 64 of k" in rule.unbounded()
+    assert make_rule(4, 16, rate_memory=0.5, rate_generators=0.05, erase="none").unbounded() is None
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"objective": "dot"}, "no minimum"),

@@ -12,6 +12,7 @@ from nested_lm.audit.shrink import span
 from nested_lm.audit.subject import Subject
 from nested_lm.audit.training import make_optimizer
 from nested_lm.config.model import ModelConfig
+from nested_lm.write_rule import ONE_BORDER
 
 DIFFERENT = 1e-6
 """Smallest change of logits that a mechanism must make, relative to the largest logit; float64."""
@@ -21,10 +22,12 @@ class Switch(NamedTuple):
     """A mechanism and how it is switched.
 
     change: edits the mixer's (or the model's) configuration, as plain values.
+    beside: edits both sides first, where the switched mechanism is refused at the model's own settings.
     """
 
     name: str
     change: Callable[[dict[str, Any]], None]
+    beside: Callable[[dict[str, Any]], None] | None = None
 
 
 def ablations(subject: Subject) -> Iterator[Finding]:
@@ -38,6 +41,11 @@ def ablations(subject: Subject) -> Iterator[Finding]:
             yield switch
             continue
         document = subject.config.model_dump(mode="json")
+        against = expected
+        if switch.beside is not None:
+            switch.beside(document)
+            with torch.no_grad():
+                against = subject.build(ModelConfig.model_validate(document))(tokens).logits
         switch.change(document)
         figure = f"change of logits, {switch.name}"
         try:
@@ -45,7 +53,7 @@ def ablations(subject: Subject) -> Iterator[Finding]:
         except ValidationError as error:
             yield broken(figure, f"refused: {error.errors()[0]['msg']}")
             continue
-        yield _try(subject, config, figure, tokens, expected)
+        yield _try(subject, config, figure, tokens, against)
 
 
 def _try(
@@ -95,9 +103,18 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
 
         yield Switch(f"{memory} memory {'off' if is_there else 'on'}", toggle)
     has_erase = settings["erase"] != "none"
+
+    def bounded_without_erase(document: dict[str, Any]) -> None:
+        longest = max(settings["chunk"], settings["chunk_generators"] or 0)
+        rates = {
+            name: None if rate is None else min(rate, ONE_BORDER / longest) for name, rate in settings["rates"].items()
+        }
+        of(document).update(rates=rates)
+
     yield Switch(
         "DGD's erase term off" if has_erase else "DGD's erase term on",
         lambda document: of(document).update(erase="none" if has_erase else "both"),
+        bounded_without_erase if has_erase else None,
     )
     if settings["gradient"] == "border":
         if settings["momentum"]:

@@ -15,6 +15,7 @@ from nested_lm.config.compose import PARTS, Preset, compose_preset, find_preset,
 from nested_lm.config.data import DataConfig
 from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.explain import explain
+from nested_lm.config.mixers import STORED
 from nested_lm.config.provenance import Issue, Provenance, config_error, shown
 from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
@@ -67,7 +68,7 @@ def parse_run(data: dict[str, Any], source: str) -> RunConfig:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source} does not hold a configuration but {type(data).__name__}; restore the file")
-    config, issues = _judge(RunConfig, dict(data), Provenance(), source)
+    config, issues = _judge(RunConfig, dict(data), Provenance(), source, is_stored=True)
     if config is None:
         raise config_error(source, issues)
     return config
@@ -113,9 +114,11 @@ def _load(root: type[S], name_or_path: str, overrides: Sequence[str]) -> S:
     return config
 
 
-def _judge(root: type[S], values: dict[str, Any], provenance: Provenance, source: str) -> tuple[S | None, list[Issue]]:
+def _judge(
+    root: type[S], values: dict[str, Any], provenance: Provenance, source: str, *, is_stored: bool = False
+) -> tuple[S | None, list[Issue]]:
     try:
-        return root.model_validate(values), []
+        return root.model_validate(values, context={STORED: is_stored}), []
     except ValidationError as error:
         return None, explain(error, root, provenance, source)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
 from nested_lm.config.section import Count, PositiveFloat, Section
 from nested_lm.write_rule import MEMORIES, WriteRule
@@ -19,6 +19,10 @@ MemoryBackend = Literal["auto", "torch", "cpu"]
 machine's processor on first use, an error where it cannot run (another device, the rarer options of the write rule, no
 compiler); or (`auto`) the C wherever it can. The two differ by rounding.
 """
+
+
+STORED = "stored"
+"""Key of the validation's context: the configuration is of a model that is there, whose rule is what it is."""
 
 
 class MixerSection(Section):
@@ -172,6 +176,13 @@ class SelfModifying(MixerSection):
                 "retention: learned"
             )
         self.rule()
+        return self
+
+    @model_validator(mode="after")
+    def _writes_are_bounded(self, info: ValidationInfo) -> "SelfModifying":
+        reason = self.rule().unbounded()
+        if reason is not None and not (info.context or {}).get(STORED):
+            raise ValueError(reason)
         return self
 
 
