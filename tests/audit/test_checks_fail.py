@@ -14,7 +14,6 @@ from nested_lm.levels import LevelClock
 from nested_lm.nn import self_modifying
 from nested_lm.nn.attention import Attention
 from nested_lm.nn.block import Block
-from nested_lm.nn.layers import CausalConv
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
@@ -124,8 +123,10 @@ class TestStreams:
         assert missed("causality", make_subject("writing"))
 
     def test_a_dropped_tail(self, make_subject, missed, monkeypatch):
-        original = CausalConv.forward
-        monkeypatch.setattr(CausalConv, "forward", lambda self, x, tail, resets: original(self, x, 0 * tail, resets))
+        def change(original, conv, x, tail, resets, **settings):
+            return original(conv, x, 0 * tail, resets, **settings)
+
+        break_operation(monkeypatch, self_modifying, "convolved_units", change)
         found = missed("split", make_subject("hope"))
         assert "logits, token by token" in found
         assert len(found) == 4
@@ -157,8 +158,10 @@ class TestStreams:
         assert "gradient that one row's loss sends into another row" in found
 
     def test_documents_that_mix(self, make_subject, missed, monkeypatch):
-        original = CausalConv.forward
-        monkeypatch.setattr(CausalConv, "forward", lambda self, x, tail, resets: original(self, x, tail, None))
+        def change(original, conv, x, tail, resets, **settings):
+            return original(conv, x, tail, None, **settings)
+
+        break_operation(monkeypatch, self_modifying, "convolved_units", change)
         assert missed("isolation", make_subject("hope")) == ["logits of a packed document against the document alone"]
 
     def test_attention_that_sees_older_documents(self, make_subject, missed, monkeypatch):
