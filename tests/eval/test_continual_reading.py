@@ -60,7 +60,7 @@ class TestChoices:
         model = make_model(kind)
         with torch.no_grad():
             model.embedding.weight.fill_(float("nan"))
-        with pytest.raises(NumericsError, match="not finite.*parameter embedding.weight"):
+        with pytest.raises(NumericsError, match=r"not finite.*parameter embedding.weight"):
             score_choices(model, None, tokens(3), tokens(1, 1), batch_size=1)
 
 
