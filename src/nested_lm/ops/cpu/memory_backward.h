@@ -3,8 +3,8 @@
 /* Where gradients of log(erased_t gamma_{t-1}) go: the erase term meets gamma_t, or gamma_{t-1}. */
 INLINE REAL *log_of_erase(Work *w) { return w->call->erase_after_decay ? w->g_log_kept : w->g_log_before; }
 
-/* One layer of a read. g: gradient of its result. Adds to the gradients of x, of keys, writes and logs; with `current`
-   also of the weights, which is left to `read_weights_backward`, since the writes' backward must see them first. */
+/* One layer of a read. g: gradient of its result. Adds to the gradients of x, of keys, writes and logs. That of the weights
+   is left to `read_weights_backward`, since the writes' backward must see the weights first. */
 static void read_layer_backward(Work *w, const REAL *g, long Xp, long X, const REAL *x, long Y, long Yp,
                                 REAL *start, const REAL *old_turned, const REAL *keys, const REAL *write,
                                 const REAL *mutual, REAL *g_x, REAL *g_keys, REAL *g_write, REAL *work_x, REAL *work_y)
@@ -109,8 +109,6 @@ static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction
     if (erase) {
         fill_minus(w, overlap, limit);
         solve_upper(C, Xp, w->minus, Cp, g_write, Xp);
-    }
-    if (erase) {
         transpose(C, X, write, Xp, w->turned, Cp, Cp);
         product(C, Cp, X, g_write, Xp, 1, w->turned, Cp, w->square, Cp, 0, LOWER_RESULT);
     }
