@@ -21,6 +21,7 @@ from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_refere
 EQUATIONS = {
     "erase": "57, 88",
     "erase_after_decay": "88, A6",
+    "erase_since": "88, A6",
     "read": "83, 90, A5",
     "adapt": "83, 85",
     "rates": "A34",

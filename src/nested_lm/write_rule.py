@@ -33,6 +33,10 @@ class WriteRule:
     erase_after_decay: whether the erase term meets what retention left, alpha (I - eta k k^T) as in Gated DeltaNet, or
         the weights before it, alpha I - eta k k^T as eq. 88 prints. The second has the eigenvalue alpha - eta, below -1
         for rates near 2.
+    erase_since: what the erase term takes off: all that was written since the `start` (eq. 88), or only since the last
+        `border`. The gradient of the squared error takes off what the border held as well, so that with `start` a write
+        at rate 1 leaves value - old; with `border` it leaves value: gradient and erase term together are the gradient
+        at the fresh weights, each layer by itself.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
@@ -55,6 +59,7 @@ class WriteRule:
     gradient: Literal["border", "fresh", "self_referential"] = "border"
     erase: Literal["both", "input", "none"] = "both"
     erase_after_decay: bool = True
+    erase_since: Literal["start", "border"] = "start"
     decay_towards: Literal["start", "zero"] = "start"
     momentum: bool = False
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
@@ -126,6 +131,11 @@ class WriteRule:
                 "targets: generated, or gradient: fresh",
             ),
             (
+                self.erase_since == "border" and (self.gradient != "border" or self.objective == "dot"),
+                f"erase_since border brings a squared error's gradient of the border up to date; gradient "
+                f"`{self.gradient}` with objective `{self.objective}` leaves nothing to do; use erase_since: start",
+            ),
+            (
                 self.momentum and self.gradient != "border",
                 "momentum needs gradients that are known before the chunk; use gradient: border",
             ),
@@ -146,15 +156,17 @@ class WriteRule:
 
         Source: spec 11.6; measured in docs/stability_journal.md.
         """
-        if self.erase != "none" or self.objective != "l2" or self.gradient != "border":
+        if self.objective != "l2" or self.gradient != "border":
+            return None
+        if self.erase != "none" and not (self.erase_since == "border" and self.erase == "input"):
             return None
         for name, rate in zip(self.adapt, self.rates, strict=True):
             chunk = self.chunk if name == "memory" else self.chunk_generators
             if chunk * rate > ONE_BORDER:
                 return (
-                    f"erase none with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at one "
-                    f"border turn what it held into 1 - {chunk * rate:g} times that, and grow without bound; use rates "
-                    f"up to {ONE_BORDER / chunk:g}, chunks of up to {int(ONE_BORDER / rate)}, or erase: both"
+                    f"erase {self.erase} with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at "
+                    f"one border turn what it held into 1 - {chunk * rate:g} times that, and grow without bound; use "
+                    f"rates up to {ONE_BORDER / chunk:g}, chunks of up to {int(ONE_BORDER / rate)}, or erase: both"
                 )
         return None
 

@@ -285,6 +285,36 @@ def test_erase_the_inner_product_and_fresh_gradients_need_no_such_bound(options)
     assert make_rule(64, **erase, **options).unbounded() is None
 
 
+def test_erasing_what_the_first_layer_wrote_since_the_border_does_not_bound_the_second():
+    assert "erase input" in make_rule(64, erase="input", erase_since="border").unbounded()
+    assert make_rule(64, erase_since="border").unbounded() is None
+
+
+@pytest.mark.parametrize("backend", [memory_reference, memory_chunked])
+def test_a_write_at_rate_1_replaces_what_a_linear_memory_held(backend):
+    """Erasing since the border leaves the value; erasing all, value - old, what eq. 88 says with a squared error."""
+    for since, share in (("border", 0.0), ("start", -1.0)):
+        rule = make_rule(4, adapt=("memory",), rates=(1.0,), targets="values", depth=1, erase_since=since)
+        problem = Problem(rule, batch=1, tokens=8, heads=1)
+        inputs, start, readout, _ = problem.arguments()
+        inputs = inputs._replace(
+            key=inputs.key[:, :1].expand_as(inputs.key),
+            query=inputs.key[:, :1].expand_as(inputs.key),
+            rate=torch.full_like(inputs.rate, 60.0),
+            decay=torch.full_like(inputs.decay, 60.0),
+        )
+        with torch.no_grad():
+            found = backend.self_modify(
+                inputs, start, readout, zero_state(start, 1), rule=rule, position=0, resets=None
+            ).reads[0, :, 0]
+        old = start.inner[0, 0] @ inputs.key[0, 0, 0]
+        values = inputs.value[0, :, 0]
+        # With a distance d, the error of a border with distance b is start + b - v, and the erase term takes d as well.
+        assert torch.allclose(found[0], values[0]), "the first write meets no distance"
+        held = found[3] - old  # at the border of token 4
+        assert torch.allclose(found[4], values[4] + share * held)
+
+
 def test_each_memory_has_its_own_chunk():
     rule = make_rule(4, 64, rate_memory=0.5, rate_generators=0.05, erase="none")
     assert "rate 0.05 and chunk 64 of k" in rule.unbounded()
@@ -304,6 +334,8 @@ def test_each_memory_has_its_own_chunk():
         ({"rates": (1.0,)}, "1 rates for 5 memories"),
         ({"erase_after_decay": False, "rate_memory": 1.5}, "below -1 for a rate near 2"),
         ({"chunk_generators": 12}, "do not nest"),
+        ({"erase_since": "border", "depth": 1, "objective": "dot"}, "squared error's gradient of the border"),
+        ({"erase_since": "border", "depth": 1, "gradient": "fresh"}, "use erase_since: start"),
     ],
 )
 def test_impossible_rules_are_refused_with_the_reason(options, reason):

@@ -41,6 +41,7 @@ class ChunkGradients(NamedTuple):
     inputs: tuple[Tensor, ...]  # in the order of ChunkInputs, without momentum
     anchor: MemoryWeights
     distance: MemoryWeights
+    border: MemoryWeights | None  # of ChunkWeights.border
     readout: tuple[Tensor | None, Tensor | None]
 
 
@@ -65,6 +66,7 @@ def has_closed_backward(rule: WriteRule) -> bool:
         rule.adapt,
         rule.rates,
         erase=rule.erase,
+        erase_since=rule.erase_since,
         read=rule.read,
         rate_stretch=rule.rate_stretch,
     )
@@ -77,6 +79,7 @@ class _LayerGradients(NamedTuple):
     error: Tensor  # to the known error
     direction: Tensor  # to the directions
     old: Tensor  # to the weights before the chunk
+    border: Tensor | None  # to the weights at the border, where the erase term knows them
     rate: Tensor  # (B, H, C), to the rate before scaling
     log_kept: Tensor  # (B, H, C)
     log_before: Tensor  # (B, H, C)
@@ -88,6 +91,7 @@ def _backward_layer(
     groups: tuple[Writes, ...],
     direction: Tensor,
     old: Tensor,
+    border: Tensor | None,
     chunk: Chunk,
     rule: WriteRule,
     operands: torch.dtype | None,
@@ -110,6 +114,7 @@ def _backward_layer(
     grad_log_kept[..., -1] += grad_log_end
     grad_log_before = torch.zeros_like(grad_log_kept)
     grad_rate = torch.zeros_like(grad_log_kept)
+    grad_border = None if border is None else torch.zeros_like(border)
     grad_errors = []
     for (group, limit), found in zip(rate_groups(rule), groups, strict=True):
         assert found.known is not None
@@ -138,6 +143,9 @@ def _backward_layer(
         grad_log_before += (grad_faded * found.faded).sum((2, 4))
         grad_old[:, :, group] += product(grad_faded.mT, at, operands)
         along = product(grad_faded, old[:, :, group], operands)
+        if border is not None and grad_border is not None:
+            grad_border[:, :, group] = -product(grad_known.mT, at, operands)
+            along -= product(grad_known, border[:, :, group], operands)
         mutual = product(grad_overlap + grad_overlap.mT, at, operands)
         if shared:
             grad_direction = grad_direction.sum(2, keepdim=True) if grad_direction.shape[2] > 1 else grad_direction
@@ -145,7 +153,7 @@ def _backward_layer(
         else:
             grad_direction[:, :, group] += along + mutual
     error = grad_errors[0] if len(grad_errors) == 1 else torch.cat(grad_errors, dim=2)
-    return _LayerGradients(error, grad_direction, grad_old, grad_rate, grad_log_kept, grad_log_before)
+    return _LayerGradients(error, grad_direction, grad_old, grad_border, grad_rate, grad_log_kept, grad_log_before)
 
 
 def _backward_errors(
@@ -305,10 +313,11 @@ def backward_chunk(
     made, errors = chunk.made, chunk.errors
     assert errors is not None
     common = (chunk, rule, operands)
-    old = weights.distance
+    old, border = weights.distance, weights.border or (None, None)
     key = made.key[:, :, None]
-    inner = _backward_layer(grad_after.inner, trace.inner_write, chunk.inner, key, old.inner, *common)
-    outer = _backward_layer(grad_after.outer, trace.outer_write, chunk.outer, errors.direction, old.outer, *common)
+    inner = _backward_layer(grad_after.inner, trace.inner_write, chunk.inner, key, old.inner, border[0], *common)
+    at = errors.direction
+    outer = _backward_layer(grad_after.outer, trace.outer_write, chunk.outer, at, old.outer, border[1], *common)
     grad_direction = outer.direction
     grad_direction[:, :, -1] += trace.outer_key
     grad_key, grad_value, grad_rate, grad_anchor = _backward_errors(
@@ -327,4 +336,7 @@ def backward_chunk(
     grad_inputs, grad_readout = _backward_generate(
         grads, inputs, weights.anchor, readout, chunk, grad_anchor, rule, operands
     )
-    return ChunkGradients(grad_inputs, grad_anchor, MemoryWeights(inner.old, outer.old), grad_readout)
+    to_border = None
+    if inner.border is not None and outer.border is not None:
+        to_border = MemoryWeights(inner.border, outer.border)
+    return ChunkGradients(grad_inputs, grad_anchor, MemoryWeights(inner.old, outer.old), to_border, grad_readout)

@@ -96,12 +96,14 @@ class ChunkWeights(NamedTuple):
     """Weights a chunk starts from.
 
     anchor: full weights at the last border. base: what decay goes towards (no batch dimension). distance: from the
-    base, before the first token. momentum: None without.
+    base, before the first token. border: the same at the last border, where the erase term leaves that to the gradient
+    (`erase_since`), else None. momentum: None without.
     """
 
     anchor: MemoryWeights
     base: MemoryWeights
     distance: MemoryWeights
+    border: MemoryWeights | None
     momentum: MemoryWeights | None
 
 
@@ -294,11 +296,12 @@ def _write_linear(
             error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target
         error = error.expand(*error.shape[:2], old.shape[2], *error.shape[3:])
         rate = made.rate[:, :, None, :, None] * limit
+        border = None if weights.border is None else weights.border.inner[:, :, group]
         if spread is None or weights.momentum is None:
-            writes.append(solve_writes(error, key, old, rate, decays, times, operands))
+            writes.append(solve_writes(error, key, old, rate, decays, times, operands, border))
         else:
             running = weights.momentum.inner[:, :, group]
-            writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands))
+            writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands, border))
     return tuple(writes)
 
 
@@ -306,6 +309,7 @@ def _write_layer(
     error: Float[Tensor, "B H M C X"],
     direction: Float[Tensor, "B H G C Y"],
     old: Float[Tensor, "B H M X Y"],
+    border: Float[Tensor, "B H M X Y"] | None,
     momentum: Float[Tensor, "B H M X Y"] | None,
     made: Generated,
     decays: Decays,
@@ -321,11 +325,12 @@ def _write_layer(
         rate = made.rate[:, :, None, :, None] * limit
         at = direction if direction.shape[2] == 1 else direction[:, :, group]
         known, before = error[:, :, group], old[:, :, group]
+        held = None if border is None else border[:, :, group]
         if spread is None or momentum is None:
-            writes.append(solve_writes(known, at, before, rate, decays, times, operands))
+            writes.append(solve_writes(known, at, before, rate, decays, times, operands, held))
         else:
             running = momentum[:, :, group]
-            writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, times, operands))
+            writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, times, operands, held))
     return tuple(writes)
 
 
@@ -365,6 +370,7 @@ def forward_chunk(
     key = made.key[:, :, None]
     distance, momentum = weights.distance, weights.momentum
     running = (None, None) if momentum is None else (momentum.inner, momentum.outer)
+    border = (None, None) if weights.border is None else (weights.border.inner, weights.border.outer)
     errors: Errors | None = None
     outer: tuple[Writes, ...] = ()
     if rule.depth == 1:
@@ -375,9 +381,9 @@ def forward_chunk(
         known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
         shared = (made, decays, spread)
         erase_inner, erase_outer = rule.erased_layers
-        inner = _write_layer(known[0], key, distance.inner, running[0], *shared, erase_inner, rule, operands)
+        inner = _write_layer(known[0], key, distance.inner, border[0], running[0], *shared, erase_inner, rule, operands)
         at = errors.direction
-        outer = _write_layer(known[1], at, distance.outer, running[1], *shared, erase_outer, rule, operands)
+        outer = _write_layer(known[1], at, distance.outer, border[1], running[1], *shared, erase_outer, rule, operands)
     common = (decays, spread, operands)
     after_inner, left_inner = _carried(inner, key, distance.inner, running[0], *common)
     after_outer, left_outer = distance.outer, running[1]

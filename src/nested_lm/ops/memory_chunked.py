@@ -101,9 +101,9 @@ def run_pieces(
             momentum = None if momentum is None else reset_rows(momentum, plan.keep[index])
         distance = add(start, current) if whole else current
         anchor = add(start, border)
-        chunk = run_chunk(
-            _slice(inputs, piece), ChunkWeights(anchor, base, distance, momentum), readout, rule, plan.operands
-        )
+        at_border = (anchor if whole else border) if rule.erase_since == "border" else None
+        weights = ChunkWeights(anchor, base, distance, at_border, momentum)
+        chunk = run_chunk(_slice(inputs, piece), weights, readout, rule, plan.operands)
         if visit is not None:
             visit(chunk, MemoryState(border, current, momentum))
         seen = distance
@@ -155,7 +155,8 @@ class _WriteSequence(torch.autograd.Function):
         for index in reversed(range(len(plan.pieces))):
             piece, kept = plan.pieces[index], states[index]
             border, current = _move_border_backward(border, current, piece.after)
-            weights = ChunkWeights(add(start, kept.border), start, kept.current, None)
+            at_border = kept.border if plan.rule.erase_since == "border" else None
+            weights = ChunkWeights(add(start, kept.border), start, kept.current, at_border, None)
             part = _slice(inputs, piece)
             chunk = chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)
             of_trace = TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:8]))
@@ -169,7 +170,7 @@ class _WriteSequence(torch.autograd.Function):
             current = found.distance
             current.inner[:, :, -1] += trace[8][:, :, index]
             current.outer[:, :, -1] += trace[9][:, :, index]
-            border = add(border, found.anchor)
+            border = add(border, found.anchor if found.border is None else add(found.anchor, found.border))
             if piece.aligned and plan.keep is not None:
                 border, current = _move_border_backward(border, current, Borders(generators=True, memory=True))
                 current = reset_rows(current, plan.keep[index])

@@ -35,7 +35,18 @@ SHORT = 16
 """With pieces shorter than this many tokens, weights are kept for every so many tokens only."""
 
 _COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
-_SWITCHES = ("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay", "inclusive")
+_SWITCHES = (
+    "k",
+    "eta",
+    "alpha",
+    "v",
+    "q",
+    "erase_in",
+    "erase_out",
+    "erase_after_decay",
+    "erase_since_border",
+    "inclusive",
+)
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
 _GIVEN = ("begin", "end", "flags", "limits", "key", "value", "query", "rate", "decay", "start_in", "start_out")
 _OPTIONAL = ("readout_rate", "readout_decay")
@@ -193,7 +204,8 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
     call = _Call(
         B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),
         longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **places, erase_in=erase_in,
-        erase_out=erase_out, erase_after_decay=rule.erase_after_decay, inclusive=rule.read == "inclusive",
+        erase_out=erase_out, erase_after_decay=rule.erase_after_decay,
+        erase_since_border=rule.erase_since == "border", inclusive=rule.read == "inclusive",
         stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
     )  # fmt: skip
     cpu_library.point(call, {**lists, **named})

@@ -157,6 +157,8 @@ def write_memory(
         written = keep * old + push
         if layer < rule.depth and rule.erased_layers[layer]:
             met = keep * old if rule.erase_after_decay else old
+            if rule.erase_since == "border":
+                met = met - ((anchor.inner, anchor.outer)[layer] - (base.inner, base.outer)[layer])
             along = torch.einsum("bhxy,bhy->bhx", met, directions[layer])
             written = written - step * torch.einsum("bhx,bhy->bhxy", along, directions[layer])
         new.append(written)

@@ -14,7 +14,7 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
-    int64_t erase_in, erase_out, erase_after_decay, inclusive;
+    int64_t erase_in, erase_out, erase_after_decay, erase_since_border, inclusive;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
@@ -53,6 +53,8 @@ typedef struct {
     long C, K, E, Kp, Ep, Cp, M, layer, all; /* layer: numbers of one layer; all: of both layers of all memories */
     long row, head, begin;
     REAL *start, *anchor, *turned_out, *turned_in; /* M x (in, out); M x (K x E); M x (E x K) */
+    REAL *border; /* weights at the border, less the start */
+    int fresh;    /* those are the weights before the piece */
     REAL *x_key, *x_value, *x_query, *key, *value, *query, *key_turned, *ratio, *gram;
     REAL *share, *log_decay, *log_kept, *log_before, *before, *erased, *to_end;
     REAL *long_key, *long_value, *long_query;
@@ -136,9 +138,11 @@ static int open_work(Work *w, const Call *c)
 
 static void close_work(Work *w) { free(w->block), free(w->memory), free(w->answer); }
 
-static void open_piece(Work *w, long row, long head, long begin, long end)
+static void open_piece(Work *w, long row, long head, long piece)
 {
-    w->row = row, w->head = head, w->begin = begin, w->C = end - begin, w->Cp = padded(w->C);
+    const Call *c = w->call;
+    w->row = row, w->head = head, w->begin = c->begin[piece], w->C = c->end[piece] - w->begin, w->Cp = padded(w->C);
+    w->fresh = (c->flags[piece] & FRESH) != 0;
 }
 
 /* Weights of one row and head, as given (E x K, K x E), into transposed padded ones, and back. */
@@ -256,13 +260,28 @@ static void fill_minus(Work *w, const REAL *overlap, REAL limit)
     EACH(t, w->C) scaled(w->Cp, w->minus + t * w->Cp, -w->erased[t] * w->share[t] * limit, overlap + t * w->Cp);
 }
 
-/* Writes of one layer: known += erased before (direction old), write = (I + L)^-1 (-rate known); see ops/memory_writes. */
+/* Share of the weights before the piece that the erase term of a token takes off, less what it leaves to the gradient
+   where those are the weights at the border. */
+INLINE REAL taken_off(const Work *w, long t)
+{
+    return w->erased[t] * w->before[t] - (REAL)(w->call->erase_since_border && w->fresh);
+}
+
+/* Whether the erase term meets a border that is not the weights before the piece. */
+INLINE int meets_border(const Work *w) { return w->call->erase_since_border && !w->fresh; }
+
+/* Writes of one layer: known += erased before (direction old) - direction border, write = (I + L)^-1 (-rate known); see
+   ops/memory_writes. */
 static void solve_writes(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, const REAL *old,
-                         long Xp, const REAL *overlap, REAL *known, REAL *write)
+                         const REAL *border, long Xp, const REAL *overlap, REAL *known, REAL *write)
 {
     if (erase) {
         product(w->C, Xp, Y, direction, Yp, 1, old, Xp, write, Xp, 0, FULL);
-        EACH(t, w->C) add_scaled(Xp, known + t * Xp, w->erased[t] * w->before[t], write + t * Xp);
+        EACH(t, w->C) add_scaled(Xp, known + t * Xp, taken_off(w, t), write + t * Xp);
+    }
+    if (erase && meets_border(w)) {
+        product(w->C, Xp, Y, direction, Yp, 1, border, Xp, write, Xp, 0, FULL);
+        EACH(t, w->C) add_scaled(Xp, known + t * Xp, -1, write + t * Xp);
     }
     EACH(t, w->C) scaled(Xp, write + t * Xp, -w->share[t] * limit, known + t * Xp);
     if (!erase) return;
@@ -316,7 +335,7 @@ static void write_memory(Work *w, long m, REAL *current)
     EACH(t, C) {
         const REAL rate = w->share[t] * limit, *error = x->error + t * Kp, *moved = x->moved + t * Kp;
         double room = 1;
-        if (c->erase_in || c->erase_out) {
+        if ((c->erase_in || c->erase_out) && !c->erase_since_border) {
             room = (2 - (double)rate) / (rate > 1 ? (double)rate : 1);
             room = room < c->room_floor ? c->room_floor : room > 1 ? 1 : room;
         }
@@ -329,14 +348,15 @@ static void write_memory(Work *w, long m, REAL *current)
         scaled(Ep, gradient + t * Ep, damped, gradient + t * Ep);
         scaled(Kp, x->known_out + t * Kp, damped * x->length[t], error);
     }
-    solve_writes(w, limit, (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), Ep, w->gram, x->known_in, x->write_in);
+    solve_writes(w, limit, (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), Ep, w->gram,
+                 x->known_in, x->write_in);
     if (c->erase_out) {
         transpose(C, E, x->direction, Ep, w->turned, w->Cp, w->Cp);
         product(C, w->Cp, E, x->direction, Ep, 1, w->turned, w->Cp, x->overlap, w->Cp, 0, LOWER_RESULT);
         weigh(w, x->overlap);
     }
-    solve_writes(w, limit, (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), Kp, x->overlap, x->known_out,
-                 x->write_out);
+    solve_writes(w, limit, (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m), Kp,
+                 x->overlap, x->known_out, x->write_out);
 }
 
 /* seen[t, i] = ratio of the retention between write i and read t, times what is there: see `read_chunks`. */
@@ -411,8 +431,9 @@ static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL 
     memcpy(border, current, (size_t)numbers * sizeof(REAL));
 }
 
-static void set_anchor(Work *w, const REAL *border)
+static void set_anchor(Work *w, REAL *border)
 {
+    w->border = border;
     for (long j = 0; j < w->all; j += VL) store(w->anchor + j, load(w->start + j) + load(border + j));
 }
 
@@ -454,7 +475,7 @@ int forward(const Call *c, int64_t first, int64_t last)
                 memcpy(saved, current, bytes), saved += w->all;
                 if (!(c->flags[p] & FRESH)) memcpy(saved, border, bytes), saved += w->all;
             }
-            open_piece(w, row, head, c->begin[p], c->end[p]);
+            open_piece(w, row, head, p);
             set_anchor(w, border);
             forward_piece(w, current);
             emit(w);

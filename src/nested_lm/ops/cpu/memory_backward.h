@@ -81,9 +81,9 @@ static void read_weights_backward(Work *w)
 /* Backward of the writes of one layer and of its weights after the piece. g_write: gradient that reads send to the
    writes, replaced by that of the known part. overlap: ratio x mutual products of the directions. g_overlap: summed over
    memories that share directions, or null, when the directions get theirs at once. */
-static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, REAL *old, long X,
-                           long Xp, const REAL *overlap, const REAL *known, const REAL *write, REAL *g_weights,
-                           REAL *g_write, REAL *g_direction, REAL *g_overlap, REAL *work_x, REAL *work_y)
+static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, REAL *old,
+                           REAL *border, long X, long Xp, const REAL *overlap, const REAL *known, const REAL *write,
+                           REAL *g_weights, REAL *g_border, REAL *g_write, REAL *g_direction, REAL *g_overlap, REAL *work_x, REAL *work_y)
 {
     const long C = w->C, Cp = w->Cp;
     const REAL kept = (REAL)exp((double)w->log_kept[C - 1]);
@@ -143,14 +143,19 @@ static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction
         product(C, Yp, C, w->square, Cp, 1, direction, Yp, g_direction, Yp, 1, LOWER);
         product(C, Yp, C, w->square, 1, Cp, direction, Yp, g_direction, Yp, 1, UPPER);
     }
-    EACH(t, C) scaled(Xp, work_x + t * Xp, w->before[t] * w->erased[t], g_write + t * Xp);
     transpose(Y, X, old, Xp, w->turned, Yp, Yp);
-    product(C, Yp, X, work_x, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
+    product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
     EACH(t, C) {
-        g_log_erase[t] += dot(Yp, direction + t * Yp, work_y + t * Yp);
-        add_scaled(Yp, g_direction + t * Yp, 1, work_y + t * Yp);
+        g_log_erase[t] += w->before[t] * w->erased[t] * dot(Yp, direction + t * Yp, work_y + t * Yp);
+        add_scaled(Yp, g_direction + t * Yp, taken_off(w, t), work_y + t * Yp);
+        scaled(Xp, work_x + t * Xp, taken_off(w, t), g_write + t * Xp);
     }
     product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_weights, Xp, 1, FULL);
+    if (!meets_border(w)) return;
+    EACH(t, C) scaled(Xp, work_x + t * Xp, -1, g_write + t * Xp);
+    transpose(Y, X, border, Xp, w->turned, Yp, Yp);
+    product(C, Yp, X, work_x, Xp, 1, w->turned, Yp, g_direction, Yp, 1, FULL);
+    product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_border, Xp, 1, FULL);
 }
 
 /* Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut. */
@@ -211,11 +216,12 @@ static void memory_backward(Work *w, long m, REAL *current)
     } else {
         memset(g_known_in, 0, wide), memset(g_known_out, 0, narrow), memset(g_hidden, 0, wide);
     }
-    layer_backward(w, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), E, Ep, w->gram, x->known_in,
-                   x->write_in, in_of(w, w->g_current, m), g_known_in, w->g_key, w->g_gram, w->wide2, w->narrow2);
-    layer_backward(w, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), K, Kp, x->overlap,
-                   x->known_out, x->write_out, out_of(w, w->g_current, m), g_known_out, g_hidden, NULL, w->narrow2,
-                   w->wide2);
+    layer_backward(w, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E, Ep,
+                   w->gram, x->known_in, x->write_in, in_of(w, w->g_current, m), in_of(w, w->g_border, m), g_known_in,
+                   w->g_key, w->g_gram, w->wide2, w->narrow2);
+    layer_backward(w, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m),
+                   K, Kp, x->overlap, x->known_out, x->write_out, out_of(w, w->g_current, m), out_of(w, w->g_border, m),
+                   g_known_out, g_hidden, NULL, w->narrow2, w->wide2);
     for (long j = 0; j < C * Ep; j += VL)
         store(gradient + j, silu_slope(load(x->pre + j), load(x->gate + j)) * load(x->back + j));
     const int damped = damping_backward(w, m);
@@ -407,7 +413,7 @@ int backward(const Call *c, int64_t first, int64_t last)
                 memcpy(states + 2 * (p - group) * w->all, current, bytes);
                 memcpy(states + (2 * (p - group) + 1) * w->all, border, bytes);
                 if (p + 1 == stop) break;
-                open_piece(w, row, head, c->begin[p], c->end[p]);
+                open_piece(w, row, head, p);
                 set_anchor(w, border);
                 forward_piece(w, current);
                 carry_all(w, current);
@@ -416,7 +422,7 @@ int backward(const Call *c, int64_t first, int64_t last)
             for (int64_t p = stop - 1; p >= group; p--) {
                 REAL *before = states + 2 * (p - group) * w->all;
                 move_border_backward(w, c->flags[p]);
-                open_piece(w, row, head, c->begin[p], c->end[p]);
+                open_piece(w, row, head, p);
                 set_anchor(w, before + w->all);
                 forward_piece(w, before);
                 piece_backward(w, before);
