@@ -35,8 +35,8 @@ class WriteRule:
         for rates near 2.
     erase_since: what the erase term takes off: all that was written since the `start` (eq. 88), or only since the last
         `border`. The gradient of the squared error takes off what the border held as well, so that with `start` a write
-        at rate 1 leaves value - old; with `border` it leaves value: gradient and erase term together are the gradient
-        at the fresh weights, each layer by itself.
+        at rate 1 leaves value - old; with `border` it leaves value, the delta rule. At rates above 1 the gradient step
+        has less room (`ops/memory.py`), and the erase term takes off the rest: at rate 2 both are the same.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last

@@ -131,10 +131,11 @@ def room_beside_erase(rate: Tensor, rule: WriteRule) -> Tensor:
     A write of rate r turns the old content of its key into 1 - r times that by erasing, and into less by the gradient
     step, r times factor times curvature. Their sum keeps the coefficient in [-1, 1], after any number of writes of one
     key, when factor times curvature is at most (2 - r) / r: at rate 1 the whole step, at rate 2, where erasing alone
-    reflects, none. Without the erase term, and where it takes off only what the gradient does not know of, the plain
-    limit, 1, holds for rates up to 2.
+    reflects, none. Without the erase term the plain limit, 1, holds for rates up to 2.
+
+    Also the share of the border's content that erasing leaves to the gradient, with `erase_since: border`.
     """
-    if not any(rule.erased_layers) or rule.erase_since == "border":
+    if not any(rule.erased_layers):
         return torch.ones_like(rate)
     return ((2 - rate) / rate.clamp_min(1.0)).clamp(ROOM_FLOOR, 1.0)
 

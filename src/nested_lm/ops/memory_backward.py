@@ -100,7 +100,8 @@ def _backward_layer(
 
     grad_write: gradient that reads send to the writes of `memory` (B, H, C, X).
     """
-    decays = chunk.decays
+    decays, errors = chunk.decays, chunk.errors
+    assert errors is not None
     write = joined(groups)
     # after = end * old + (write * to_end)^T direction
     carried = product(direction, grad_after.mT, operands)  # (B, H, M, C, X)
@@ -144,8 +145,12 @@ def _backward_layer(
         grad_old[:, :, group] += product(grad_faded.mT, at, operands)
         along = product(grad_faded, old[:, :, group], operands)
         if border is not None and grad_border is not None:
-            grad_border[:, :, group] = -product(grad_known.mT, at, operands)
-            along -= product(grad_known, border[:, :, group], operands)
+            room = errors.room[:, :, group]
+            grad_held = -room * grad_known
+            grad_border[:, :, group] = product(grad_held.mT, at, operands)
+            held = product(grad_known, border[:, :, group], operands)
+            along -= room * held
+            grad_rate -= limit * ((held * at).sum(-1, keepdim=True) * room_slope(room)).sum((2, 4))
         mutual = product(grad_overlap + grad_overlap.mT, at, operands)
         if shared:
             grad_direction = grad_direction.sum(2, keepdim=True) if grad_direction.shape[2] > 1 else grad_direction

@@ -296,12 +296,12 @@ def _write_linear(
             error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target
         error = error.expand(*error.shape[:2], old.shape[2], *error.shape[3:])
         rate = made.rate[:, :, None, :, None] * limit
-        border = None if weights.border is None else weights.border.inner[:, :, group]
+        held = None if weights.border is None else product(key, weights.border.inner[:, :, group].mT, operands)
         if spread is None or weights.momentum is None:
-            writes.append(solve_writes(error, key, old, rate, decays, times, operands, border))
+            writes.append(solve_writes(error, key, old, rate, decays, times, operands, held))
         else:
             running = weights.momentum.inner[:, :, group]
-            writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands, border))
+            writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands, held))
     return tuple(writes)
 
 
@@ -314,6 +314,7 @@ def _write_layer(
     made: Generated,
     decays: Decays,
     spread: Spread | None,
+    room: Float[Tensor, "B H M C 1"],
     erase: bool,
     rule: WriteRule,
     operands: torch.dtype | None,
@@ -325,7 +326,9 @@ def _write_layer(
         rate = made.rate[:, :, None, :, None] * limit
         at = direction if direction.shape[2] == 1 else direction[:, :, group]
         known, before = error[:, :, group], old[:, :, group]
-        held = None if border is None else border[:, :, group]
+        held = None
+        if border is not None:
+            held = room[:, :, group] * product(at, border[:, :, group].mT, operands)
         if spread is None or momentum is None:
             writes.append(solve_writes(known, at, before, rate, decays, times, operands, held))
         else:
@@ -379,7 +382,7 @@ def forward_chunk(
         errors = inner_errors(made, weights.anchor, readout.gain, rule, operands)
         length = errors.squared.add(NORM_FLOOR**2).sqrt()
         known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
-        shared = (made, decays, spread)
+        shared = (made, decays, spread, errors.room)
         erase_inner, erase_outer = rule.erased_layers
         inner = _write_layer(known[0], key, distance.inner, border[0], running[0], *shared, erase_inner, rule, operands)
         at = errors.direction

@@ -158,7 +158,9 @@ def write_memory(
         if layer < rule.depth and rule.erased_layers[layer]:
             met = keep * old if rule.erase_after_decay else old
             if rule.erase_since == "border":
-                met = met - ((anchor.inner, anchor.outer)[layer] - (base.inner, base.outer)[layer])
+                held = (anchor.inner, anchor.outer)[layer] - (base.inner, base.outer)[layer]
+                damped = rule.depth == 2 and rule.damp
+                met = met - (room_beside_erase(step, rule) if damped else 1.0) * held
             along = torch.einsum("bhxy,bhy->bhx", met, directions[layer])
             written = written - step * torch.einsum("bhx,bhy->bhxy", along, directions[layer])
         new.append(written)

@@ -113,13 +113,13 @@ def solve_writes(
     decays: Decays,
     times: Float[Tensor, "B H 1 C 1"] | None,
     operands: torch.dtype | None,
-    border: Float[Tensor, "B H N X Y"] | None = None,
+    held: Float[Tensor, "B H N C X"] | None = None,
 ) -> Writes:
-    """Writes of one layer of N memories of equal rate: w_t = -eta_t (g_t + (times_t D_{t-1} - D_border) p_t).
+    """Writes of one layer of N memories of equal rate: w_t = -eta_t (g_t + times_t D_{t-1} p_t - held_t).
 
     G is 1 when the memories share their directions, else N. times: how much of the old content is taken off: by the
-    erase term, by a gradient at the fresh weights, or by both; None: nothing. border: distance at the last border, if
-    the erase term leaves that to the gradient, else None.
+    erase term, by a gradient at the fresh weights, or by both; None: nothing. held: what the border held, if the erase
+    term leaves that to the gradient, else None.
     """
     if times is None:
         return Writes(-rate * error, error)
@@ -127,8 +127,8 @@ def solve_writes(
     inverse = unit_lower_inverse((times * rate) * overlap)
     faded = product(direction, old.mT, operands)
     known = torch.addcmul(error, times * decays.before, faded)
-    if border is not None:
-        known = known - product(direction, border.mT, operands)
+    if held is not None:
+        known = known - held
     return Writes(inverse @ (-rate * known), known, faded, inverse, overlap)
 
 
@@ -142,7 +142,7 @@ def solve_with_momentum(
     spread: Spread,
     times: Float[Tensor, "B H 1 C 1"] | None,
     operands: torch.dtype | None,
-    border: Float[Tensor, "B H N X Y"] | None = None,
+    held: Float[Tensor, "B H N C X"] | None = None,
 ) -> Writes:
     """The same when errors go through a running sum first: what is pushed, and what the erase term takes off."""
     pushed = -rate * error
@@ -153,8 +153,8 @@ def solve_with_momentum(
     met = decays.before * product(direction, old.mT, operands)
     met = met + shifted(spread.first) * product(direction, momentum.mT, operands)
     met = times * (met + (shifted(spread.matrix) * mutual) @ pushed)
-    if border is not None:
-        met = met - product(direction, border.mT, operands)
+    if held is not None:
+        met = met - held
     return Writes(inverse @ (-rate * met), pushed=pushed)
 
 

@@ -262,26 +262,26 @@ static void fill_minus(Work *w, const REAL *overlap, REAL limit)
 
 /* Share of the weights before the piece that the erase term of a token takes off, less what it leaves to the gradient
    where those are the weights at the border. */
-INLINE REAL taken_off(const Work *w, long t)
+INLINE REAL taken_off(const Work *w, const Memory *x, long t)
 {
-    return w->erased[t] * w->before[t] - (REAL)(w->call->erase_since_border && w->fresh);
+    return w->erased[t] * w->before[t] - (w->call->erase_since_border && w->fresh ? x->room[t] : 0);
 }
 
 /* Whether the erase term meets a border that is not the weights before the piece. */
 INLINE int meets_border(const Work *w) { return w->call->erase_since_border && !w->fresh; }
 
-/* Writes of one layer: known += erased before (direction old) - direction border, write = (I + L)^-1 (-rate known); see
-   ops/memory_writes. */
-static void solve_writes(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, const REAL *old,
-                         const REAL *border, long Xp, const REAL *overlap, REAL *known, REAL *write)
+/* Writes of one layer: known += erased before (direction old) - room (direction border), write = (I + L)^-1 (-rate known);
+   see ops/memory_writes. */
+static void solve_writes(Work *w, const Memory *x, REAL limit, int erase, const REAL *direction, long Y, long Yp,
+                         const REAL *old, const REAL *border, long Xp, const REAL *overlap, REAL *known, REAL *write)
 {
     if (erase) {
         product(w->C, Xp, Y, direction, Yp, 1, old, Xp, write, Xp, 0, FULL);
-        EACH(t, w->C) add_scaled(Xp, known + t * Xp, taken_off(w, t), write + t * Xp);
+        EACH(t, w->C) add_scaled(Xp, known + t * Xp, taken_off(w, x, t), write + t * Xp);
     }
     if (erase && meets_border(w)) {
         product(w->C, Xp, Y, direction, Yp, 1, border, Xp, write, Xp, 0, FULL);
-        EACH(t, w->C) add_scaled(Xp, known + t * Xp, -1, write + t * Xp);
+        EACH(t, w->C) add_scaled(Xp, known + t * Xp, -x->room[t], write + t * Xp);
     }
     EACH(t, w->C) scaled(Xp, write + t * Xp, -w->share[t] * limit, known + t * Xp);
     if (!erase) return;
@@ -335,7 +335,7 @@ static void write_memory(Work *w, long m, REAL *current)
     EACH(t, C) {
         const REAL rate = w->share[t] * limit, *error = x->error + t * Kp, *moved = x->moved + t * Kp;
         double room = 1;
-        if ((c->erase_in || c->erase_out) && !c->erase_since_border) {
+        if (c->erase_in || c->erase_out) {
             room = (2 - (double)rate) / (rate > 1 ? (double)rate : 1);
             room = room < c->room_floor ? c->room_floor : room > 1 ? 1 : room;
         }
@@ -348,14 +348,14 @@ static void write_memory(Work *w, long m, REAL *current)
         scaled(Ep, gradient + t * Ep, damped, gradient + t * Ep);
         scaled(Kp, x->known_out + t * Kp, damped * x->length[t], error);
     }
-    solve_writes(w, limit, (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), Ep, w->gram,
+    solve_writes(w, x, limit, (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), Ep, w->gram,
                  x->known_in, x->write_in);
     if (c->erase_out) {
         transpose(C, E, x->direction, Ep, w->turned, w->Cp, w->Cp);
         product(C, w->Cp, E, x->direction, Ep, 1, w->turned, w->Cp, x->overlap, w->Cp, 0, LOWER_RESULT);
         weigh(w, x->overlap);
     }
-    solve_writes(w, limit, (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m), Kp,
+    solve_writes(w, x, limit, (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m), Kp,
                  x->overlap, x->known_out, x->write_out);
 }
 

@@ -78,10 +78,16 @@ static void read_weights_backward(Work *w)
     product(w->K, Ep, C, w->narrow2, 1, Kp, w->g_read_pre, Ep, in_of(w, w->g_current, m), Ep, 1, FULL);
 }
 
+/* Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut. */
+INLINE double room_slope(const Call *c, double room)
+{
+    return room > c->room_floor && room < 1 ? -0.5 * (room + 1) * (room + 1) : 0;
+}
+
 /* Backward of the writes of one layer and of its weights after the piece. g_write: gradient that reads send to the
    writes, replaced by that of the known part. overlap: ratio x mutual products of the directions. g_overlap: summed over
    memories that share directions, or null, when the directions get theirs at once. */
-static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction, long Y, long Yp, REAL *old,
+static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, const REAL *direction, long Y, long Yp, REAL *old,
                            REAL *border, long X, long Xp, const REAL *overlap, const REAL *known, const REAL *write,
                            REAL *g_weights, REAL *g_border, REAL *g_write, REAL *g_direction, REAL *g_overlap, REAL *work_x, REAL *work_y)
 {
@@ -146,22 +152,24 @@ static void layer_backward(Work *w, REAL limit, int erase, const REAL *direction
     transpose(Y, X, old, Xp, w->turned, Yp, Yp);
     product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
     EACH(t, C) {
-        g_log_erase[t] += w->before[t] * w->erased[t] * dot(Yp, direction + t * Yp, work_y + t * Yp);
-        add_scaled(Yp, g_direction + t * Yp, taken_off(w, t), work_y + t * Yp);
-        scaled(Xp, work_x + t * Xp, taken_off(w, t), g_write + t * Xp);
+        const REAL along = dot(Yp, direction + t * Yp, work_y + t * Yp);
+        g_log_erase[t] += w->before[t] * w->erased[t] * along;
+        if (w->call->erase_since_border && w->fresh)
+            w->g_share[t] -= limit * along * (REAL)room_slope(w->call, m->room[t]);
+        add_scaled(Yp, g_direction + t * Yp, taken_off(w, m, t), work_y + t * Yp);
+        scaled(Xp, work_x + t * Xp, taken_off(w, m, t), g_write + t * Xp);
     }
     product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_weights, Xp, 1, FULL);
     if (!meets_border(w)) return;
-    EACH(t, C) scaled(Xp, work_x + t * Xp, -1, g_write + t * Xp);
     transpose(Y, X, border, Xp, w->turned, Yp, Yp);
-    product(C, Yp, X, work_x, Xp, 1, w->turned, Yp, g_direction, Yp, 1, FULL);
+    product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
+    EACH(t, C) {
+        const REAL along = dot(Yp, direction + t * Yp, work_y + t * Yp), room = m->room[t];
+        w->g_share[t] -= limit * along * (REAL)room_slope(w->call, room);
+        add_scaled(Yp, g_direction + t * Yp, -room, work_y + t * Yp);
+        scaled(Xp, work_x + t * Xp, -room, g_write + t * Xp);
+    }
     product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_border, Xp, 1, FULL);
-}
-
-/* Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut. */
-INLINE double room_slope(const Call *c, double room)
-{
-    return room > c->room_floor && room < 1 ? -0.5 * (room + 1) * (room + 1) : 0;
 }
 
 /* Backward of the damping and of the lengths, a token at a time: from the gradients of both known writes (g_known_in,
@@ -216,10 +224,10 @@ static void memory_backward(Work *w, long m, REAL *current)
     } else {
         memset(g_known_in, 0, wide), memset(g_known_out, 0, narrow), memset(g_hidden, 0, wide);
     }
-    layer_backward(w, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E, Ep,
+    layer_backward(w, x, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E, Ep,
                    w->gram, x->known_in, x->write_in, in_of(w, w->g_current, m), in_of(w, w->g_border, m), g_known_in,
                    w->g_key, w->g_gram, w->wide2, w->narrow2);
-    layer_backward(w, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m),
+    layer_backward(w, x, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m),
                    K, Kp, x->overlap, x->known_out, x->write_out, out_of(w, w->g_current, m), out_of(w, w->g_border, m),
                    g_known_out, g_hidden, NULL, w->narrow2, w->wide2);
     for (long j = 0; j < C * Ep; j += VL)
