@@ -15,7 +15,7 @@ from nested_lm.campaign.lock import CampaignLock
 from nested_lm.campaign.plan import run_campaign
 from nested_lm.campaign.slurm import JobQueue, StepJob
 from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
-from nested_lm.config.campaign import CampaignConfig, Slurm
+from nested_lm.config.campaign import CampaignConfig, Slurm, Speed
 from nested_lm.config.load import load_campaign
 from nested_lm.errors import CampaignError, ConfigError
 from tests.campaign.fake_campaign import campaign
@@ -289,6 +289,13 @@ def test_suites_are_verbs_of_their_own_and_take_options(prefix):
     ("suite", "options", "added", "outputs"),
     [
         ("niah", ["--tasks=s1"], (), "results/niah.json"),
+        ("niah", ["--label=long"], (), "results/niah_long.json"),
+        (
+            "zeroshot",
+            ["--label=memorize"],
+            ("--output=out/hope/results/zeroshot_memorize.json",),
+            "results/zeroshot_memorize.json",
+        ),
         ("babilong", ["--tasks=qa1"], (), "results/babilong.json"),
         ("books", ["--length=4k"], (), "results/books.json"),
         ("zeroshot", ["--tasks=piqa"], ("--output=out/hope/results/zeroshot.json",), "results/zeroshot.json"),
@@ -302,3 +309,53 @@ def test_a_suite_leaves_its_result_where_the_report_looks(suite, options, added,
     step = plan_steps(with_runner({"kind": "local"}, steps=steps))[3]
     assert step.arguments == ("eval", suite, "out/hope", *options, *added)
     assert (step.folder / step.outputs).as_posix() == f"out/hope/{outputs}"
+
+
+def with_variables(folder: str | None) -> CampaignConfig:
+    """The zero-shot suite in place of Hope's evaluation, with a folder that only the user knows."""
+    steps = campaign().model_dump(mode="json")["steps"]
+    options = [f"--data-dir={folder}"]
+    steps[3] |= {"suite": "zeroshot", "options": options, "requires": ["data"], "seconds": 90.0}
+    return CampaignConfig.model_validate(
+        campaign().model_dump(mode="json") | {"steps": steps, "variables": {"data": folder}}
+    )
+
+
+def test_a_step_whose_variable_is_not_set_is_left_out_and_named(prefix, calls):
+    assert [step.id for step in plan_steps(with_variables("there"))] == [step.id for step in plan_steps(campaign())]
+    planned = {step.id: step for step in plan_steps(with_variables(None))}
+    assert "eval-hope" not in planned
+    assert planned["report"].needs == ("eval-transformer",)
+    said: list[str] = []
+    run_campaign(with_variables(None), prefix=prefix, say=said.append)
+    assert said[0] == "left out: eval-hope; it needs variables.data=..."
+    assert "eval hope" not in calls()
+    steps = with_variables("there").model_dump(mode="json")["steps"]
+    steps[3] |= {"requires": ["facts"]}
+    with pytest.raises(ValueError, match="step 'eval-hope' requires variable 'facts'; `variables` has data"):
+        with_runner({"kind": "local"}, steps=steps, variables={"data": None})
+
+
+def test_seconds_of_evaluations_count_in_a_dry_run(prefix):
+    speed = {"tokens_per_s": 737_280 / 60, "run_seconds": 10.0, "measured_on": "a test"}
+    config = with_variables("there").model_copy(update={"speed": Speed(**speed)})
+    said: list[str] = []
+    run_campaign(config, prefix=prefix, dry_run=True, say=said.append)
+    line = next(line for line in said if line.startswith("time"))
+    assert line.startswith(
+        "time         4 min at 12,288 tokens/s and 10 s besides training for each run, 2 min of eval"
+    )
+
+
+def test_presets_take_paths_as_variables(tmp_path, prefix):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\ntitle: t\noutput_dir: out\nvariables: {facts: null}\nsteps:\n"
+        "  - {kind: train, id: hope, config: hope/demo, overrides: [name=hope, 'output_dir=${output_dir}/hope']}\n"
+        "  - {kind: eval, id: b, run: hope, suite: babilong, requires: [facts],\n"
+        "     options: ['--facts=${variables.facts}']}\n"
+    )
+    assert [step.id for step in plan_steps(load_campaign(str(path)))] == ["hope"]
+    hope, babilong = plan_steps(load_campaign(str(path), ["variables.facts=/a b/c", "output_dir=there"]))
+    assert hope.folder.as_posix() == "there/hope"
+    assert babilong.arguments == ("eval", "babilong", "there/hope", "--facts=/a b/c")

@@ -15,6 +15,7 @@ def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
     by the rule of thumb, because counting takes seconds for every variant; `nested-lm train PRESET --dry-run` counts.
     """
     runs = [step.run for step in to_do if step.run is not None]
+    stated = [step.seconds for step in to_do if step.seconds is not None]
     kinds = {kind: sum(step.kind == kind for step in to_do) for kind in ("data", "train", "eval", "report")}
     rows = {"to do": ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "nothing"}
     if runs:
@@ -22,17 +23,20 @@ def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
         operations = sum(_operations(run) for run in runs)
         rows["tokens"] = f"{tokens:,} in {len(runs)} trainings"
         rows["compute"] = f"{operations:.2g} FLOPs, by 6 x parameters x tokens"
-        rows["time"] = _time(config, [step for step in to_do if step.run is not None])
+    if runs or stated:
+        rows["time"] = _time(config, [step for step in to_do if step.run is not None], stated)
+    if runs:
         rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end"
     return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was run or written"]
 
 
-def _time(config: CampaignConfig, trainings: Sequence[PlannedStep]) -> str:
+def _time(config: CampaignConfig, trainings: Sequence[PlannedStep], stated: Sequence[float]) -> str:
+    """stated: seconds of evaluations that state them."""
     speed, runs = config.speed, len(trainings)
     if speed is None:
         return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
-    parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs)
-    seconds = runs * speed.run_seconds
+    parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs + len(stated))
+    seconds = runs * speed.run_seconds + sum(stated)
     speeds: dict[float, None] = {}
     for step in trainings:
         assert step.run is not None
@@ -41,7 +45,10 @@ def _time(config: CampaignConfig, trainings: Sequence[PlannedStep]) -> str:
         seconds += _tokens(step.run) / own
     seconds /= parallel
     words = " or ".join(f"{own:,.0f}" for own in sorted(speeds))
-    how = f"{words} tokens/s and {speed.run_seconds:g} s besides training for each run"
+    parts = [f"{words} tokens/s and {speed.run_seconds:g} s besides training for each run"] if runs else []
+    if stated:
+        parts.append(f"{_duration(sum(stated))} of evaluations that state theirs")
+    how = ", ".join(parts)
     together = f", {parallel} at a time" if parallel > 1 else ""
     return f"{_duration(seconds)} at {how}{together} (measured on {speed.measured_on})"
 

@@ -61,6 +61,7 @@ def run_campaign(
     folder.mkdir(parents=True, exist_ok=True)
     with CampaignLock(folder, say=say) as lock, SignalRelay(say) as relay:
         write_manifest(folder, describe(config, steps))
+        _say_left_out(config, say)
         runner = open_runner(config, folder, lock)
         campaign = _Campaign(config, steps, prefix=prefix, runner=runner, relay=relay, say=say)
         campaign.run()
@@ -240,8 +241,14 @@ def _describe(
         needs = needs or (f" (after {len(step.needs)} steps)" if step.needs else "")
         say(f"[{number}/{len(steps)}] {step.id}{needs}: {state.reason}")
         say(f"  {shlex.join(command_of(step, prefix, config))}")
+    _say_left_out(config, say)
     for line in estimate(config, to_do):
         say(line)
+
+
+def _say_left_out(config: CampaignConfig, say: Callable[[str], None]) -> None:
+    for id, repair in config.left_out().items():
+        say(f"left out: {id}; it needs {repair}")
 
 
 def _explain(config: CampaignConfig, steps: Sequence[PlannedStep], failed: dict[str, str], folder: Path) -> str:

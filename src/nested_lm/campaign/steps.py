@@ -25,7 +25,7 @@ class PlannedStep:
     fingerprint: hash of the resolved settings and of the fingerprints of its needs.
     outputs: a finished step has left a file of this pattern in its folder; without it the step runs again.
     folder: where the step writes.
-    run: configuration of a train step.
+    run: configuration of a train step. seconds: that an evaluation is known to take.
     arm: of an ablation grid's train step: the grid's id and the arm.
     """
 
@@ -38,6 +38,7 @@ class PlannedStep:
     outputs: str
     run: RunConfig | None = None
     arm: tuple[str, Arm] | None = None
+    seconds: float | None = None
 
     def has_output(self) -> bool:
         """Whether what the step makes is there. A training that saved and stopped early is not at its end."""
@@ -47,12 +48,12 @@ class PlannedStep:
 
 
 class _Plan:
-    """Collects planned steps; `aliases` maps the id of a grid to the steps it became."""
+    """Collects planned steps; `aliases` maps the id of a grid to the steps it became, of a step left out to none."""
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
         self.steps: dict[str, PlannedStep] = {}
-        self.aliases: dict[str, tuple[str, ...]] = {}
+        self.aliases: dict[str, tuple[str, ...]] = dict.fromkeys(config.left_out(), ())
 
     def add(
         self,
@@ -66,13 +67,14 @@ class _Plan:
         outputs: str,
         run: RunConfig | None = None,
         arm: tuple[str, Arm] | None = None,
+        seconds: float | None = None,
     ) -> None:
         if id in self.steps:
             raise ConfigError(f"{self.config.name}: two steps became {id!r}; rename the grid or the step")
         needs = tuple(dict.fromkeys(real for name in after for real in self.aliases.get(name, (name,))))
         text = json.dumps([kind, settings, [self.steps[need].fingerprint for need in needs]])
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.steps[id] = PlannedStep(id, kind, arguments, needs, fingerprint, folder, outputs, run, arm)
+        self.steps[id] = PlannedStep(id, kind, arguments, needs, fingerprint, folder, outputs, run, arm, seconds)
 
     def add_run(
         self,
@@ -97,7 +99,14 @@ class _Plan:
         )
 
     def add_evaluation(
-        self, id: str, of: str, settings: str, overrides: Sequence[str], *, after: Sequence[str] = ()
+        self,
+        id: str,
+        of: str,
+        settings: str,
+        overrides: Sequence[str],
+        *,
+        after: Sequence[str] = (),
+        seconds: float | None = None,
     ) -> None:
         folder = self.steps[of].folder
         self.add(
@@ -108,13 +117,16 @@ class _Plan:
             settings=config_hash(load_evaluation(settings, overrides)),
             folder=folder,
             outputs="results/*.json",
+            seconds=seconds,
         )
 
     def add_suite(self, step: EvalStep) -> None:
         folder = self.steps[step.run].folder
         has_own_output = any(option.startswith("--output") for option in step.options)
         # Alone of the suites, zeroshot writes outside the run unless it is told where the report looks.
-        place = (f"--output={folder / 'results' / 'zeroshot.json'}",) if step.suite == "zeroshot" else ()
+        label = next((option.removeprefix("--label=") for option in step.options if option.startswith("--label=")), "")
+        result = f"results/{step.suite}_{label}.json" if label else f"results/{step.suite}.json"
+        place = (f"--output={folder / result}",) if step.suite == "zeroshot" else ()
         self.add(
             step.id,
             "eval",
@@ -122,7 +134,8 @@ class _Plan:
             after=(step.run, *step.after),
             settings=json.dumps([step.suite, *step.options]),
             folder=folder,
-            outputs="results/*.json" if has_own_output or step.suite == "continual" else f"results/{step.suite}.json",
+            outputs="results/*.json" if has_own_output or step.suite == "continual" else result,
+            seconds=step.seconds,
         )
 
 
@@ -134,6 +147,8 @@ def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
     """
     plan = _Plan(config)
     for step in config.steps:
+        if step.id in plan.aliases:  # left out
+            continue
         if isinstance(step, DataStep):
             data = load_data(step.config, step.overrides)
             plan.add(
@@ -157,7 +172,7 @@ def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
             settings, overrides = step.settings, step.overrides
             if settings is None:
                 settings, overrides = trained.config, trained.overrides
-            plan.add_evaluation(step.id, step.run, settings, overrides, after=step.after)
+            plan.add_evaluation(step.id, step.run, settings, overrides, after=step.after, seconds=step.seconds)
         elif isinstance(step, GridStep):
             _add_grid(plan, step)
         else:

@@ -36,6 +36,7 @@ class EvalStep(Section):
 
     suite: `run` measures what `settings` ask for; the others are the verbs of `nested-lm eval` by that name, which take
         command line options.
+    requires: variables of the campaign without which the step is left out, such as the folder of somebody else's data.
     """
 
     kind: Literal["eval"]
@@ -46,6 +47,8 @@ class EvalStep(Section):
     overrides: Overrides = ()  # of the settings
     suite: Literal["run", "zeroshot", "niah", "babilong", "books", "continual"] = "run"
     options: Overrides = ()  # of a suite's verb, such as --tasks=s1,mk1
+    requires: Names = ()
+    seconds: PositiveFloat | None = None  # what it takes where `speed` was measured; null: part of `run_seconds`
 
     @model_validator(mode="after")
     def _settings_belong_to_the_suite(self) -> "EvalStep":
@@ -165,19 +168,41 @@ class Speed(Section):
     by_preset: dict[str, PositiveFloat] = Field(
         default_factory=dict
     )  # tokens_per_s of trainings of these presets, where it is another
-    run_seconds: PositiveFloat  # besides training: start of the programs, evaluation
+    run_seconds: PositiveFloat  # besides training: start of the programs, evaluation steps that state no seconds
     measured_on: Annotated[str, Field(min_length=1)]
 
 
 class CampaignConfig(Section):
-    """Steps, run in order of their dependencies; each is a subprocess of the same command line."""
+    """Steps, run in order of their dependencies; each is a subprocess of the same command line.
+
+    variables: values that steps name as ${variables.NAME}, null where only the user knows them.
+    """
 
     name: Name
     title: str
     output_dir: str
+    variables: dict[Name, str | None] = Field(default_factory=dict)
     steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]
     runner: Runner = Local(kind="local")
     speed: Speed | None = None  # null: a dry run gives no hours
+
+    def left_out(self) -> dict[str, str]:
+        """Ids of the steps whose variables are not set, and what sets them."""
+        found = {}
+        for step in self.steps:
+            unset = [name for name in step.requires if self.variables[name] is None] if step.kind == "eval" else []
+            if unset:
+                found[step.id] = " ".join(f"variables.{name}=..." for name in unset)
+        return found
+
+    @model_validator(mode="after")
+    def _required_variables_exist(self) -> "CampaignConfig":
+        for step in self.steps:
+            unknown = [name for name in step.requires if name not in self.variables] if step.kind == "eval" else []
+            if unknown:
+                known = ", ".join(self.variables) or "(none)"
+                raise ValueError(f"step {step.id!r} requires variable {unknown[0]!r}; `variables` has {known}")
+        return self
 
     @model_validator(mode="after")
     def _steps_form_a_graph(self) -> "CampaignConfig":
