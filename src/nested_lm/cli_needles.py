@@ -57,6 +57,9 @@ def niah(
     ] = None,
     batch_rows: BatchRows = 48,
     max_state_mib: MaxState = 2048,
+    label: Annotated[
+        str | None, typer.Option(help="Keep the result beside the others, as niah_LABEL.json, such as long.")
+    ] = None,
     output: Output = None,
     device: OnDevice = Device.auto,
 ) -> None:
@@ -78,8 +81,8 @@ def niah(
     from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 
     loaded, path = open_source(source, device)
-    target = output or default_output(source, path, "niah")
-    evaluate_plan(loaded, path, plan_niah(loaded, settings), output=target, report=typer.echo)
+    plan = plan_niah(loaded, settings, label=label)
+    evaluate_plan(loaded, path, plan, output=output or default_output(source, path, plan.task), report=typer.echo)
 
 
 @reports_errors

@@ -33,6 +33,9 @@ def zeroshot(
     no_bigram: Annotated[bool, typer.Option("--no-bigram", help="Leave out the floor of the training text.")] = False,
     batch_rows: Annotated[int, typer.Option(min=1, help="Texts read side by side.")] = 32,
     bootstrap_samples: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
+    label: Annotated[
+        str | None, typer.Option(help="Tells the result from another of the same run, such as memorize.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Result file; eval/zeroshot_NAME.json by default.")
     ] = None,
@@ -57,7 +60,7 @@ def zeroshot(
     path = find_checkpoint(source, report=functools.partial(typer.echo, err=True))
     loaded = open_checkpoint(path, device)
     target = output or default_output(loaded.identity["name"])
-    evaluate_zeroshot(loaded, path, settings, data_dir=data_dir, output=target, report=typer.echo)
+    evaluate_zeroshot(loaded, path, settings, data_dir=data_dir, output=target, report=typer.echo, label=label)
 
 
 @reports_errors

@@ -83,6 +83,8 @@ def test_an_oracle_finds_every_needle_and_its_controls_say_why(measure, tokenize
             assert controls.needle_only.exact.value == 1.0
             assert controls.reset.exact.value == 0.0
             assert controls.frozen.exact.value == 1.0  # what was read before the question is still there
+            assert controls.unwritten.exact.value == 0.0  # it was never written
+            assert len(scores.control_rows.unwritten_nats) == 3
             assert scores.worth.value > 3
             assert [cell.depth for cell in scores.cells] == [0.0, 0.5, 1.0]
             assert all(cell.score.exact.value == 1.0 for cell in scores.cells)
@@ -107,6 +109,7 @@ def test_a_blind_model_scores_at_chance(measure, tokenizer):
         )
         assert entry.scores.worth.value == pytest.approx(0.0, abs=1e-9)
         assert entry.scores.controls.frozen is None  # it has nothing to freeze
+        assert entry.scores.controls.unwritten is None
 
 
 def test_all_tasks_can_be_measured(measure, tokenizer):
@@ -136,7 +139,10 @@ def test_batches_and_sharing_change_no_score_of_a_model(kind, measure, make_mode
         result, _ = measure(make_model(kind), lengths="500", depths="0,1", batch_rows=rows, samples=1, max_new_tokens=2)
         scores = result.metrics.tasks[0].lengths[0].scores
         (tmp_path / "run" / "results" / "niah.json").unlink()
-        found.append(scores.rows.nats + scores.control_rows.no_needle_nats + scores.control_rows.reset_nats)
+        columns = scores.control_rows
+        unwritten = columns.unwritten_nats or ()
+        assert bool(unwritten) == (kind == "self_modifying")
+        found.append(scores.rows.nats + columns.no_needle_nats + columns.reset_nats + unwritten)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] == pytest.approx(found[2], rel=1e-4)
 
@@ -173,6 +179,14 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read_or_written(measu
         measure(model, tasks="s1", books=(str(book),))
     assert not model.rows
     assert not (tmp_path / "run" / "results").exists()
+
+
+def test_a_label_sets_a_result_apart(tokenizer):
+    loaded = LoadedCheckpoint(Blind(tokenizer), load_run("hope/demo"), tokenizer, {}, 4, 4096, None)
+    assert plan_niah(loaded, settings()).task == "niah"
+    assert plan_niah(loaded, settings(), label="long").task == "niah_long"
+    with pytest.raises(ConfigError, match=r"--label '\.\./x'"):
+        plan_niah(loaded, settings(), label="../x")
 
 
 def test_a_diverged_model_is_named_and_nothing_is_written(measure, tokenizer, tmp_path):

@@ -21,7 +21,7 @@ def curve(kind, *, found, alone, frozen=None):
     for sample in range(SAMPLES):
         rows.append(Row(sample, 0.5, 1000, True, float(found), 0.5, found, 1, asked, "x"))
         rows.append(Row(sample, None, None, False, 0.0, 5.0, False, 90, None, "no"))
-        controls.append(ControlRow(sample, (0.1, alone, 1), (4.0, False, 80)))
+        controls.append(ControlRow(sample, (0.1, alone, 1), (4.0, False, 80), asked))
     scores = summarise(Measured(rows, controls, 1024, 2048, 2048, 2.0), Bootstrap(samples=100))
     lengths = (
         NeedleLength(length=2048, scores=scores, stopped=None),
@@ -74,10 +74,25 @@ def test_scores_stand_beside_all_controls(shown):
     assert controls["s1, 2,048", "needle only"][0] == ("1.00", "0.912 to 1.000; 0.10 nats")
     assert controls["s1, 2,048", "reset"][0] == ("0.00", detail.format("4.00"))
     assert controls["s1, 2,048", "frozen"] == [("0.00", detail.format("2.00")), ("-", "")]
+    assert controls["s1, 2,048", "unwritten"] == controls["s1, 2,048", "frozen"]
     assert "frozen: freezes the fast weights from the question on" in tables["Needles: controls"][0]
     assert tables["Needles: nats saved"][1]["s1, 2,048", ""][0] == ("+4.5000", "+4.5000 to +4.5000; with it 0.50")
     effective = tables["Needles: effective length"][1]
     assert effective["s1", "match at least 0.856"] == [("2,048", ""), ("none", "")]
+
+
+def test_a_labelled_result_has_tables_of_its_own(complete):
+    run = complete.runs[0]
+    found = curve("niah", found=True, alone=True)
+    results = {
+        name: run.results["passkey"].model_copy(update={"task": name, "metrics": found})
+        for name in ("niah", "niah_long")
+    }
+    tables = other_results(replace(complete, runs=(replace(run, results=results),)))
+    assert [table.title for table in tables if "controls" in table.title] == [
+        "Needles: controls",
+        "Needles, long: controls",
+    ]
 
 
 def test_where_not_even_the_needle_alone_is_found_the_report_says_so(shown):

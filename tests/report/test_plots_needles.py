@@ -31,7 +31,7 @@ def scores(length, reach, *, samples=4):
                 Row(sample, depth, distance, True, float(found), 0.1 if found else 5.0, found, 1, None, "12 is it")
             )
         rows.append(Row(sample, None, None, False, 0.0, 5.0 + 0.01 * sample, False, 90, None, "no"))
-        controls.append(ControlRow(sample, (0.1, True, 1), (5.0, False, 90)))
+        controls.append(ControlRow(sample, (0.1, True, 1), (5.0, False, 90), None))
     return summarise(Measured(rows, controls, 1024, 12 * length, 9 * length, 2.0), Bootstrap(samples=100))
 
 
@@ -141,3 +141,15 @@ def test_lines_are_drawn_where_the_axis_shows_them(measured):
     assert "level 0 2.05 k" in svg
     assert "level 1 4.1 k" in svg
     assert "trained on 256" in svg
+
+
+def test_results_of_one_run_become_one_curve(measured):
+    run = measured.runs[0]
+    (task,) = run.results["niah"].metrics.tasks
+    far = task.model_copy(update={"lengths": (NeedleLength(length=65536, scores=scores(65536, 3000), stopped=None),)})
+    long = run.results["niah"].metrics.model_copy(update={"tasks": (far,)})
+    result = run.results["niah"].model_copy(update={"task": "niah_long", "metrics": long})
+    both = replace(measured, runs=(replace(run, results=run.results | {"niah_long": result}),))
+    ((_, ((_, whole),)),) = plots_needles._tasks(both)
+    assert [entry.length for entry in whole.lengths] == [2048, 4096, 8192, 65536]
+    assert plots_needles.needle_matches(both).svg != plots_needles.needle_matches(replace(both, runs=(run,))).svg

@@ -1,6 +1,7 @@
 """Write, read and compare result files. A file edited after it was written is refused."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import xxhash
 from pydantic import ValidationError
 
 from nested_lm.data.atomic import write_atomically
-from nested_lm.errors import NumericsError, ReportError
+from nested_lm.errors import ConfigError, NumericsError, ReportError
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 
 PARAMETER_TOLERANCE = 0.02
@@ -25,9 +26,21 @@ _OWN_SETTINGS = {"zeroshot": ("memorize",), "regret": ("oracle",)}
 and every arm has an oracle of its own kind."""
 
 
+def labelled(kind: str, label: str | None) -> str:
+    """The name of a result: its kind, or `KIND_LABEL` to keep it beside another of the same run and kind.
+
+    Raises ConfigError when the label is not small letters and digits.
+    """
+    if label is None:
+        return kind
+    if not re.fullmatch("[a-z0-9]+", label):
+        raise ConfigError(f"--label {label!r}: write small letters and digits only, such as long")
+    return f"{kind}_{label}"
+
+
 def shared_settings(result: ResultFile) -> dict[str, Any]:
     """Settings that all rows of a table must have in common."""
-    own = _OWN_SETTINGS.get(result.task, ())
+    own = next((own for kind, own in _OWN_SETTINGS.items() if f"{result.task}_".startswith(f"{kind}_")), ())
     return {key: value for key, value in result.settings.items() if key not in own}
 
 

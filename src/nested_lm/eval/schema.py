@@ -216,7 +216,7 @@ class ResultFile(Section):
     """One task on one checkpoint (or on the border checkpoints of a chronological run)."""
 
     schema_version: Literal[1]
-    task: str
+    task: str  # the kind of the metrics, or `KIND_LABEL` for another result of that kind
     task_version: str
     identity: RunIdentity
     settings: dict[str, JsonValue]  # of the task; equal in every row of one table
@@ -229,6 +229,6 @@ class ResultFile(Section):
 
     @model_validator(mode="after")
     def _metrics_belong_to_the_task(self) -> "ResultFile":
-        if self.metrics.kind != self.task:
+        if self.task != self.metrics.kind and not self.task.startswith(f"{self.metrics.kind}_"):
             raise ValueError(f"task is {self.task!r} but the metrics are those of {self.metrics.kind!r}")
         return self

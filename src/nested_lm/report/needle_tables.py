@@ -15,7 +15,9 @@ from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
 _FREEZING = (
     "frozen: freezes the fast weights from the question on: they are read and no longer written, while the text "
-    "before was written as ever, and convolution tails and attention caches go on; - for a model without fast weights."
+    "before was written as ever, and convolution tails and attention caches go on. unwritten: freezes them from the "
+    "first token of the text on (middle depth), so that what is left is not the memory's; - for a model without fast "
+    "weights."
 )
 _EXPLAINED = (
     "Share of the questions whose answer greedy decoding begins with, its interval, and the share of the references in "
@@ -25,7 +27,8 @@ _EXPLAINED = (
 
 def needles(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
     """Answers found by task and length, their controls, nats saved and effective lengths."""
-    return _curves(campaign, runs, task, "Needles", missing="needle")
+    label = task.removeprefix("niah").lstrip("_")
+    return _curves(campaign, runs, task, f"Needles, {label}" if label else "Needles", missing="needle")
 
 
 def babilong(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
@@ -85,6 +88,7 @@ def _curves(campaign: Campaign, runs: Sequence[Run], task: str, title: str, *, m
         (f"{missing} only", lambda s: s.controls.needle_only),
         ("reset", lambda s: s.controls.reset),
         ("frozen", lambda s: s.controls.frozen),
+        ("unwritten", lambda s: s.controls.unwritten),
     ]
     saved = (
         f"Nats a token of the answer that the {missing} in the text saves against the same text without it, paired by "

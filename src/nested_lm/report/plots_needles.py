@@ -139,15 +139,24 @@ class _Bin(NamedTuple):
 
 
 def _tasks(campaign: Campaign) -> list[tuple[str, list[tuple[Run, NeedleTask]]]]:
-    """Runs by task, in the order of the results."""
+    """Runs by task, in the order of the results; the lengths of several results of a run are one curve."""
     found: dict[str, list[tuple[Run, NeedleTask]]] = defaultdict(list)
     for run in campaign.runs:
-        if "niah" in run.results:
-            metrics = run.results["niah"].metrics
-            assert isinstance(metrics, NiahMetrics)
-            for task in metrics.tasks:
-                found[task.task].append((run, task))
+        whole: dict[str, NeedleTask] = {}
+        for result in run.results.values():
+            if isinstance(result.metrics, NiahMetrics):
+                for task in result.metrics.tasks:
+                    whole[task.task] = _join(whole[task.task], task) if task.task in whole else task
+        for name, task in whole.items():
+            found[name].append((run, task))
     return list(found.items())
+
+
+def _join(one: NeedleTask, other: NeedleTask) -> NeedleTask:
+    """The lengths of both, ascending; of a length that both have, that of the first."""
+    known = {entry.length for entry in one.lengths}
+    lengths = (*one.lengths, *(entry for entry in other.lengths if entry.length not in known))
+    return one.model_copy(update={"lengths": tuple(sorted(lengths, key=lambda entry: entry.length))})
 
 
 def _cells(task: NeedleTask) -> list[tuple[int, LengthScores, Cell]]:

@@ -144,10 +144,10 @@ def _reading_orders(campaign: Campaign, draw: Draw) -> list[ReadingOrder]:
 
 
 def _needle_plots(campaign: Campaign) -> tuple[Plot, ...]:
-    """Figures of needle curves where there are any: most campaigns measure none, and need not be told."""
-    if not any(result.metrics.kind == "niah" for run in campaign.runs for result in run.results.values()):
-        return ()
-    return (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
+    """Figures of needle curves and of books where there are any: most campaigns have none, and need not be told."""
+    kinds = {result.metrics.kind for run in campaign.runs for result in run.results.values()}
+    needles = (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
+    return (*(needles if "niah" in kinds else ()), *((plots_needles.book_positions,) if "books" in kinds else ()))
 
 
 def _drawer(campaign: Campaign, notes: list[str]) -> Draw:

@@ -30,10 +30,12 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     shown = [_plain(labels, found, columns)]
     if any(len(metrics.arms) > 1 for metrics in found):
         shown.append(_memorized(labels, found, columns))
-    parameters = [run.results[task].identity.parameters for run in runs]
-    shown.append(_papers(labels, found, columns, parameters))
+    label = task.removeprefix("zeroshot").lstrip("_")
+    if not label:  # a labelled result is a part, for a purpose of its own
+        parameters = [run.results[task].identity.parameters for run in runs]
+        shown.append(_papers(labels, found, columns, parameters))
     shown.append(_time(labels, found, [run.results[task].wall_seconds for run in runs]))
-    return shown
+    return [one._replace(title=f"{one.title}, {label}") for one in shown] if label else shown
 
 
 def _plain(labels: Sequence[str], found: Sequence[ZeroShotMetrics], columns: Sequence[tuple[str, str]]) -> Shown:

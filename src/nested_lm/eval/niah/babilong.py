@@ -110,6 +110,7 @@ def plan_babilong(
     suites = tuple(_suite(name, loaded.tokenizer, books, settings, facts, examples) for name in names)
     return Plan(
         kind="babilong",
+        task="babilong",
         version=VERSION,
         suites=suites,
         lengths=settings.lengths,

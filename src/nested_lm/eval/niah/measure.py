@@ -61,11 +61,15 @@ class Row(NamedTuple):
 
 
 class ControlRow(NamedTuple):
-    """What became of one sample's question without its text: nats, exact, rank."""
+    """What became of one sample's question without its text, or without writes: nats, exact, rank.
+
+    unwritten: after a prompt that was read without a single write, start to end; None for a model that writes nothing.
+    """
 
     sample: int
     only: tuple[float, bool, int] | None
     reset: tuple[float, bool, int]
+    unwritten: tuple[float, bool, int] | None
 
 
 class Measured(NamedTuple):
@@ -114,7 +118,7 @@ class _LengthMeasurement:
         controls: list[ControlRow] = []
         for entries in self._batches():
             rows += self._read(entries)
-            controls += [self._control(entry) for entry in entries if not entry.has_needle]
+            controls += self._control(entries)
         return Measured(
             sorted(rows, key=lambda row: (row.sample, not row.has_needle, row.depth or 0.0)),
             sorted(controls, key=lambda row: row.sample),
@@ -190,14 +194,28 @@ class _LengthMeasurement:
     def _settled(self, sample: Sample, output: str) -> bool:
         return self.suite.settled(output, sample)
 
-    def _control(self, entry: _Entry) -> ControlRow:
-        """Ask without the text."""
-        sample = entry.sample
-        size = len(sample.question)
+    def _control(self, entries: Sequence[_Entry]) -> list[ControlRow]:
+        """Ask each sample without its text, and after a text that wrote nothing."""
+        once = [entry for entry in entries if not entry.has_needle]
         start = np.array([[self.tokenizer.start_of_text]])
-        reset = self._ask(start, sample)
-        only = None if sample.only is None else self._ask(sample.only[None, :-size], sample)
-        return ControlRow(entry.number, only, reset)
+        rows = []
+        for entry, unwritten in zip(once, self._unwritten(once), strict=True):
+            sample = entry.sample
+            size = len(sample.question)
+            only = None if sample.only is None else self._ask(sample.only[None, :-size], sample)
+            rows.append(ControlRow(entry.number, only, self._ask(start, sample), unwritten))
+        return rows
+
+    def _unwritten(self, entries: Sequence[_Entry]) -> Sequence[tuple[float, bool, int] | None]:
+        """Ask each sample at its middle depth, with writes frozen from the text's first token on."""
+        if not entries or not self.reader.model.has_fast_weights:
+            return [None] * len(entries)
+        samples = [entry.sample for entry in entries]
+        size = len(samples[0].question)
+        prompts = [sample.prompts[len(sample.prompts) // 2].tokens[:-size] for sample in samples]
+        state = self.reader.read(np.stack(prompts), writes=False)
+        questioned = read_question(self.reader, state, np.stack([sample.question for sample in samples]))
+        return _each(force(self.reader, questioned, [sample.answer for sample in samples]))
 
     def _ask(self, text: np.ndarray, sample: Sample) -> tuple[float, bool, int]:
         questioned = read_question(self.reader, self.reader.read(text), sample.question[None])

@@ -25,13 +25,15 @@ class Controls(Section):
 
     no_needle: the text without the needles that are asked for. needle_only: no text at all but the needles; null
     where the text is the task. reset: a fresh state right before the question. frozen: fast weights are read and not
-    written from the question on; null for a model that has none.
+    written from the question on; unwritten: from the text's first token on, needle at the middle depth; both null for a
+    model that has none.
     """
 
     no_needle: Score
     needle_only: Score | None
     reset: Score
     frozen: Score | None
+    unwritten: Score | None = None
 
 
 class Cell(Section):
@@ -75,6 +77,8 @@ class ControlRows(Section):
     needle_only_nats: tuple[NonNegativeFloat, ...] | None
     reset_exact: tuple[bool, ...]
     reset_nats: tuple[NonNegativeFloat, ...]
+    unwritten_exact: tuple[bool, ...] | None = None
+    unwritten_nats: tuple[NonNegativeFloat, ...] | None = None
 
 
 class LengthScores(Section):

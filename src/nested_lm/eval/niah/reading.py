@@ -76,11 +76,11 @@ class Reader:
         """Tokens on the model's device."""
         return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
 
-    def read(self, prompts: Int[np.ndarray, "R T"]) -> StreamState:
+    def read(self, prompts: Int[np.ndarray, "R T"], *, writes: bool = True) -> StreamState:
         """Read prompts from fresh states. Returns their states, a row for each.
 
         Prompts that agree up to the end of a segment are one row until then; where they part, its state is forked.
-        That is exact: a state is a function of the tokens before it.
+        That is exact: a state is a function of the tokens before it. writes: False never writes fast weights.
 
         Raises:
             OutOfRoomError: memory ended, or the states would pass the limit.
@@ -89,7 +89,7 @@ class Reader:
         step = segment_length(length, self.model.config.alignment)
         group = np.zeros(rows, dtype=np.int64)  # the row that stands for each prompt
         with reading_mode(self.model), memory_watch():
-            state = self.model.initial_state(1)
+            state = self.model.initial_state(1) if writes else self.model.initial_state(1).freeze()
             count = 1
             for begin in range(0, length, step):
                 part = prompts[:, begin : begin + step]

@@ -20,7 +20,7 @@ from nested_lm.eval.niah.settings import NiahSettings
 from nested_lm.eval.niah.suites import ruler_suites
 from nested_lm.eval.niah.summary import effective_lengths, summarise
 from nested_lm.eval.niah.tasks import VERSION
-from nested_lm.eval.results import load_result, write_result
+from nested_lm.eval.results import labelled, load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile
 
 UNKNOWN_DATA = "none"
@@ -29,9 +29,12 @@ UNKNOWN_DATA = "none"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. settings: what two results must share to be compared."""
+    """What is measured. task: name of the result, its kind or `KIND_LABEL`. settings: what two results must share to be
+    compared.
+    """
 
     kind: Literal["niah", "babilong"]
+    task: str
     version: str
     suites: tuple[Suite, ...]
     lengths: tuple[int, ...]
@@ -41,16 +44,17 @@ class Plan:
     settings: Mapping[str, Any]
 
 
-def plan_niah(loaded: LoadedCheckpoint, settings: NiahSettings) -> Plan:
-    """The plan of needle curves.
+def plan_niah(loaded: LoadedCheckpoint, settings: NiahSettings, *, label: str | None = None) -> Plan:
+    """The plan of needle curves. label: sets a result apart from another of the same run, such as `long`.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings that do not go together, or a label that is none.
         DataError: a book cannot be read.
     """
     suites = ruler_suites(loaded.tokenizer, settings)
     return Plan(
         kind="niah",
+        task=labelled("niah", label),
         version=VERSION,
         suites=suites,
         lengths=settings.lengths,
@@ -86,15 +90,15 @@ def evaluate_plan(
     for suite in plan.suites:
         for length in {plan.lengths[0], plan.lengths[-1]}:
             suite.make(length, 0)  # refuses at once what cannot be made
-    measurement = Measurement(plan.kind, plan.version, plan.settings, lambda: _measure(loaded, plan, report))
+    measurement = Measurement(plan.task, plan.version, plan.settings, lambda: _measure(loaded, plan, report))
     return measure_once(loaded, checkpoint, measurement, output=output, report=report)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What goes into one result file. kind: of its metrics. settings: what two results must share to be compared."""
+    """What goes into one result file. task: its name. settings: what two results must share to be compared."""
 
-    kind: str
+    task: str
     version: str
     settings: Mapping[str, Any]
     measure: Callable[[], Metrics]
@@ -125,10 +129,10 @@ def measure_once(
     try:
         metrics = measurement.measure()
     except NumericsError as error:
-        raise NumericsError(f"{measurement.kind} on {checkpoint}: {error}") from error
+        raise NumericsError(f"{measurement.task} on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task=measurement.kind,
+        task=measurement.task,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -137,7 +141,7 @@ def measure_once(
         **fields,
     )
     write_result(output, result)
-    report(f"{measurement.kind}: {result.wall_seconds:.1f} s, {output}")
+    report(f"{measurement.task}: {result.wall_seconds:.1f} s, {output}")
     return output
 
 
@@ -158,7 +162,8 @@ def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str]
 
 
 def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]) -> NiahMetrics | BabilongMetrics:
-    rows = sum(suite.rows for suite in plan.suites) * plan.batching.samples
+    unwritten = int(loaded.model.has_fast_weights)  # a row more of each sample
+    rows = sum(suite.rows + unwritten for suite in plan.suites) * plan.batching.samples
     progress = Progress(rows * sum(plan.lengths), report)
     reader = Reader(loaded.model, plan.max_state_mib * MIB, progress.add)
     bootstrap = Bootstrap(samples=plan.bootstrap_samples)

@@ -103,11 +103,13 @@ def _controls(
 ) -> Controls:
     frozen = [row.frozen for row in rows if row.frozen is not None]
     only = [row.only for row in controls if row.only is not None]
+    unwritten = [row.unwritten for row in controls if row.unwritten is not None]
     return Controls(
         no_needle=_score_rows(empty, bootstrap),
         needle_only=_score(controls, only, None, bootstrap) if only else None,
         reset=_score(controls, [row.reset for row in controls], None, bootstrap),
         frozen=_score(rows, frozen, None, bootstrap) if frozen else None,
+        unwritten=_score(controls, unwritten, None, bootstrap) if unwritten else None,
     )
 
 
@@ -129,6 +131,7 @@ def _columns(rows: Sequence[Row]) -> Rows:
 
 def _control_columns(empty: Sequence[Row], controls: Sequence[ControlRow]) -> ControlRows:
     only = [row.only for row in controls if row.only is not None]
+    unwritten = [row.unwritten for row in controls if row.unwritten is not None]
     return ControlRows(
         no_needle_match=tuple(row.match for row in empty),
         no_needle_exact=tuple(row.exact for row in empty),
@@ -137,4 +140,6 @@ def _control_columns(empty: Sequence[Row], controls: Sequence[ControlRow]) -> Co
         needle_only_nats=tuple(nats for nats, _, _ in only) if only else None,
         reset_exact=tuple(row.reset[1] for row in controls),
         reset_nats=tuple(row.reset[0] for row in controls),
+        unwritten_exact=tuple(exact for _, exact, _ in unwritten) if unwritten else None,
+        unwritten_nats=tuple(nats for nats, _, _ in unwritten) if unwritten else None,
     )

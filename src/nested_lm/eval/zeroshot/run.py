@@ -16,7 +16,7 @@ from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.progress import Progress
 from nested_lm.eval.niah.run import UNKNOWN_DATA
-from nested_lm.eval.results import load_result, write_result
+from nested_lm.eval.results import labelled, load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 from nested_lm.eval.zeroshot.bigram import BigramScorer, count_bigrams
 from nested_lm.eval.zeroshot.data_folder import read_manifest, verified_files
@@ -84,17 +84,20 @@ def evaluate_zeroshot(
     data_dir: Path | None,
     output: Path,
     report: Callable[[str], None],
+    label: str | None = None,
 ) -> Path:
     """Measure, write the result file and report the table; a result of the same checkpoint and settings is kept.
 
-    data_dir: data folder; None: the Hugging Face hub.
+    data_dir: data folder; None: the Hugging Face hub. label: sets the result apart from another of the same run.
 
     Raises:
-        ConfigError: settings that the model cannot have, no harness, or an output that is another run's.
+        ConfigError: settings that the model cannot have, no harness, an output that is another run's, or a label that
+            is none.
         DataError: changed task files or data.
         CheckpointError: the data set for the bigram floor has another tokenizer.
         NumericsError: a score is not finite. Nothing is written.
     """
+    task = labelled("zeroshot", label)
     for memorize in settings.memorize:
         check_memorize(loaded.model, memorize)
     started = time.perf_counter()
@@ -115,7 +118,7 @@ def evaluate_zeroshot(
             raise NumericsError(f"zero-shot tasks on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task="zeroshot",
+        task=task,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -127,7 +130,7 @@ def evaluate_zeroshot(
     for line in table_lines(result):
         report(line)
     plain = metrics.arms[0]
-    report(f"zeroshot: {result.wall_seconds:.1f} s, plain score at {plain.tokens_per_s:,.0f} tokens/s, {output}")
+    report(f"{task}: {result.wall_seconds:.1f} s, plain score at {plain.tokens_per_s:,.0f} tokens/s, {output}")
     return output
 
 
