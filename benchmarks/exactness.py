@@ -22,6 +22,7 @@ EQUATIONS = {
     "erase": "57, 88",
     "erase_after_decay": "88, A6",
     "erase_since": "88, A6",
+    "erase_since_generators": "88, A6",
     "read": "83, 90, A5",
     "adapt": "83, 85",
     "rates": "A34",

@@ -33,10 +33,11 @@ class WriteRule:
     erase_after_decay: whether the erase term meets what retention left, alpha (I - eta k k^T) as in Gated DeltaNet, or
         the weights before it, alpha I - eta k k^T as eq. 88 prints. The second has the eigenvalue alpha - eta, below -1
         for rates near 2.
-    erase_since: what the erase term takes off: all that was written since the `start` (eq. 88), or only since the last
-        `border`. The gradient of the squared error takes off what the border held as well, so that with `start` a write
-        at rate 1 leaves value - old; with `border` it leaves value, the delta rule. At rates above 1 the gradient step
-        has less room (`ops/memory.py`), and the erase term takes off the rest: at rate 2 both are the same.
+    erase_since, erase_since_generators: what the erase term of `memory`, and of the generators, takes off: all that was
+        written since the `start` (eq. 88), or only since the last `border`. The gradient of the squared error takes off
+        what the border held as well, so that with `start` a write at rate 1 leaves value - old; with `border` it leaves
+        value, the delta rule. At rates above 1 the gradient step has less room (`ops/memory.py`), and the erase term
+        takes off the rest: at rate 2 both are the same. Taking off everything keeps generators near their start.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
@@ -60,6 +61,7 @@ class WriteRule:
     erase: Literal["both", "input", "none"] = "both"
     erase_after_decay: bool = True
     erase_since: Literal["start", "border"] = "start"
+    erase_since_generators: Literal["start", "border"] = "start"
     decay_towards: Literal["start", "zero"] = "start"
     momentum: bool = False
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
@@ -131,7 +133,7 @@ class WriteRule:
                 "targets: generated, or gradient: fresh",
             ),
             (
-                self.erase_since == "border" and (self.gradient != "border" or self.objective == "dot"),
+                any(self.since_border) and (self.gradient != "border" or self.objective == "dot"),
                 f"erase_since border brings a squared error's gradient of the border up to date; gradient "
                 f"`{self.gradient}` with objective `{self.objective}` leaves nothing to do; use erase_since: start",
             ),
@@ -158,9 +160,9 @@ class WriteRule:
         """
         if self.objective != "l2" or self.gradient != "border":
             return None
-        if self.erase != "none" and not (self.erase_since == "border" and self.erase == "input"):
-            return None
-        for name, rate in zip(self.adapt, self.rates, strict=True):
+        for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
+            if self.erase == "both" or (self.erase == "input" and not since_border):
+                continue
             chunk = self.chunk if name == "memory" else self.chunk_generators
             if chunk * rate > ONE_BORDER:
                 return (
@@ -174,6 +176,12 @@ class WriteRule:
     def alignment(self) -> int:
         """Tokens between two moments that are a border of every memory: where a document may start."""
         return max(self.chunk, self.chunk_generators)
+
+    @property
+    def since_border(self) -> tuple[bool, ...]:
+        """Of each memory, whether its erase term leaves to the gradient what the border held."""
+        generators = self.erase_since_generators == "border"
+        return (generators,) * (len(self.adapt) - 1) + (self.erase_since == "border",)
 
     @property
     def erased_layers(self) -> tuple[bool, bool]:

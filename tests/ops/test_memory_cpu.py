@@ -22,6 +22,8 @@ SUPPORTED = {
     "erase input",
     "erase none",
     "erase since the border",
+    "erase since the border, memory",
+    "erase since the border, generators",
     "erase since the border, input",
     "erase since the border, all six, rates to 2",
     "read exclusive",

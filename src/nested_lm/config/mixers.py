@@ -97,6 +97,7 @@ class SelfModifying(MixerSection):
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
     erase_after_decay: bool = True  # alpha (I - eta k k^T), stable for rates to 2; false: alpha I - eta k k^T (eq. 88)
     erase_since: Literal["start", "border"] = "start"  # all that was written (eq. 88), or what the gradient cannot know
+    erase_since_generators: Literal["start", "border"] = "start"  # the same of the other memories
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
     momentum: bool = False  # a running sum of writes with a decay of its own for every token
@@ -132,6 +133,7 @@ class SelfModifying(MixerSection):
             erase=self.erase,
             erase_after_decay=self.erase_after_decay,
             erase_since=self.erase_since,
+            erase_since_generators=self.erase_since_generators,
             decay_towards=self.decay_towards,
             momentum=self.momentum,
             read=self.read,

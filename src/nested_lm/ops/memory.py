@@ -133,11 +133,17 @@ def room_beside_erase(rate: Tensor, rule: WriteRule) -> Tensor:
     key, when factor times curvature is at most (2 - r) / r: at rate 1 the whole step, at rate 2, where erasing alone
     reflects, none. Without the erase term the plain limit, 1, holds for rates up to 2.
 
-    Also the share of the border's content that erasing leaves to the gradient, with `erase_since: border`.
+    Also the share of what the border held that erasing since the border leaves to the gradient.
     """
     if not any(rule.erased_layers):
         return torch.ones_like(rate)
     return ((2 - rate) / rate.clamp_min(1.0)).clamp(ROOM_FLOOR, 1.0)
+
+
+def left_to_gradient(room: Float[Tensor, "B H M C 1"], rule: WriteRule) -> Float[Tensor, "B H M C 1"]:
+    """Share of what the border held that the erase term of each memory leaves to the gradient."""
+    since_border = torch.tensor(rule.since_border, dtype=room.dtype, device=room.device)
+    return room * since_border[:, None, None]
 
 
 def room_slope(room: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from nested_lm.ops.memory import (
     NORM_FLOOR,
     GateReadout,
     MemoryWeights,
+    left_to_gradient,
     rate_limits,
     rate_share_slope,
     room_slope,
@@ -67,6 +68,7 @@ def has_closed_backward(rule: WriteRule) -> bool:
         rule.rates,
         erase=rule.erase,
         erase_since=rule.erase_since,
+        erase_since_generators=rule.erase_since_generators,
         read=rule.read,
         rate_stretch=rule.rate_stretch,
     )
@@ -145,12 +147,12 @@ def _backward_layer(
         grad_old[:, :, group] += product(grad_faded.mT, at, operands)
         along = product(grad_faded, old[:, :, group], operands)
         if border is not None and grad_border is not None:
-            room = errors.room[:, :, group]
-            grad_held = -room * grad_known
-            grad_border[:, :, group] = product(grad_held.mT, at, operands)
+            left = left_to_gradient(errors.room, rule)[:, :, group]
+            grad_border[:, :, group] = product((-left * grad_known).mT, at, operands)
             held = product(grad_known, border[:, :, group], operands)
-            along -= room * held
-            grad_rate -= limit * ((held * at).sum(-1, keepdim=True) * room_slope(room)).sum((2, 4))
+            along -= left * held
+            slope = left_to_gradient(room_slope(errors.room), rule)[:, :, group]
+            grad_rate -= limit * ((held * at).sum(-1, keepdim=True) * slope).sum((2, 4))
         mutual = product(grad_overlap + grad_overlap.mT, at, operands)
         if shared:
             grad_direction = grad_direction.sum(2, keepdim=True) if grad_direction.shape[2] > 1 else grad_direction

@@ -24,6 +24,7 @@ from nested_lm.ops.memory import (
     GateReadout,
     MemoryWeights,
     damping,
+    left_to_gradient,
     rate_limits,
     rate_share,
     room_beside_erase,
@@ -296,7 +297,10 @@ def _write_linear(
             error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target
         error = error.expand(*error.shape[:2], old.shape[2], *error.shape[3:])
         rate = made.rate[:, :, None, :, None] * limit
-        held = None if weights.border is None else product(key, weights.border.inner[:, :, group].mT, operands)
+        held = None
+        if weights.border is not None:
+            left = left_to_gradient(torch.ones_like(made.rate[:, :, None, :1, None]), rule)[:, :, group]
+            held = left * product(key, weights.border.inner[:, :, group].mT, operands)
         if spread is None or weights.momentum is None:
             writes.append(solve_writes(error, key, old, rate, decays, times, operands, held))
         else:
@@ -314,7 +318,7 @@ def _write_layer(
     made: Generated,
     decays: Decays,
     spread: Spread | None,
-    room: Float[Tensor, "B H M C 1"],
+    left: Float[Tensor, "B H M C 1"],
     erase: bool,
     rule: WriteRule,
     operands: torch.dtype | None,
@@ -328,7 +332,7 @@ def _write_layer(
         known, before = error[:, :, group], old[:, :, group]
         held = None
         if border is not None:
-            held = room[:, :, group] * product(at, border[:, :, group].mT, operands)
+            held = left[:, :, group] * product(at, border[:, :, group].mT, operands)
         if spread is None or momentum is None:
             writes.append(solve_writes(known, at, before, rate, decays, times, operands, held))
         else:
@@ -382,7 +386,7 @@ def forward_chunk(
         errors = inner_errors(made, weights.anchor, readout.gain, rule, operands)
         length = errors.squared.add(NORM_FLOOR**2).sqrt()
         known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
-        shared = (made, decays, spread, errors.room)
+        shared = (made, decays, spread, left_to_gradient(errors.room, rule))
         erase_inner, erase_outer = rule.erased_layers
         inner = _write_layer(known[0], key, distance.inner, border[0], running[0], *shared, erase_inner, rule, operands)
         at = errors.direction

@@ -101,7 +101,7 @@ def run_pieces(
             momentum = None if momentum is None else reset_rows(momentum, plan.keep[index])
         distance = add(start, current) if whole else current
         anchor = add(start, border)
-        at_border = (anchor if whole else border) if rule.erase_since == "border" else None
+        at_border = (anchor if whole else border) if any(rule.since_border) else None
         weights = ChunkWeights(anchor, base, distance, at_border, momentum)
         chunk = run_chunk(_slice(inputs, piece), weights, readout, rule, plan.operands)
         if visit is not None:
@@ -155,7 +155,7 @@ class _WriteSequence(torch.autograd.Function):
         for index in reversed(range(len(plan.pieces))):
             piece, kept = plan.pieces[index], states[index]
             border, current = _move_border_backward(border, current, piece.after)
-            at_border = kept.border if plan.rule.erase_since == "border" else None
+            at_border = kept.border if any(plan.rule.since_border) else None
             weights = ChunkWeights(add(start, kept.border), start, kept.current, at_border, None)
             part = _slice(inputs, piece)
             chunk = chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)

@@ -44,7 +44,8 @@ _SWITCHES = (
     "erase_in",
     "erase_out",
     "erase_after_decay",
-    "erase_since_border",
+    "since_border",
+    "since_border_generators",
     "inclusive",
 )
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
@@ -205,7 +206,8 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
         B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),
         longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **places, erase_in=erase_in,
         erase_out=erase_out, erase_after_decay=rule.erase_after_decay,
-        erase_since_border=rule.erase_since == "border", inclusive=rule.read == "inclusive",
+        since_border=rule.erase_since == "border",
+        since_border_generators=rule.erase_since_generators == "border", inclusive=rule.read == "inclusive",
         stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
     )  # fmt: skip
     cpu_library.point(call, {**lists, **named})

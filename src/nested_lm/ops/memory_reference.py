@@ -126,12 +126,15 @@ def write_memory(
     token: Token,
     *,
     limit: Tensor,
+    since_border: bool,
     rule: WriteRule,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Write one token into one memory by Delta Gradient Descent with decay (eq. 88).
 
     fast: distance from the base, to be changed. anchor: full weights at the last border. base: what decay goes
-        towards. limit: largest rate. Returns the new distance and momentum of both layers.
+        towards. limit: largest rate. since_border: what is erased, see `WriteRule`.
+
+    Returns the new distance and momentum of both layers.
     """
     full = OneMemory(base.inner + fast.inner, base.outer + fast.outer, anchor.gain)
     at = anchor if rule.gradient == "border" else full
@@ -157,7 +160,7 @@ def write_memory(
         written = keep * old + push
         if layer < rule.depth and rule.erased_layers[layer]:
             met = keep * old if rule.erase_after_decay else old
-            if rule.erase_since == "border":
+            if since_border:
                 held = (anchor.inner, anchor.outer)[layer] - (base.inner, base.outer)[layer]
                 damped = rule.depth == 2 and rule.damp
                 met = met - (room_beside_erase(step, rule) if damped else 1.0) * held
@@ -212,7 +215,10 @@ def write_token(
         before = None if momentum is None else (momentum.inner[:, :, memory], momentum.outer[:, :, memory])
         parts = (pick(weights, memory, readout) for weights in (current, anchor, base))
         fast, at, to = parts
-        new, moving = write_memory(fast, before, at, to, token, limit=limits[memory], rule=rule)
+        since_border = rule.since_border[memory]
+        new, moving = write_memory(
+            fast, before, at, to, token, limit=limits[memory], since_border=since_border, rule=rule
+        )
         layers.append(new)
         momenta.append(moving)
     written = MemoryWeights(*(torch.stack(layer, dim=2) for layer in zip(*layers, strict=True)))

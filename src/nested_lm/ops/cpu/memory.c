@@ -14,7 +14,7 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
-    int64_t erase_in, erase_out, erase_after_decay, erase_since_border, inclusive;
+    int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators, inclusive;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
@@ -40,6 +40,7 @@ typedef struct {
     REAL *error, *moved, *known_out, *write_out;                                          /* C x K */
     REAL *overlap;                                                                        /* C x C */
     REAL *squared, *length, *damped, *steepness, *room, *size;                            /* C */
+    int since_border; /* the erase term leaves to the gradient what the border held */
 } Memory;
 
 /* What one generator answered. */
@@ -133,6 +134,7 @@ static int open_work(Work *w, const Call *c)
     if (posix_memalign(&w->block, 64, bytes)) return 0;
     memset(w->block, 0, bytes);
     lay_out(w, w->block);
+    EACH(m, w->M) w->memory[m].since_border = (int)(m == w->M - 1 ? c->since_border : c->since_border_generators);
     return 1;
 }
 
@@ -264,11 +266,11 @@ static void fill_minus(Work *w, const REAL *overlap, REAL limit)
    where those are the weights at the border. */
 INLINE REAL taken_off(const Work *w, const Memory *x, long t)
 {
-    return w->erased[t] * w->before[t] - (w->call->erase_since_border && w->fresh ? x->room[t] : 0);
+    return w->erased[t] * w->before[t] - (x->since_border && w->fresh ? x->room[t] : 0);
 }
 
 /* Whether the erase term meets a border that is not the weights before the piece. */
-INLINE int meets_border(const Work *w) { return w->call->erase_since_border && !w->fresh; }
+INLINE int meets_border(const Work *w, const Memory *x) { return x->since_border && !w->fresh; }
 
 /* Writes of one layer: known += erased before (direction old) - room (direction border), write = (I + L)^-1 (-rate known);
    see ops/memory_writes. */
@@ -279,7 +281,7 @@ static void solve_writes(Work *w, const Memory *x, REAL limit, int erase, const 
         product(w->C, Xp, Y, direction, Yp, 1, old, Xp, write, Xp, 0, FULL);
         EACH(t, w->C) add_scaled(Xp, known + t * Xp, taken_off(w, x, t), write + t * Xp);
     }
-    if (erase && meets_border(w)) {
+    if (erase && meets_border(w, x)) {
         product(w->C, Xp, Y, direction, Yp, 1, border, Xp, write, Xp, 0, FULL);
         EACH(t, w->C) add_scaled(Xp, known + t * Xp, -x->room[t], write + t * Xp);
     }

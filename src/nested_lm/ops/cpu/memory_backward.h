@@ -154,13 +154,13 @@ static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, cons
     EACH(t, C) {
         const REAL along = dot(Yp, direction + t * Yp, work_y + t * Yp);
         g_log_erase[t] += w->before[t] * w->erased[t] * along;
-        if (w->call->erase_since_border && w->fresh)
+        if (m->since_border && w->fresh)
             w->g_share[t] -= limit * along * (REAL)room_slope(w->call, m->room[t]);
         add_scaled(Yp, g_direction + t * Yp, taken_off(w, m, t), work_y + t * Yp);
         scaled(Xp, work_x + t * Xp, taken_off(w, m, t), g_write + t * Xp);
     }
     product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_weights, Xp, 1, FULL);
-    if (!meets_border(w)) return;
+    if (!meets_border(w, m)) return;
     transpose(Y, X, border, Xp, w->turned, Yp, Yp);
     product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
     EACH(t, C) {
