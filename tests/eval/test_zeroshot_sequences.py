@@ -30,7 +30,14 @@ def documents():
     a, b = made[0]
     made.append((a, Scored(np.concatenate([a.tokens[:3], b.tokens[4:], [7, 8]]), b.first)))
     made.append((Scored(np.array([0, 5, 6, 7, 8]), 2), Scored(np.array([0, 5, 6, 7, 9, 9]), 2)))
-    return made
+    # Questions about one passage, answered by one token or two that begin alike.
+    passage = rng.integers(1, 61, 24)
+    questions = []
+    for question in ([3, 4], [3, 9, 9], [5]):
+        text = np.concatenate([[0], passage, question])
+        ends = ([7], [8, 1], [8, 2])
+        questions.append(tuple(Scored(np.concatenate([text, end]), len(text)) for end in ends))
+    return questions + made
 
 
 @torch.no_grad()
@@ -83,12 +90,21 @@ def test_nothing_is_read_twice(documents):
     read = []
     scorer = ModelScorer(build("hope"), batch_rows=4, on_tokens=read.append)
     scorer.score(documents)
-    assert all(not tail.size or tail[0] >= 0 for entry in documents for tail in split(0, entry).tails)
+    assert all(tail.tokens.size for entry in documents for tail in split(0, entry).tails)
     padding = sum(read) - scorer.planned_tokens(documents)
     assert 0 <= padding < 0.3 * sum(read)
     everything = ModelScorer(scorer.model, batch_rows=4, shared=False).planned_tokens(documents)
     assert everything == sum(len(sequence.tokens) - 1 for entry in documents for sequence in entry)
     assert everything > 1.4 * scorer.planned_tokens(documents)
+
+
+def test_a_passage_of_several_questions_is_read_once(documents):
+    scorer = ModelScorer(build("hope"), batch_rows=4)
+    questions = documents[:3]
+    # The start and the passage, then each question; of two answers that begin alike the common token once.
+    assert [scorer.planned_tokens([entry]) for entry in questions] == [28, 29, 27]
+    assert scorer.planned_tokens(questions) == 25 + 3 + 4 + 2
+    assert scorer.planned_tokens(questions[::-1]) == scorer.planned_tokens(questions)
 
 
 def test_long_stems_are_read_in_segments():
@@ -185,7 +201,7 @@ class TestMemorize:
     def test_chosen_levels_of_the_channels(self, documents):
         model = build("hope_in_context")
         assert level_names(model)[-2:] == ("level0", "level1")
-        kept = MemorizedStarts(model, documents, Memorize(levels=("level1",)), BOUNDARY).states([3])
+        kept = MemorizedStarts(model, documents, Memorize(levels=("level1",)), BOUNDARY).states([6])
         fast, slow = kept.in_context.levels
         assert all(not tensor.any() for tensor in iterate_tensors(fast.distance))
         assert any(tensor.any() for tensor in iterate_tensors(slow.distance))

@@ -1,4 +1,6 @@
-"""Log-likelihoods of token sequences: what the sequences of a document have in common is read once, then forked.
+"""Log-likelihoods of token sequences: what sequences have in common is read once, then forked.
+
+That holds within a document (the choices of a question) and between documents (questions about one passage).
 
 Shapes: B rows of a batch, T tokens, V vocabulary.
 """
@@ -21,6 +23,7 @@ from nested_lm.nn.state import StreamState
 
 _CALL_TOKENS = 4096
 _CALL_LOGITS = 1 << 26  # 256 MiB in float32
+_PADDING = 2  # tails of one call are not padded to more than so many times their length
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,79 @@ class Starts(Protocol):
         ...
 
 
+class Tail(NamedTuple):
+    """What the model reads after a stem, and the sequences, by index, whose rests it begins with or is."""
+
+    tokens: Int[np.ndarray, "T"]
+    sequences: tuple[int, ...]
+
+
 class Split(NamedTuple):
-    """A document cut in what all of its sequences begin with and the rest of each. Last tokens are only predicted."""
+    """Sequences cut in what all of them begin with and the rests, none of which begins another, and none is empty.
+
+    Last tokens are only predicted.
+    """
 
     number: int
     stem: Int[np.ndarray, "T"]
-    tails: tuple[Int[np.ndarray, "T"], ...]
+    tails: tuple[Tail, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens the model reads."""
-        return len(self.stem) + sum(map(len, self.tails))
+        return len(self.stem) + sum(len(tail.tokens) for tail in self.tails)
 
 
 def split(number: int, document: Document) -> Split:
-    """Cut a document at the first token in which the inputs of its sequences differ."""
+    """Cut sequences at the first token in which their inputs differ."""
     inputs = [sequence.tokens[:-1] for sequence in document]
-    shortest = min(map(len, inputs))
-    same = np.all([row[:shortest] == inputs[0][:shortest] for row in inputs], axis=0)
-    length = shortest if same.all() else int(np.argmin(same))
-    assert length >= 1, "the sequences of a document begin with one token"
-    return Split(number, inputs[0][:length], tuple(row[length:] for row in inputs))
+    length = min(_agreement(inputs[0], row) for row in inputs)
+    assert length >= 1, "sequences begin with one token"
+    # In this order what begins with a rest comes right after it.
+    order = sorted(range(len(inputs)), key=lambda index: inputs[index].tolist(), reverse=True)
+    tails: list[Tail] = []
+    for index in order:
+        rest = inputs[index][length:]
+        if tails and np.array_equal(tails[-1].tokens[: len(rest)], rest):
+            tails[-1] = tails[-1]._replace(sequences=(*tails[-1].sequences, index))
+        elif len(rest):
+            tails.append(Tail(rest, (index,)))
+    return Split(number, inputs[0][:length], tuple(tails))
+
+
+def _agreement(one: Int[np.ndarray, "T"], other: Int[np.ndarray, "U"]) -> int:
+    """Tokens that both begin with."""
+    shortest = min(len(one), len(other))
+    same = one[:shortest] == other[:shortest]
+    return shortest if same.all() else int(np.argmin(same))
+
+
+class _Unit(NamedTuple):
+    """Sequences that are read together, and what each is: document and index in it."""
+
+    sequences: Document
+    owners: tuple[tuple[int, int], ...]
+
+
+def _gather(documents: Sequence[Document]) -> list[_Unit]:
+    """Documents, those that begin alike joined where that saves half of the tokens of the one that joins.
+
+    A smaller gain would be lost to tails of unequal length, which are padded.
+    """
+    single = [_Unit(found, tuple((n, index) for index in range(len(found)))) for n, found in enumerate(documents)]
+    units: list[_Unit] = []
+    read = 0  # tokens of the newest unit
+    for unit in sorted(single, key=lambda unit: [sequence.tokens.tolist() for sequence in unit.sequences]):
+        tokens = split(0, unit.sequences).tokens
+        if units and _agreement(units[-1].sequences[0].tokens, unit.sequences[0].tokens) > 1:
+            joined = _Unit(units[-1].sequences + unit.sequences, units[-1].owners + unit.owners)
+            together = split(0, joined.sequences).tokens
+            if 2 * (read + tokens - together) >= tokens:
+                units[-1], read = joined, together
+                continue
+        units.append(unit)
+        read = tokens
+    return units
 
 
 class _Wanted(NamedTuple):
@@ -94,15 +149,16 @@ class _Wanted(NamedTuple):
     row: list[int]
     column: list[int]
     token: list[int]
-    sequence: list[tuple[int, int]]
+    sequence: list[tuple[int, int]]  # document and index
 
 
 class ModelScorer:
-    """Scores with a model, in batches of documents whose stems have one length, so that nothing is read twice.
+    """Scores with a model, in batches of sequences whose stems have one length, so that nothing is read twice.
 
     model: in evaluation mode. batch_rows: streams side by side. shared: False reads every sequence from the start, by
         itself: the slow way, which gives the same numbers.
-    starts: where documents start; None: fresh states. on_tokens: is told how many tokens have been read.
+    starts: where documents start; None: fresh states, which documents that begin alike can share. on_tokens: is told
+        how many tokens have been read.
     """
 
     def __init__(
@@ -124,19 +180,14 @@ class ModelScorer:
         Raises:
             NumericsError: a prediction is not finite.
         """
-        units = list(documents)
-        owners = [(number, 0) for number in range(len(units))]
-        if not self.shared:
-            owners = [(number, index) for number, document in enumerate(documents) for index in range(len(document))]
-            units = [(documents[number][index],) for number, index in owners]
+        units = self._units(documents)
         nats = [np.zeros(len(document)) for document in documents]
         greedy = [np.ones(len(document), dtype=bool) for document in documents]
-        splits = [split(number, unit) for number, unit in enumerate(units)]
-        for batch in self._batches(splits, owners):
-            for (unit, index), loss, hit in self._score_batch(batch, units, owners):
-                number, offset = owners[unit]
-                nats[number][offset + index] += loss
-                greedy[number][offset + index] &= hit
+        splits = [split(number, unit.sequences) for number, unit in enumerate(units)]
+        for batch in self._batches(splits, units):
+            for (number, index), loss, hit in self._score_batch(batch, units):
+                nats[number][index] += loss
+                greedy[number][index] &= hit
         return [
             [Likelihood(float(loss), bool(hit)) for loss, hit in zip(losses, hits, strict=True)]
             for losses, hits in zip(nats, greedy, strict=True)
@@ -144,22 +195,32 @@ class ModelScorer:
 
     def planned_tokens(self, documents: Sequence[Document]) -> int:
         """Tokens that `score` will read, those of the starts aside."""
-        if not self.shared:
-            return sum(len(sequence.tokens) - 1 for document in documents for sequence in document)
-        return sum(split(0, document).tokens for document in documents)
+        return sum(split(0, unit.sequences).tokens for unit in self._units(documents))
 
-    def _batches(self, splits: list[Split], owners: list[tuple[int, int]]) -> Iterator[list[Split]]:
+    def _units(self, documents: Sequence[Document]) -> list[_Unit]:
+        """What is read together."""
+        if not self.shared:
+            return [
+                _Unit((sequence,), ((number, index),))
+                for number, document in enumerate(documents)
+                for index, sequence in enumerate(document)
+            ]
+        if self.starts is None:
+            return _gather(documents)
+        return [_Unit(found, tuple((n, index) for index in range(len(found)))) for n, found in enumerate(documents)]
+
+    def _batches(self, splits: list[Split], units: Sequence[_Unit]) -> Iterator[list[Split]]:
         """Splits whose starts and stems have one length. Batches do not depend on the order of the documents."""
 
         def started(piece: Split) -> int:
-            return 0 if self.starts is None else self.starts.length(owners[piece.number][0])
+            return 0 if self.starts is None else self.starts.length(units[piece.number].owners[0][0])
 
         def key(piece: Split) -> tuple[int, int, int, bytes]:
             return (
                 started(piece),
                 len(piece.stem),
-                max(map(len, piece.tails)),
-                b"".join(tokens.tobytes() for tokens in (piece.stem, *piece.tails)),
+                max((len(tail.tokens) for tail in piece.tails), default=0),
+                b"".join(tokens.tobytes() for tokens in (piece.stem, *(tail.tokens for tail in piece.tails))),
             )
 
         batch: list[Split] = []
@@ -173,16 +234,14 @@ class ModelScorer:
         if batch:
             yield batch
 
-    def _score_batch(
-        self, batch: list[Split], units: Sequence[Document], owners: list[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], float, bool]]:
-        """Loss of each scored token of a batch: (unit, sequence), nats, and whether the model would choose it."""
+    def _score_batch(self, batch: list[Split], units: Sequence[_Unit]) -> Iterator[tuple[tuple[int, int], float, bool]]:
+        """Loss of each scored token of a batch: document and sequence, nats, and whether the model would choose it."""
         with reading_mode(self.model):
             state = self.model.initial_state(len(batch))
             if self.starts is not None:
-                state = self.starts.states([owners[piece.number][0] for piece in batch])
+                state = self.starts.states([units[piece.number].owners[0][0] for piece in batch])
             stems = np.stack([piece.stem for piece in batch])
-            first = min(sequence.first for piece in batch for sequence in units[piece.number]) - 1
+            first = min(sequence.first for piece in batch for sequence in units[piece.number].sequences) - 1
             begin = 0
             while begin < stems.shape[1]:
                 end = min(begin + segment_room(self.model, state.position), stems.shape[1])
@@ -197,25 +256,25 @@ class ModelScorer:
                 yield from self._read(tails, forked, wanted, last_only=False)[1]
 
     def _tail_calls(
-        self, batch: list[Split], units: Sequence[Document]
+        self, batch: list[Split], units: Sequence[_Unit]
     ) -> Iterator[tuple[list[int], Int[np.ndarray, "B T"], _Wanted]]:
         """Forks of a batch's states, longest tails first: the row each comes from, padded tails, what to predict."""
-        forks = [
-            (row, index, tail) for row, piece in enumerate(batch) for index, tail in enumerate(piece.tails) if len(tail)
-        ]
-        forks.sort(key=lambda fork: -len(fork[2]))  # stable: equal ones stay in the order of the batch
+        forks = [(row, tail) for row, piece in enumerate(batch) for tail in piece.tails]
+        forks.sort(key=lambda fork: -len(fork[1].tokens))  # stable: equal ones stay in the order of the batch
         begin = 0
         while begin < len(forks):
-            longest = len(forks[begin][2])
+            longest = len(forks[begin][1].tokens)
             part = forks[begin : begin + max(1, min(self.batch_rows, self.call_tokens // longest))]
+            part = [fork for fork in part if len(fork[1].tokens) >= longest // _PADDING]
             begin += len(part)
             tails = np.zeros((len(part), longest), dtype=np.int64)
             wanted = _Wanted([], [], [], [])
-            for place, (row, index, tail) in enumerate(part):
-                tails[place, : len(tail)] = tail
-                piece = batch[row]
-                _want(wanted, place, units[piece.number][index], (piece.number, index), len(piece.stem), None)
-            yield [row for row, _, _ in part], tails, wanted
+            for place, (row, tail) in enumerate(part):
+                tails[place, : len(tail.tokens)] = tail.tokens
+                unit = units[batch[row].number]
+                for index in tail.sequences:
+                    _want(wanted, place, unit.sequences[index], unit.owners[index], len(batch[row].stem), None)
+            yield [row for row, _ in part], tails, wanted
 
     def _read(
         self, tokens: Int[np.ndarray, "B T"], state: StreamState, wanted: _Wanted, *, last_only: bool
@@ -236,12 +295,13 @@ class ModelScorer:
         return output.state, list(zip(wanted.sequence, losses.tolist(), hits.tolist(), strict=True))
 
 
-def _wanted_in_stems(batch: list[Split], units: Sequence[Document], begin: int, end: int) -> _Wanted:
+def _wanted_in_stems(batch: list[Split], units: Sequence[_Unit], begin: int, end: int) -> _Wanted:
     """Predictions that part `begin` to `end` of the stems makes. The last token of a stem predicts for each tail."""
     wanted = _Wanted([], [], [], [])
     for row, piece in enumerate(batch):
-        for index, sequence in enumerate(units[piece.number]):
-            _want(wanted, row, sequence, (piece.number, index), begin, end)
+        unit = units[piece.number]
+        for sequence, owner in zip(unit.sequences, unit.owners, strict=True):
+            _want(wanted, row, sequence, owner, begin, end)
     return wanted
 
 
