@@ -17,6 +17,7 @@ def test_inverse_of_any_size(size):
 def test_gradient_is_a_finite_difference(size):
     lower = (0.3 * torch.randn(2, size, size, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(unit_lower_inverse, (lower,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(unit_lower_inverse, (lower,), fast_mode=True)
 
 
 def test_entries_above_the_diagonal_are_ignored():

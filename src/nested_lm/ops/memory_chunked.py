@@ -181,13 +181,19 @@ class _WriteSequence(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _write_sequence(
-    plan: Plan, inputs: ChunkInputs, start: MemoryWeights, readout: GateReadout, state: MemoryState
+    plan: Plan,
+    inputs: ChunkInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    *,
+    differentiable_twice: bool,
 ) -> tuple[Trace, MemoryState]:
-    """Write with the hand-written backward where there is one, else with autograd's.
+    """Write with the hand-written backward where there is one and it serves, else with autograd's.
 
     Runs as it is under torch.compile, which cannot trace a backward of its own through the pieces.
     """
-    if has_closed_backward(plan.rule):
+    if has_closed_backward(plan.rule) and not differentiable_twice:
         tensors = (*inputs[:5], *start, *readout[:2], *state.border, *state.current)
         results = _WriteSequence.apply(plan, *tensors)  # type: ignore[no-untyped-call]
         return Trace(*results[:10]), MemoryState(MemoryWeights(*results[10:12]), MemoryWeights(*results[12:14]))
@@ -237,6 +243,7 @@ def self_modify(
     position: int,
     resets: Bool[Tensor, "B T"] | None,
     recompute: bool = False,
+    differentiable_twice: bool = False,
 ) -> MemoryOutput:
     """Write every token and read; exactly what `memory_reference.self_modify` computes, chunk by chunk.
 
@@ -244,6 +251,8 @@ def self_modify(
 
     resets: only those on a border count; the caller guarantees that there are no others.
     recompute: keep only the border states for backward and compute each chunk again.
+    differentiable_twice: leave the whole backward to autograd, so that the gradients have gradients themselves. Slower:
+        the backward that is written by hand has none.
     """
     pieces = cut(inputs.key.shape[1], position, rule)
     operands = _operand_dtype(inputs.key)
@@ -254,7 +263,7 @@ def self_modify(
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
     plan = Plan(rule, pieces, keep, torch.is_grad_enabled() and not recompute, operands)
     with torch.autocast(given.key.device.type, enabled=False):
-        trace, after = _write_sequence(plan, given, start, readout, state)
+        trace, after = _write_sequence(plan, given, start, readout, state, differentiable_twice=differentiable_twice)
         spans = tuple((piece.begin, piece.end) for piece in pieces)
         reads = read_pieces(decay_base(start, rule), readout, trace, spans, rule)
     return MemoryOutput(
