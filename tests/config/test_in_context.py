@@ -60,15 +60,29 @@ def test_nested_levels_need_a_slower_one(periods, message):
         model(*periods, wiring="nested", shared=None)
 
 
-def test_second_order_needs_mixers_that_can_be_differentiated_twice():
-    hope = {"kind": "self_modifying", "num_heads": 2}
-    second = SHARED | {"meta_gradient": "second_order"}
-    with pytest.raises(
-        ValidationError, match="self_modifying can be differentiated only once; use meta_gradient=first"
-    ):
-        model(64, in_context=[writes(4)], shared=second, mixer=hope)
-    assert model(64, in_context=[writes(4)], shared=second, mixer=hope, num_layers=1).writes_in_context
-    assert model(64, in_context=[writes(4)], shared=second).writes_in_context
+SECOND = SHARED | {"meta_gradient": "second_order"}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "backend"),
+    [({"kind": "self_modifying", "num_heads": 2}, "cpu"), ({"kind": "delta_net", "num_heads": 2}, "fla")],
+)
+def test_second_order_needs_what_can_be_differentiated_twice(mixer, backend):
+    asked = mixer | {"backend": backend}
+    with pytest.raises(ValidationError, match=rf"{mixer['kind']} with the backend .* only once; use backend: auto or"):
+        model(64, in_context=[writes(4)], shared=SECOND, mixer=asked)
+    assert model(64, in_context=[writes(4)], shared=SECOND, mixer=asked, num_layers=1).writes_in_context
+    assert model(64, in_context=[writes(4)], shared=SECOND, mixer=mixer | {"backend": "auto"}).writes_in_context
+
+
+def test_the_layers_above_the_lowest_writes_are_differentiated_twice():
+    assert model(64, in_context=[writes(4)], shared=SECOND, num_layers=4).layers_differentiated_twice == range(1, 4)
+    assert not model(64, in_context=[writes(4)], num_layers=4).layers_differentiated_twice
+    assert not model(64, in_context=[writes(4, rate=0.0)], shared=SECOND, num_layers=4).layers_differentiated_twice
+    levels = [{"period_tokens": 64}, {"period_tokens": 128, "in_context": writes(4)}]
+    channel = {"kind": "layer_levels", "hidden": 8, "levels": levels, "in_context": SECOND}
+    given = model(64, shared=None, num_layers=4).model_dump() | {"channel": channel}
+    assert ModelConfig.model_validate(given).layers_differentiated_twice == range(3, 4)
 
 
 def test_documents_start_on_borders_of_memories_and_levels():

@@ -3,7 +3,7 @@
 import torch
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.model import LanguageModel, token_losses
 
 MIXERS = {
     "attention": {"kind": "attention", "num_heads": 2},
@@ -75,3 +75,26 @@ def tokens(*shape, seed=0):
 def relative(found, expected):
     """Largest error beside the largest value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def finite_difference(model, ids, resets):
+    """Directional derivative of the loss, by the gradient and by differences of the loss.
+
+    Rates are small: an inner gradient has a kink where a hidden unit turns on, and large writes pass many of them.
+    """
+    parameters = list(model.parameters())
+
+    def loss():
+        return token_losses(model(ids[:, :-1], resets=resets).logits, ids[:, 1:]).mean()
+
+    found = torch.autograd.grad(loss(), parameters)
+    generator = torch.Generator().manual_seed(4)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    values, step = [], 1e-6
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += sign * step * direction
+            values.append(loss().item())
+    expected = (values[0] - values[1]) / (2 * step)
+    return sum((g * d).sum() for g, d in zip(found, directions, strict=True)).item(), expected

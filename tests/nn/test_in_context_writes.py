@@ -12,7 +12,7 @@ from nested_lm.nn.in_context import InContextWriter
 from nested_lm.nn.model import token_losses
 from nested_lm.nn.state import ModelOutput, StreamState, iterate_tensors
 from nested_lm.ops.update_rules import RULES
-from tests.nn.in_context_models import build, relative, settings, tokens, writes
+from tests.nn.in_context_models import build, finite_difference, relative, settings, tokens, writes
 from tests.nn.in_context_naive import plain_model, read_rows
 
 LIMIT = 1e-10  # relative, float64
@@ -159,29 +159,6 @@ def model_settings(model):
 def test_presets_can_choose_every_inner_optimizer():
     sections = {section.model_fields["kind"].annotation.__args__[0] for section in UpdateRule.__args__[0].__args__}
     assert sections == set(RULES)
-
-
-def finite_difference(model, ids, resets):
-    """Directional derivative of the loss, by the gradient and by differences of the loss.
-
-    Rates are small: an inner gradient has a kink where a hidden unit turns on, and large writes pass many of them.
-    """
-    parameters = list(model.parameters())
-
-    def loss():
-        return token_losses(model(ids[:, :-1], resets=resets).logits, ids[:, 1:]).mean()
-
-    found = torch.autograd.grad(loss(), parameters)
-    generator = torch.Generator().manual_seed(4)
-    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-    values, step = [], 1e-6
-    with torch.no_grad():
-        for sign in (1, -2):
-            for parameter, direction in zip(parameters, directions, strict=True):
-                parameter += sign * step * direction
-            values.append(loss().item())
-    expected = (values[0] - values[1]) / (2 * step)
-    return sum((g * d).sum() for g, d in zip(found, directions, strict=True)).item(), expected
 
 
 class TestSecondOrder:

@@ -62,7 +62,7 @@ def _differentiable(subject: Subject) -> tuple[ModelConfig, list[Finding]]:
         document["channel"]["in_context"] = None
         for level in document["channel"]["levels"]:
             level["in_context"] = None
-        how = "audited with levels that do not write in context, since the mixer can be differentiated only once"
+        how = "audited with levels that do not write in context, since this backend can be differentiated only once"
     reason = f"first_order takes the levels' writes for constants on purpose; {how}"
     return ModelConfig.model_validate(document), [does_not_apply(figure, reason)]
 

@@ -22,8 +22,8 @@ class MatrixMemory(MixerSection):
 
     @property
     def is_twice_differentiable(self) -> bool:
-        """The kernels are not."""
-        return self.backend == "torch"
+        """The kernels are not; `auto` leaves them aside where that is needed."""
+        return self.backend != "fla"
 
 
 class LinearAttention(MatrixMemory):

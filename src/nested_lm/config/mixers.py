@@ -151,8 +151,8 @@ class SelfModifying(MixerSection):
 
     @property
     def is_twice_differentiable(self) -> bool:
-        """The memories have a backward pass written by hand."""
-        return False
+        """The C is not; in torch, autograd can take the place of the backward pass that is written by hand."""
+        return self.backend != "cpu"
 
     @model_validator(mode="after")
     def _chunks_nest(self) -> "SelfModifying":

@@ -40,13 +40,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _writes_can_be_differentiated(self) -> "ModelConfig":
-        shared = self.channel.in_context_settings
-        is_second = shared is not None and shared.meta_gradient == "second_order"
-        if is_second and self.num_layers > 1 and not self.mixer.is_twice_differentiable:
+        if self.layers_differentiated_twice and not self.mixer.is_twice_differentiable:
             raise ValueError(
-                f"channel.in_context.meta_gradient second_order differentiates the inner gradient, which passes "
-                f"through the mixers of the layers above, and mixer {self.mixer.kind} can be differentiated only "
-                "once; use meta_gradient=first_order, or the mixer attention"
+                "channel.in_context.meta_gradient second_order differentiates the inner gradient, which passes "
+                f"through the mixers of the layers above, and mixer {self.mixer.kind} with the backend that was asked "
+                "for can be differentiated only once; use backend: auto or torch, or meta_gradient: first_order"
             )
         return self
 
@@ -54,6 +52,22 @@ class ModelConfig(Section):
     def writes_in_context(self) -> bool:
         """Whether some level is written while the model reads (clock B)."""
         return any(writes is not None and writes.rate > 0 for writes in self.channel.writes)
+
+    @property
+    def layers_differentiated_twice(self) -> range:
+        """Layers whose mixers have gradients that training differentiates again.
+
+        With second-order writes in context, all above the lowest layer that is written: the inner gradient passes
+        through them on its way down.
+        """
+        shared = self.channel.in_context_settings
+        if shared is None or shared.meta_gradient == "first_order" or not self.writes_in_context:
+            return range(0)
+        lowest = 0
+        if isinstance(self.channel, LayerLevels):
+            levels = self.channel.levels_of_layers(self.num_layers)
+            lowest = min(layer for layer, level in enumerate(levels) if self.channel.writes[level] is not None)
+        return range(lowest + 1, self.num_layers)
 
     @property
     def alignment(self) -> int:

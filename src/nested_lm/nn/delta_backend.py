@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.config.baselines import Backend
+from nested_lm.errors import ConfigError
 from nested_lm.ops import delta_rule, delta_rule_fla
 from nested_lm.ops.delta_rule import DeltaRuleOutput
 
@@ -26,18 +27,25 @@ def run_recurrence(
     resets: Bool[Tensor, "B T"] | None,
     backend: Backend,
     recompute: bool,
+    differentiable_twice: bool,
     **gates: Float[Tensor, "B T H"] | None,
 ) -> DeltaRuleOutput:
     """Run a function of `ops.delta_rule`, or its twin on the kernels.
 
     recompute: backward computes the recurrence again instead of keeping what it needs.
+    differentiable_twice: gradients will be differentiated again, which `auto` leaves to the chunk form.
     gates: rate and log_decay of the delta rule.
 
     Raises:
-        ConfigError: backend `fla` where its kernels cannot run.
+        ConfigError: backend `fla` where its kernels cannot run or serve.
     """
     function: Callable[..., DeltaRuleOutput] = getattr(delta_rule, name)
-    if uses_kernels(backend, query.device):
+    if differentiable_twice and backend == "fla":
+        raise ConfigError(
+            "model.mixer.backend is `fla`, whose gradients have no gradients, and second-order writes in context need "
+            "them; set model.mixer.backend=auto, or torch"
+        )
+    if not differentiable_twice and uses_kernels(backend, query.device):
         function = getattr(delta_rule_fla, name)
         query, key, value = (x.to(_kernel_dtype(x)) for x in (query, key, value))
     if recompute and torch.is_grad_enabled():

@@ -101,6 +101,7 @@ class _DeltaMixer(nn.Module):
             resets=context.resets,
             backend=config.backend,
             recompute=self.recompute,
+            differentiable_twice=context.differentiable_twice,
         )
         stats = {"rate": rate.detach().float().mean(), "fast_norm": matrix_norm(matrix)}
         return self.read_norm(reads).to(x.dtype), DeltaNetState(matrix, tail), stats

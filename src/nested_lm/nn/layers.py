@@ -22,12 +22,15 @@ class StepContext(NamedTuple):
     resets: where a document starts; None when no row starts one in this call.
     documents: running number of each token's document in its row; None when no row ever started a second one.
     frozen: fast weights are read and not written.
+    differentiable_twice: gradients of this call will be differentiated again, so that operations whose backward has no
+        gradient of its own must not be used.
     """
 
     position: int
     resets: Bool[Tensor, "B T"] | None
     documents: Int[Tensor, "B T"] | None
     frozen: bool = False
+    differentiable_twice: bool = False
 
 
 class RMSNorm(nn.Module):

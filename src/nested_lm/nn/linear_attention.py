@@ -65,6 +65,7 @@ class LinearAttention(nn.Module):
             resets=context.resets,
             backend=config.backend,
             recompute=self.recompute,
+            differentiable_twice=context.differentiable_twice,
         )
         result = self.out(self.read_norm(reads).flatten(2).to(x.dtype))
         return result, LinearAttentionState(matrix), {"fast_norm": matrix_norm(matrix)}

@@ -25,12 +25,32 @@ def run_memories(
     resets: Bool[Tensor, "B T"] | None,
     recompute: bool,
     backend: MemoryBackend,
+    differentiable_twice: bool,
 ) -> MemoryOutput:
     """Write every token and read. See `memory_reference.self_modify` for the arguments.
 
+    differentiable_twice: gradients will be differentiated again, which `auto` leaves to the autograd of torch.
+
     Raises:
-        ConfigError: backend `cpu` where the library cannot run, with the reason and the repair.
+        ConfigError: backend `cpu` where the library cannot run or serve, with the reason and the repair.
     """
+    if differentiable_twice:
+        if backend == "cpu":
+            raise ConfigError(
+                "model.mixer.backend is `cpu`, whose gradients have no gradients, and second-order writes in context "
+                "need them; set model.mixer.backend=auto, or torch"
+            )
+        return memory_chunked.self_modify(
+            inputs,
+            start,
+            readout,
+            state,
+            rule=rule,
+            position=position,
+            resets=resets,
+            recompute=recompute,
+            differentiable_twice=True,
+        )
     module = memory_cpu if uses_library(backend, rule, inputs, start) else memory_chunked
     return module.self_modify(
         inputs, start, readout, state, rule=rule, position=position, resets=resets, recompute=recompute

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ class LanguageModel(nn.Module):
             return self._predict(tokens, resets, state, tuple({} for _ in self.blocks), last_only=last)
         if state.frozen:
             return self._predict(tokens, resets, state, self.writer.fast_copies(state), last_only=last)
-        output = self.writer.read(self._predict, tokens, resets, state)
+        twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
+        output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
         return output._replace(logits=output.logits[:, -1:]) if last else output
 
     def _predict(
@@ -124,14 +126,18 @@ class LanguageModel(nn.Module):
         fast: Fast,
         *,
         last_only: bool = False,
+        twice: range = range(0),
     ) -> ModelOutput:
-        """Pass over tokens with the given fast copies, which do not change on the way."""
+        """Pass over tokens with the given fast copies, which do not change on the way.
+
+        twice: layers whose mixers' gradients will be differentiated again.
+        """
         context, packed = self._context(resets, state, tokens.shape[1])
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
         for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
-            given = block, x, context, layer, distances
+            given = block, x, context._replace(differentiable_twice=index in twice), layer, distances
             if self.recompute == "block" and torch.is_grad_enabled():
                 x, layer, found = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -143,12 +149,13 @@ class LanguageModel(nn.Module):
         after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
         return ModelOutput(logits, after, stats)
 
-    def _block(self, block: Block, *given: Any) -> tuple[Tensor, Any, dict[str, Tensor]]:
+    @staticmethod
+    def _block(block: Block, x: Tensor, context: StepContext, *given: Any) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """Run one block; with kernels that can be differentiated twice where training needs that."""
-        if self.writer is None or self.writer.settings.meta_gradient == "first_order":
-            return block(*given)
+        if not context.differentiable_twice:
+            return block(x, context, *given)
         with sdpa_kernel(SDPBackend.MATH):
-            return block(*given)
+            return block(x, context, *given)
 
     def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> tuple[StepContext, bool]:
         """Work out what the blocks need to know about document starts."""

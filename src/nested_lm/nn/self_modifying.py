@@ -105,7 +105,7 @@ class SelfModifyingTitans(nn.Module):
             context.resets,
             num_heads=config.num_heads,
             unit_values=config.unit_values,
-            backend=config.backend,
+            backend="torch" if context.differentiable_twice else config.backend,
         )
         gates = list((self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2))
         if config.retention == "full":
@@ -122,6 +122,7 @@ class SelfModifyingTitans(nn.Module):
             resets=context.resets,
             recompute=self.recompute,
             backend=config.backend,
+            differentiable_twice=context.differentiable_twice,
         )
         reads = self.read_norm(output.reads).flatten(2)
         result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))

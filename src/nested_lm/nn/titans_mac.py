@@ -105,7 +105,7 @@ class MemoryAsContext(nn.Module):
             resets = None if context.resets is None else context.resets[:, begin:end]
             if position % self.segment == 0:
                 state = _next_segment(state, resets)
-            here = StepContext(position, resets, None, context.frozen)
+            here = context._replace(position=position, resets=resets, documents=None)
             output, state, stats = self._read(tokens.part(begin, end), here, state)
             outputs.append(output)
             begin = end
