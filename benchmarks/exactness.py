@@ -27,6 +27,7 @@ EQUATIONS = {
     "adapt": "83, 85",
     "rates": "A34",
     "targets": "84",
+    "targets_generators": "84",
     "decay_towards": "88, A7",
     "damp": "A6",
     "rate_stretch": "A8",

@@ -26,7 +26,8 @@ class WriteRule:
     rates: largest inner learning rate of each of them.
     depth: 2 for residual networks (eq. 91), 1 for matrices (eqs. 92-93).
     objective: half the squared error, or (depth 1) the negative inner product with the target (eq. 92).
-    targets: each memory's own M(v) (eq. 84), or the value itself as in Titans.
+    targets, targets_generators: what `memory`, and what the generators, are taught: each its own M(v) (eq. 84), or the
+        value itself as in Titans.
     gradient: taken at the `border`; or (depth 1) at the `fresh` weights with the border's target; or
         `self_referential`, with the target from the fresh weights as well.
     erase: layers whose fast weights also forget along the written direction (the DGD term of eq. 88).
@@ -57,6 +58,7 @@ class WriteRule:
     depth: Literal[1, 2] = 2
     objective: Literal["l2", "dot"] = "l2"
     targets: Literal["generated", "values"] = "generated"
+    targets_generators: Literal["generated", "values"] = "generated"
     gradient: Literal["border", "fresh", "self_referential"] = "border"
     erase: Literal["both", "input", "none"] = "both"
     erase_after_decay: bool = True
@@ -88,7 +90,7 @@ class WriteRule:
         exact = self.depth == 1 and (self.gradient != "border" or self.alignment == 1)
         doubled = exact and self.objective == "l2" and self.erase != "none"
         limit = 1.0 if doubled else 2.0
-        grows = not self.unit_values and self.targets == "generated" and not self.normalise
+        grows = not self.unit_values and any(self.generated_targets) and not self.normalise
         return (
             (
                 max(self.rates, default=0.0) > limit,
@@ -128,7 +130,7 @@ class WriteRule:
                 "gradient: border, or depth: 1",
             ),
             (
-                self.gradient == "self_referential" and self.targets == "values",
+                self.gradient == "self_referential" and not all(self.generated_targets),
                 "gradient `self_referential` means that the target is M(v) at the fresh weights; use "
                 "targets: generated, or gradient: fresh",
             ),
@@ -182,6 +184,12 @@ class WriteRule:
         """Of each memory, whether its erase term leaves to the gradient what the border held."""
         generators = self.erase_since_generators == "border"
         return (generators,) * (len(self.adapt) - 1) + (self.erase_since == "border",)
+
+    @property
+    def generated_targets(self) -> tuple[bool, ...]:
+        """Of each memory, whether its target is its own answer to the value."""
+        generators = self.targets_generators == "generated"
+        return (generators,) * (len(self.adapt) - 1) + (self.targets == "generated",)
 
     @property
     def erased_layers(self) -> tuple[bool, bool]:

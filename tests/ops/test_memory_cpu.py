@@ -34,6 +34,9 @@ SUPPORTED = {
     "adapt eta, alpha, memory",
     "a rate each",
     "rates to 2",
+    "targets values",
+    "targets values, memory",
+    "targets values, generators",
     "stretched rates",
 }
 """Options that must run in C: a change that sends one of them to torch is a loss of speed that no number shows."""

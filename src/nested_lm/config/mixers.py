@@ -92,7 +92,12 @@ class SelfModifying(MixerSection):
     )  # memories that exist and are written; without one, its slow projection serves alone
     depth: Literal[1, 2] = 2  # layers of a memory: a matrix, or a residual two-layer network
     objective: Literal["l2", "dot"] = "l2"  # inner loss; dot: linear memories only
-    targets: Literal["generated", "values"] = "generated"  # M(v) of each memory, or the value itself (Titans)
+    targets: Literal["generated", "values"] = (
+        "generated"  # what `memory` is taught: M(v) (eq. 84), or the value (Titans)
+    )
+    targets_generators: Literal["generated", "values"] | None = (
+        None  # the same of the other memories; null: as `targets`
+    )
     gradient: Literal["border", "fresh", "self_referential"] = "border"  # where it is taken; the last two: depth 1
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
     erase_after_decay: bool = True  # alpha (I - eta k k^T), stable for rates to 2; false: alpha I - eta k k^T (eq. 88)
@@ -129,6 +134,7 @@ class SelfModifying(MixerSection):
             depth=self.depth,
             objective=self.objective,
             targets=self.targets,
+            targets_generators=self.targets_generators or self.targets,
             gradient=self.gradient,
             erase=self.erase,
             erase_after_decay=self.erase_after_decay,

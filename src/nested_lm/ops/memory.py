@@ -140,6 +140,11 @@ def room_beside_erase(rate: Tensor, rule: WriteRule) -> Tensor:
     return ((2 - rate) / rate.clamp_min(1.0)).clamp(ROOM_FLOOR, 1.0)
 
 
+def generated_shares(rule: WriteRule, like: Tensor) -> Float[Tensor, "M 1 1"]:
+    """1 for memories whose targets are their own answers to the value, 0 for those that are taught the value."""
+    return torch.tensor(rule.generated_targets, dtype=like.dtype, device=like.device)[:, None, None]
+
+
 def left_to_gradient(room: Float[Tensor, "B H M C 1"], rule: WriteRule) -> Float[Tensor, "B H M C 1"]:
     """Share of what the border held that the erase term of each memory leaves to the gradient."""
     since_border = torch.tensor(rule.since_border, dtype=room.dtype, device=room.device)

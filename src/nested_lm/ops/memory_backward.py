@@ -18,6 +18,7 @@ from nested_lm.ops.memory import (
     NORM_FLOOR,
     GateReadout,
     MemoryWeights,
+    generated_shares,
     left_to_gradient,
     rate_limits,
     rate_share_slope,
@@ -66,6 +67,8 @@ def has_closed_backward(rule: WriteRule) -> bool:
         rule.chunk_generators,
         rule.adapt,
         rule.rates,
+        targets=rule.targets,
+        targets_generators=rule.targets_generators,
         erase=rule.erase,
         erase_since=rule.erase_since,
         erase_since_generators=rule.erase_since_generators,
@@ -175,7 +178,6 @@ def _backward_errors(
     """Backward of `inner_errors`: gradients of key, value, rate (before scaling) and anchor."""
     errors, made = chunk.errors, chunk.made
     assert errors is not None
-    assert errors.pre_value is not None
     squared, direction, slope, error, damped = (
         errors.squared,
         errors.direction,
@@ -219,12 +221,13 @@ def _backward_errors(
     gate = torch.sigmoid(errors.pre_key)
     curve = gate * (1 - gate) * (2 + errors.pre_key * (1 - 2 * gate))
     grad_pre_key = torch.addcmul(grad_hidden * slope, grad_slope, curve)
-    grad_pre_value = -grad_difference * silu_slope(errors.pre_value)
     grad_anchor_inner = product(grad_pre_key.mT, made.key[:, :, None], operands)
-    grad_anchor_inner += product(grad_pre_value.mT, made.value[:, :, None], operands)
     shared = grad_error.sum(2)
-    grad_key = shared + product(grad_pre_key, anchor.inner, operands).sum(2)
-    grad_value = product(grad_pre_value, anchor.inner, operands).sum(2) - shared
+    grad_key, grad_value = shared + product(grad_pre_key, anchor.inner, operands).sum(2), -shared
+    if errors.pre_value is not None:
+        grad_pre_value = -generated_shares(rule, shared) * grad_difference * silu_slope(errors.pre_value)
+        grad_anchor_inner += product(grad_pre_value.mT, made.value[:, :, None], operands)
+        grad_value = grad_value + product(grad_pre_value, anchor.inner, operands).sum(2)
     return grad_key, grad_value, grad_rate, MemoryWeights(grad_anchor_inner, grad_anchor_outer)
 
 

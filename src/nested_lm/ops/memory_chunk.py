@@ -24,6 +24,7 @@ from nested_lm.ops.memory import (
     GateReadout,
     MemoryWeights,
     damping,
+    generated_shares,
     left_to_gradient,
     rate_limits,
     rate_share,
@@ -215,9 +216,9 @@ def inner_errors(
     pre_key = product(made.key[:, :, None], anchor.inner.mT, operands)
     hidden = functional.silu(pre_key)
     difference, pre_value = hidden, None
-    if rule.targets == "generated":
+    if any(rule.generated_targets):
         pre_value = product(made.value[:, :, None], anchor.inner.mT, operands)
-        difference = hidden - functional.silu(pre_value)
+        difference = hidden - generated_shares(rule, hidden) * functional.silu(pre_value)
     through = None
     if gain is None:
         error = product(difference, anchor.outer.mT, operands) + (made.key - made.value)[:, :, None]
@@ -225,7 +226,8 @@ def inner_errors(
         normalised, deviation = normalised_rows(product(hidden, anchor.outer.mT, operands))
         apart = normalised
         if pre_value is not None:
-            apart = apart - normalised_rows(product(functional.silu(pre_value), anchor.outer.mT, operands))[0]
+            of_value = normalised_rows(product(functional.silu(pre_value), anchor.outer.mT, operands))[0]
+            apart = apart - generated_shares(rule, hidden) * of_value
         scale = gain[:, :, None]
         error = _through_norm(scale * (scale * apart + (made.key - made.value)[:, :, None]), normalised, deviation)
         through = (scale, normalised, deviation)
@@ -291,7 +293,10 @@ def _write_linear(
             writes.append(solve_self_referential(made, base, old, limit, decays, rule, operands))
             continue
         anchor = weights.anchor.inner[:, :, group]
-        target = product(value, anchor.mT, operands) if rule.targets == "generated" else value
+        target = value
+        if any(rule.generated_targets[group]):
+            share = generated_shares(rule, value)[group]
+            target = share * product(value, anchor.mT, operands) + (1 - share) * value
         error = -target
         if rule.objective == "l2":
             error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target

@@ -36,17 +36,8 @@ SHORT = 16
 
 _COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
 _SWITCHES = (
-    "k",
-    "eta",
-    "alpha",
-    "v",
-    "q",
-    "erase_in",
-    "erase_out",
-    "erase_after_decay",
-    "since_border",
-    "since_border_generators",
-    "inclusive",
+    *("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay"),
+    *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive"),
 )
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
 _GIVEN = ("begin", "end", "flags", "limits", "key", "value", "query", "rate", "decay", "start_in", "start_out")
@@ -74,7 +65,7 @@ class _Call(ctypes.Structure):
 def unsupported(rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> str | None:
     """Why the C library cannot compute a call; None when it can. Says nothing about whether it can be compiled."""
     if not has_closed_backward(rule):
-        return "it has the rules without the rarer options only (adapt, rates, erase, read, chunk sizes, rate_stretch)"
+        return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
     if inputs.key.device.type != "cpu":
         return f"the tensors are on `{inputs.key.device.type}`"
     if torch.is_autocast_enabled("cpu"):
@@ -200,15 +191,27 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
         "flags": torch.tensor(flags),
         "limits": torch.tensor(rule.rates, dtype=key.dtype),
     }
-    places = {name: -1 if rule.index(name) is None else rule.index(name) for name in ("k", "eta", "alpha", "v", "q")}
-    erase_in, erase_out = rule.erased_layers
     call = _Call(
         B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),
-        longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **places, erase_in=erase_in,
-        erase_out=erase_out, erase_after_decay=rule.erase_after_decay,
-        since_border=rule.erase_since == "border",
-        since_border_generators=rule.erase_since_generators == "border", inclusive=rule.read == "inclusive",
+        longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **_switches(rule),
         stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
     )  # fmt: skip
     cpu_library.point(call, {**lists, **named})
     return call, list(lists.values())
+
+
+def _switches(rule: WriteRule) -> dict[str, int]:
+    """The rule as the library wants it: the place of each generator, -1 without it, and what is on."""
+    places = {name: rule.adapt.index(name) if name in rule.adapt else -1 for name in ("k", "eta", "alpha", "v", "q")}
+    erase_in, erase_out = rule.erased_layers
+    return {
+        **places,
+        "erase_in": erase_in,
+        "erase_out": erase_out,
+        "erase_after_decay": rule.erase_after_decay,
+        "since_border": rule.erase_since == "border",
+        "since_border_generators": rule.erase_since_generators == "border",
+        "generated": rule.targets == "generated",
+        "generated_generators": rule.targets_generators == "generated",
+        "inclusive": rule.read == "inclusive",
+    }

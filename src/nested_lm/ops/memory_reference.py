@@ -127,19 +127,20 @@ def write_memory(
     *,
     limit: Tensor,
     since_border: bool,
+    generated_target: bool,
     rule: WriteRule,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Write one token into one memory by Delta Gradient Descent with decay (eq. 88).
 
     fast: distance from the base, to be changed. anchor: full weights at the last border. base: what decay goes
-        towards. limit: largest rate. since_border: what is erased, see `WriteRule`.
+        towards. limit: largest rate. since_border, generated_target: see `WriteRule`.
 
     Returns the new distance and momentum of both layers.
     """
     full = OneMemory(base.inner + fast.inner, base.outer + fast.outer, anchor.gain)
     at = anchor if rule.gradient == "border" else full
     target = token.value
-    if rule.targets == "generated":  # eq. 84
+    if generated_target:  # eq. 84
         target = answer(full if rule.gradient == "self_referential" else anchor, token.value, rule)
     gradient = inner_gradient(at, token.key, target, rule)
     factor = damp_factor(at, token.key, gradient, token.rate * limit, rule)[..., None]
@@ -215,9 +216,16 @@ def write_token(
         before = None if momentum is None else (momentum.inner[:, :, memory], momentum.outer[:, :, memory])
         parts = (pick(weights, memory, readout) for weights in (current, anchor, base))
         fast, at, to = parts
-        since_border = rule.since_border[memory]
         new, moving = write_memory(
-            fast, before, at, to, token, limit=limits[memory], since_border=since_border, rule=rule
+            fast,
+            before,
+            at,
+            to,
+            token,
+            limit=limits[memory],
+            since_border=rule.since_border[memory],
+            generated_target=rule.generated_targets[memory],
+            rule=rule,
         )
         layers.append(new)
         momenta.append(moving)

@@ -14,7 +14,8 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
-    int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators, inclusive;
+    int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators, generated, generated_generators,
+        inclusive;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
@@ -41,6 +42,7 @@ typedef struct {
     REAL *overlap;                                                                        /* C x C */
     REAL *squared, *length, *damped, *steepness, *room, *size;                            /* C */
     int since_border; /* the erase term leaves to the gradient what the border held */
+    int generated;    /* its target is its own answer to the value */
 } Memory;
 
 /* What one generator answered. */
@@ -134,7 +136,11 @@ static int open_work(Work *w, const Call *c)
     if (posix_memalign(&w->block, 64, bytes)) return 0;
     memset(w->block, 0, bytes);
     lay_out(w, w->block);
-    EACH(m, w->M) w->memory[m].since_border = (int)(m == w->M - 1 ? c->since_border : c->since_border_generators);
+    EACH(m, w->M) {
+        const int last = m == w->M - 1;
+        w->memory[m].since_border = (int)(last ? c->since_border : c->since_border_generators);
+        w->memory[m].generated = (int)(last ? c->generated : c->generated_generators);
+    }
     return 1;
 }
 
@@ -310,11 +316,16 @@ static void write_memory(Work *w, long m, REAL *current)
     REAL *turned_out = w->turned_out + m * w->layer, *hidden = w->wide, *gradient = x->known_in;
     transpose(E, K, out, Kp, turned_out, Ep, Ep);
     product(C, Ep, K, w->key, Kp, 1, in, Ep, x->pre, Ep, 0, FULL);
-    product(C, Ep, K, w->value, Kp, 1, in, Ep, x->difference, Ep, 0, FULL);
+    if (x->generated) product(C, Ep, K, w->value, Kp, 1, in, Ep, x->difference, Ep, 0, FULL);
     for (long j = 0; j < C * Ep; j += VL) {
-        const vec p = load(x->pre + j), g = sigmoid(p), pv = load(x->difference + j), gv = sigmoid(pv);
+        const vec p = load(x->pre + j), g = sigmoid(p);
         store(x->gate + j, g);
         store(hidden + j, p * g);
+        if (!x->generated) {
+            store(x->difference + j, p * g);
+            continue;
+        }
+        const vec pv = load(x->difference + j), gv = sigmoid(pv);
         store(x->difference + j, p * g - pv * gv);
         store(x->slope_value + j, silu_slope(pv, gv));
     }

@@ -256,14 +256,16 @@ static void memory_backward(Work *w, long m, REAL *current)
     for (long j = 0; j < C * Ep; j += VL) {
         const vec g = load(g_difference + j), slope = silu_slope(load(x->pre + j), load(x->gate + j));
         store(steep + j, load(steep + j) + (load(g_hidden + j) + g) * slope);
-        store(g_difference + j, -g * load(x->slope_value + j));
+        if (x->generated) store(g_difference + j, -g * load(x->slope_value + j));
     }
     REAL *g_pre = steep, *g_pre_value = g_difference, *turned_in = w->turned_in + m * w->layer;
     transpose(K, E, in_of(w, w->anchor, m), Ep, turned_in, Kp, Kp);
     product(K, Ep, C, w->key, 1, Kp, g_pre, Ep, g_in, Ep, 1, FULL);
-    product(K, Ep, C, w->value, 1, Kp, g_pre_value, Ep, g_in, Ep, 1, FULL);
     product(C, Kp, E, g_pre, Ep, 1, turned_in, Kp, w->g_key, Kp, 1, FULL);
-    product(C, Kp, E, g_pre_value, Ep, 1, turned_in, Kp, w->g_value, Kp, 1, FULL);
+    if (x->generated) {
+        product(K, Ep, C, w->value, 1, Kp, g_pre_value, Ep, g_in, Ep, 1, FULL);
+        product(C, Kp, E, g_pre_value, Ep, 1, turned_in, Kp, w->g_value, Kp, 1, FULL);
+    }
     for (long j = 0; j < C * Kp; j += VL) {
         const vec g = load(g_known_out + j);
         store(w->g_key + j, load(w->g_key + j) + g);
