@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from nested_lm.eval.interval import Interval
 from nested_lm.report import continual_tables, needle_tables, zeroshot_tables
+from nested_lm.report.arms import clock_sweep, seeds
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
@@ -22,14 +23,14 @@ ON_THE_PAGE = ("language_modelling", "passkey", "sampling", "continual")
 
 
 def other_results(campaign: Campaign) -> list[Shown]:
-    """Every result the page has no section for: by the registry, or by its intervals."""
+    """Arms over seeds, every result the page has no section for, by the registry or by its intervals, and clocks."""
     tasks = dict.fromkeys(task for run in campaign.runs for task in run.results if task not in ON_THE_PAGE)
     found = []
     for task in tasks:
         runs = [run for run in campaign.runs if task in run.results]
         kind = runs[0].results[task].metrics.kind
         found += RENDERERS.get(kind, intervals)(campaign, runs, task)
-    return found
+    return [*seeds(campaign), *found, *clock_sweep(campaign)]
 
 
 def intervals(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:

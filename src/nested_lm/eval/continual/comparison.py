@@ -74,7 +74,7 @@ def compare_runs(
         scored_commit=current_commit(),
         settings_seed=settings.seed,
         rows=rows,
-        trends=_trends(rows, settings),
+        trends=trends(rows, permutations=settings.permutations, seed=settings.seed),
     )
     document = found.model_dump(mode="json")
     document["digest"] = content_digest(document)
@@ -101,19 +101,23 @@ def load_comparison(path: Path) -> SweepFile:
 
 
 def _row(run: Path, result: ResultFile) -> SweepRow:
-    metrics = result.metrics
-    assert isinstance(metrics, ContinualMetrics)
     config_path = next((run / "checkpoints").glob("step-*/config.json"), None)
     if config_path is None:
         raise ReportError(f"{run}/checkpoints holds no config.json, so the clocks of the run are not known")
     config = parse_run(json.loads(config_path.read_text(encoding="utf-8")), str(config_path))
+    others = _other(run, "regret", result), _other(run, "retention", result)
+    return sweep_row(result, config.model.channel.periods, *others)
+
+
+def sweep_row(result: ResultFile, periods: tuple[int, ...], regret: object, retention: object) -> SweepRow:
+    """One run of a sweep. result: its matrix. regret, retention: metrics of other results; None: not measured."""
+    metrics = result.metrics
+    assert isinstance(metrics, ContinualMetrics)
     last = [cell.value for cell in metrics.forgetting[-1][:-1] if cell is not None]
-    regret = _other(run, "regret", result)
-    retention = _other(run, "retention", result)
     return SweepRow(
         identity=result.identity,
         checkpoint_digest=result.checkpoint.digest,
-        periods=config.model.channel.periods,
+        periods=periods,
         forgetting=float(np.mean(last)),
         backward_transfer=metrics.backward_transfer,
         forward_transfer=metrics.forward_transfer,
@@ -135,8 +139,8 @@ def _other(run: Path, task: str, matrix: ResultFile) -> object | None:
     return result.metrics
 
 
-def _trends(rows: Sequence[SweepRow], settings: ContinualSettings) -> tuple[Trend, ...]:
-    """Correlations over the runs that have levels."""
+def trends(rows: Sequence[SweepRow], *, permutations: int, seed: int) -> tuple[Trend, ...]:
+    """Rank correlations over the runs that have levels, with permutation tests."""
     levelled = [row for row in rows if row.periods]
     clocks: dict[Literal["log slowest period", "number of levels"], list[float]] = {
         "log slowest period": [math.log(row.periods[-1]) for row in levelled],
@@ -149,7 +153,7 @@ def _trends(rows: Sequence[SweepRow], settings: ContinualSettings) -> tuple[Tren
     found = []
     for clock, x in clocks.items():
         for score, y in scores.items():
-            correlation = spearman(np.array(x), np.array(y), permutations=settings.permutations, seed=settings.seed)
+            correlation = spearman(np.array(x), np.array(y), permutations=permutations, seed=seed)
             kept = None if correlation is None else CorrelationScore(**vars(correlation))
             found.append(Trend(clock=clock, score=score, correlation=kept))
     return tuple(found)
