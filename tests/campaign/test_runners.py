@@ -16,7 +16,7 @@ from nested_lm.campaign.plan import run_campaign
 from nested_lm.campaign.slurm import JobQueue, StepJob
 from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
 from nested_lm.config.campaign import CampaignConfig, Slurm, Speed
-from nested_lm.config.load import load_campaign
+from nested_lm.config.load import load_campaign, load_run
 from nested_lm.errors import CampaignError, ConfigError
 from tests.campaign.fake_campaign import campaign
 
@@ -359,3 +359,19 @@ def test_presets_take_paths_as_variables(tmp_path, prefix):
     hope, babilong = plan_steps(load_campaign(str(path), ["variables.facts=/a b/c", "output_dir=there"]))
     assert hope.folder.as_posix() == "there/hope"
     assert babilong.arguments == ("eval", "babilong", "there/hope", "--facts=/a b/c")
+
+
+def test_every_oracle_of_the_evaluation_is_of_the_arms_own_model():
+    config = load_campaign("campaign/evaluation_demo")
+    runs = {step.id: step for step in config.steps if step.kind == "train"}
+    compared = 0
+    for step in config.steps:
+        oracles = [option for option in step.options if option.startswith("--oracle=")] if step.kind == "eval" else []
+        for option in oracles:
+            name = option.rpartition("/")[2]
+            ours, theirs = (load_run(runs[id].config, runs[id].overrides) for id in (step.run, name))
+            assert ours.model == theirs.model
+            assert (ours.train.stream.order, theirs.train.stream.order) == ("forward", "shuffled")
+            assert name in step.after
+            compared += 1
+    assert compared == 6
