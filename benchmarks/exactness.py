@@ -31,6 +31,7 @@ EQUATIONS = {
     "decay_towards": "88, A7",
     "damp": "A6",
     "rate_stretch": "A8",
+    "rate_shares": "A8",
     "normalise": "A14",
     "unit_values": "A13",
     "gates": "88, A9",

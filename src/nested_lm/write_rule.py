@@ -49,6 +49,9 @@ class WriteRule:
     damp: whether writes are damped where they would overshoot, see `damping`.
     rate_stretch: how far the sigmoid of the rate reaches beyond both of its ends before it is cut off there, as a share
         of the largest rate; above 0, writing nothing and the largest rate are reached exactly.
+    rate_shares: how much of `rates` the heads reach, in as many groups of neighbouring heads. With (0.5, 1.0) and rates
+        up to 2 the first half of the heads writes at rates up to 1, where overwriting is exact, and the second half up
+        to 2, which state tracking needs.
     """
 
     chunk: int
@@ -72,6 +75,7 @@ class WriteRule:
     gates: Literal["head", "token"] = "head"
     damp: bool = True
     rate_stretch: float = 0.0
+    rate_shares: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning, with the reason.
@@ -114,6 +118,10 @@ class WriteRule:
         ordered = tuple(name for name in MEMORIES if name in self.adapt)
         linear = self.depth == 1
         return (
+            (
+                not self.rate_shares or min(self.rate_shares) <= 0.0 or max(self.rate_shares) != 1.0,
+                f"rate_shares {self.rate_shares} must be above 0, and the largest of them 1",
+            ),
             (
                 self.adapt != ordered or not self.adapt or self.adapt[-1] != "memory",
                 f"adapt {self.adapt} must be some of {MEMORIES}, in this order, each once, with `memory`",

@@ -74,6 +74,7 @@ OPTIONS = {
     "gates of a token": {"gates": "token"},
     "stretched rates": {"rate_stretch": 0.1},
     "stretched rates, all six, momentum": {"rate_stretch": 0.2, "adapt": ALL, "momentum": True},
+    "a rate a head": {"rate_shares": (0.5, 1.0), "rate_stretch": 0.1},
     "momentum": {"momentum": True},
     "momentum, exclusive, erase none": {"momentum": True, "read": "exclusive", "erase": "none"},
     "momentum, erase input, zero": {"momentum": True, "erase": "input", "decay_towards": "zero"},

@@ -38,6 +38,7 @@ SUPPORTED = {
     "targets values, memory",
     "targets values, generators",
     "stretched rates",
+    "a rate a head",
 }
 """Options that must run in C: a change that sends one of them to torch is a loss of speed that no number shows."""
 

@@ -114,8 +114,10 @@ class SelfModifying(MixerSection):
     damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
     rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
+    rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] = (1.0,)
+    # share of `rates` that each of as many groups of neighbouring heads reaches
     rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.8
-    # share of the largest rate at the start: of all heads, or of the first and the last and evenly in between
+    # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
     backend: MemoryBackend = "auto"
 
@@ -148,6 +150,7 @@ class SelfModifying(MixerSection):
             gates=self.gates,
             damp=self.damp,
             rate_stretch=self.rate_stretch,
+            rate_shares=self.rate_shares,
         )
 
     @property
@@ -175,6 +178,11 @@ class SelfModifying(MixerSection):
     def _rule_is_possible(self) -> "SelfModifying":
         if len(set(self.adapt)) != len(self.adapt):
             raise ValueError(f"adapt {list(self.adapt)} names a memory twice")
+        if self.num_heads < len(self.rate_shares):
+            raise ValueError(
+                f"rate_shares {list(self.rate_shares)} is for groups of heads, and num_heads is {self.num_heads}; use "
+                f"at most {self.num_heads} of them"
+            )
         if self.depth == 1 and self.expansion != 1.0:
             raise ValueError(
                 f"expansion {self.expansion:g} is the hidden width of two-layer memories; leave it out with depth: 1"

@@ -26,6 +26,14 @@ from nested_lm.ops.memory import (
 START_OUTER_SCALE = 0.1
 """Second layers start this much smaller than 1/sqrt(fan-in): close to the identity, but with a gradient."""
 
+START_INNER_SCALE = 2.0
+"""Of the orthogonal starts of first layers. silu is half its input there, so hidden activations of unit keys start at
+unit length, and those of orthogonal keys orthogonal: a write at rate 1 moves the answer all the way, and no other.
+"""
+
+OPEN = 1.2785
+"""Bias at which silu is 1: output gates start open, or reads would get no gradient until the gates have learned to."""
+
 START_LINEAR_SCALE = 0.1
 """Linear memories start at the identity plus noise this much smaller than 1/sqrt(fan-in)."""
 
@@ -77,7 +85,7 @@ class SelfModifyingTitans(nn.Module):
         self.start_inner = nn.Parameter(torch.empty(heads, memories, hidden or head_width, head_width))
         self.start_outer = nn.Parameter(torch.empty(heads, memories, head_width, hidden)) if hidden else None
         self.read_norm = RMSNorm(head_width, epsilon=epsilon)
-        self.output_gate = nn.Linear(width, heads * head_width, bias=False)
+        self.output_gate = nn.Linear(width, heads * head_width)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
     def initial_state(self, batch_size: int) -> SelfModifyingState:
@@ -164,6 +172,7 @@ class SelfModifyingTitans(nn.Module):
         """
         config = self.config
         heads = config.num_heads
+        self.output_gate.bias.fill_(OPEN)
         normal(self.conv.weight, 1 / math.sqrt(config.conv_width))
         for readout in (self.readout_rate, self.readout_decay):
             if readout is not None:
@@ -172,7 +181,9 @@ class SelfModifyingTitans(nn.Module):
             normal(self.start_inner, START_LINEAR_SCALE / math.sqrt(config.head_width))
             self.start_inner.add_(torch.eye(config.head_width, device=self.start_inner.device))
         else:
-            normal(self.start_inner, 1 / math.sqrt(config.head_width))
+            drawn = torch.empty(self.start_inner.shape)
+            normal(drawn, 1.0)
+            self.start_inner.copy_(START_INNER_SCALE * _orthogonal(drawn))
             normal(self.start_outer, START_OUTER_SCALE / math.sqrt(self.start_outer.shape[-1]))
         if self.gain is not None:
             self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
@@ -185,3 +196,11 @@ class SelfModifyingTitans(nn.Module):
         first, last = init if isinstance(init, tuple) else (init, init)
         shares = torch.linspace(first, last, heads, device=rates.device)
         rates.copy_(torch.logit((shares + config.rate_stretch) / (1 + 2 * config.rate_stretch)))
+
+
+def _orthogonal(drawn: Float[Tensor, "*_ E K"]) -> Float[Tensor, "*_ E K"]:
+    """Turn normal matrices into ones with orthonormal columns, or rows where there are fewer."""
+    tall = drawn if drawn.shape[-2] >= drawn.shape[-1] else drawn.mT
+    q, r = torch.linalg.qr(tall)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # or the signs would depend on the library
+    return q if drawn.shape[-2] >= drawn.shape[-1] else q.mT

@@ -189,24 +189,34 @@ def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bo
     return MemoryWeights(*(torch.cat([a[:, :, :-1], b[:, :, -1:]], dim=2) for a, b in zip(newer, older, strict=True)))
 
 
-def rate_share(logit: Tensor, rule: WriteRule) -> Tensor:
-    """Learning rate as a share of the largest: a sigmoid, stretched by `rate_stretch` at both ends and cut at 0 and 1.
+def shares_of_heads(rule: WriteRule, like: Float[Tensor, "B H *_"]) -> Float[Tensor, "H *_"]:
+    """How much of the largest rate each head reaches, with as many trailing dimensions of size 1 as `like` has."""
+    heads, groups = like.shape[1], rule.rate_shares
+    shares = [groups[head * len(groups) // heads] for head in range(heads)]
+    return torch.tensor(shares, dtype=like.dtype, device=like.device).view(heads, *(1 for _ in like.shape[2:]))
+
+
+def rate_share(logit: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[Tensor, "B H *_"]:
+    """Learning rate as a share of the largest: a sigmoid, stretched by `rate_stretch` at both ends and cut at 0 and 1,
+    times what the head reaches.
 
     Section 8.1 leaves the range open. A plain sigmoid never reaches its ends, so what should be kept or turned over
     exactly fades with the number of writes (docs/stability_journal.md). The stretch is that of the hard concrete
     distribution (arXiv 1712.01312 eq. 11).
     """
     stretch = rule.rate_stretch
-    return ((1 + 2 * stretch) * torch.sigmoid(logit) - stretch).clamp(0, 1)
+    share = ((1 + 2 * stretch) * torch.sigmoid(logit) - stretch).clamp(0, 1)
+    return share * shares_of_heads(rule, logit)
 
 
-def rate_share_slope(share: Tensor, rule: WriteRule) -> Tensor:
+def rate_share_slope(share: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[Tensor, "B H *_"]:
     """Derivative of `rate_share` by the logit, from its value; 0 where it is cut."""
-    stretch = rule.rate_stretch
+    stretch, reached = rule.rate_stretch, shares_of_heads(rule, share)
+    share = share / reached
     if stretch == 0:
-        return share * (1 - share)
+        return share * (1 - share) * reached
     slope = (share + stretch) * (1 + stretch - share) / (1 + 2 * stretch)
-    return slope * ((share > 0) & (share < 1))
+    return slope * ((share > 0) & (share < 1)) * reached
 
 
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:

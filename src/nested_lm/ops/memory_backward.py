@@ -74,6 +74,7 @@ def has_closed_backward(rule: WriteRule) -> bool:
         erase_since_generators=rule.erase_since_generators,
         read=rule.read,
         rate_stretch=rule.rate_stretch,
+        rate_shares=rule.rate_shares,
     )
     return rule == common and rule.read != "border"
 

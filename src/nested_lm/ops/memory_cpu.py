@@ -26,6 +26,7 @@ from nested_lm.ops.memory import (
     MemoryOutput,
     MemoryState,
     MemoryWeights,
+    shares_of_heads,
 )
 from nested_lm.ops.memory_backward import has_closed_backward
 from nested_lm.ops.memory_chunked import Piece, cut
@@ -40,7 +41,20 @@ _SWITCHES = (
     *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive"),
 )
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
-_GIVEN = ("begin", "end", "flags", "limits", "key", "value", "query", "rate", "decay", "start_in", "start_out")
+_GIVEN = (
+    "begin",
+    "end",
+    "flags",
+    "limits",
+    "reached",
+    "key",
+    "value",
+    "query",
+    "rate",
+    "decay",
+    "start_in",
+    "start_out",
+)
 _OPTIONAL = ("readout_rate", "readout_decay")
 _STATE = ("border_in", "border_out", "current_in", "current_out")
 _FOUND = ("reads", "used_rate", "used_decay", *(f"{name}_after" for name in _STATE), "saved")
@@ -190,6 +204,7 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
         "end": torch.tensor([piece.end for piece in pieces]),
         "flags": torch.tensor(flags),
         "limits": torch.tensor(rule.rates, dtype=key.dtype),
+        "reached": shares_of_heads(rule, key[:, 0, :, 0]).contiguous(),
     }
     call = _Call(
         B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),

@@ -19,6 +19,7 @@ typedef struct {
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
+    const REAL *reached;                /* share of it that each head reaches */
     const REAL *key, *value, *query;    /* B T H K */
     const REAL *rate, *decay;           /* B T H */
     const REAL *start_in, *start_out;   /* H M E K, H M K E */
@@ -217,7 +218,7 @@ static void generate(Work *w)
             if (c->alpha >= 0) decay += w->answer[c->alpha].out[t * w->Kp + j] * c->readout_decay[w->head * c->K + j];
         }
         const REAL share = (REAL)((1 + 2 * c->stretch) * one_sigmoid(rate) - c->stretch);
-        w->share[t] = share < 0 ? 0 : share > 1 ? 1 : share; /* NaN stays NaN */
+        w->share[t] = (share < 0 ? 0 : share > 1 ? 1 : share) * c->reached[w->head]; /* NaN stays NaN */
         w->log_decay[t] = log_sigmoid(decay);
     }
 }

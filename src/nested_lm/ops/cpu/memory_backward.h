@@ -325,12 +325,12 @@ static void generate_backward(Work *w)
     for (long t = C - 1; t >= 0; t--) {
         const long at = first + t * c->H;
         running += w->g_log_kept[t];
-        const double share = w->share[t], g_log = running + c->g_used_decay[at] * exp((double)w->log_decay[t]);
+        const double reached = c->reached[w->head], share = w->share[t] / reached, g_log = running + c->g_used_decay[at] * exp((double)w->log_decay[t]);
         running += w->g_log_before[t];
         const double slope = (share + stretch) * (1 + stretch - share) / (1 + 2 * stretch);
         const int cut = stretch > 0 && (share <= 0 || share >= 1);
         const double g_share = w->g_share[t] + c->g_used_rate[at] * c->limits[w->M - 1];
-        rate[t] = c->g_rate[at] = cut ? 0 : (REAL)(g_share * slope);
+        rate[t] = c->g_rate[at] = cut ? 0 : (REAL)(g_share * slope * reached);
         decay[t] = c->g_decay[at] = (REAL)(-g_log * expm1((double)w->log_decay[t]));
     }
     REAL *g_x = w->g_write_out;
