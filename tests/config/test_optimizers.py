@@ -4,7 +4,7 @@ import pytest
 
 from nested_lm.config.load import load_run, parse_run
 from nested_lm.config.train import MatrixOptimizer
-from nested_lm.config.update_rules import M3, DeltaMomentum, GradientDescent
+from nested_lm.config.update_rules import M3, DeltaGradientDescent, DeltaMomentum, GradientDescent
 from nested_lm.errors import ConfigError
 
 DEEP = "defaults:\n  - /hope/demo\n  - _self_\ntrain:\n  optimizer:\n    kind: deep\n"
@@ -68,7 +68,18 @@ def test_gradient_descent_has_no_settings(preset):
         ("{kind: muon, iterations: 50}", "<= 20"),
         ("{kind: m3, beta1: 1.0}", "< 1"),
         ("{kind: lion}", "choose one of gd, momentum"),
+        ("{kind: dgd}", "rule dgd needs to know what each layer read, and the optimizer of a run sees gradients only"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(preset, rule, message):
     assert message in mistake(preset(f"    rule: {rule}\n"))
+
+
+def test_dgd_is_for_levels_that_write_in_context():
+    where = "model.channel.levels.0.in_context.rule"
+    run = load_run("hope/demo_in_context", [f"{where}={{kind: dgd, erase: whole}}"])
+    assert run.model.channel.writes[0].rule == DeltaGradientDescent(kind="dgd", erase="whole")
+    assert parse_run(run.model_dump(mode="json"), "stored") == run
+    text = mistake("hope/demo", ["train.optimizer.levels=[null,{rule: {kind: dgd}, rate: 0.1},null]"])
+    assert "model.channel.levels[].in_context.rule" in text
+    assert "choose another rule, such as delta_momentum" in text

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from nested_lm.ops.update_rule import Layer
+from nested_lm.ops.update_rules import make_rule
 from nested_lm.ops.update_rules_proximal import proximal_step, proximal_step_from_moments, proximal_step_one_row
 
 EXACT = 1e-12  # float64: the same minimum, reached in another way
@@ -104,3 +106,66 @@ def test_bfloat16_is_solved_in_float32():
     exact = argmin(weights.double(), x.double(), g.double(), 0.5)
     assert new.dtype == torch.bfloat16
     torch.testing.assert_close(new.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+class TestRule:
+    """The same step as an update rule of weights that may lie beside a learned part."""
+
+    def problem(self, *batch):
+        x, g = draw(*batch, 5, 6, seed=1), draw(*batch, 5, 4, seed=2)
+        return draw(*batch, 4, 6), x, g
+
+    def update(self, erase, weights, x, g, *, learned=None, rate=0.7):
+        rule = make_rule("dgd", {"erase": erase})
+        new, state = rule.update(
+            weights, g.mT @ x, rule.initial_state(weights), rate=rate, layer=Layer(x.mT @ x, learned)
+        )
+        assert state == rule.initial_state(weights)
+        return new
+
+    @pytest.mark.parametrize("rate", [0.05, 5.0])
+    def test_it_is_the_argmin_for_what_is_erased(self, rate):
+        weights, x, g = self.problem()
+        learned = draw(4, 6, seed=3)
+        exact = argmin(weights, x, g, rate)
+        for erase, beside in (("written", learned), ("written", None), ("whole", None)):
+            found = self.update(erase, weights, x, g, learned=beside, rate=rate)
+            assert (found - exact).abs().max() < 10 * EXACT
+        found = self.update("whole", weights, x, g, learned=learned, rate=rate)
+        assert (learned + found - argmin(learned + weights, x, g, rate)).abs().max() < 10 * EXACT
+
+    def test_a_batch_is_so_many_problems(self):
+        weights, x, g = self.problem(3)
+        together = self.update("whole", weights, x, g, learned=draw(4, 6, seed=3))
+        for b in range(3):
+            alone = self.update("whole", weights[b], x[b], g[b], learned=draw(4, 6, seed=3))
+            assert (together[b] - alone).abs().max() < 10 * EXACT
+
+    def test_a_large_rate_reaches_the_targets_and_goes_no_further(self):
+        weights, x, g = self.problem()
+        found = self.update("written", weights, x, g, rate=1e8)
+        assert (x @ found.mT + g).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("erase", ["written", "whole"])
+    def test_derivatives_reach_everything(self, erase):
+        rule = make_rule("dgd", {"erase": erase})
+
+        def new(weights, x, g, learned, rate):
+            given = rule.initial_state(weights)
+            return rule.update(weights, g.mT @ x, given, rate=rate, layer=Layer(x.mT @ x, learned))[0]
+
+        inputs = [*self.problem(2), draw(4, 6, seed=3), torch.tensor(0.7, dtype=torch.float64)]
+        assert gradcheck(new, [value.requires_grad_() for value in inputs], fast_mode=True)
+
+    def test_what_does_not_fit_is_refused(self):
+        weights, x, g = self.problem()
+        rule, gradient = make_rule("dgd", {}), g.mT @ x
+        state = rule.initial_state(weights)
+        with pytest.raises(ValueError, match=r"needs the second moment .* pass layer=Layer\(second_moment\)"):
+            rule.update(weights, gradient, state, rate=0.1)
+        with pytest.raises(ValueError, match=r"second moment of shape \(6, 6\); got \(4, 6\) and \(5, 5\)"):
+            rule.update(weights, gradient, state, rate=0.1, layer=Layer(x @ x.mT))
+        with pytest.raises(ValueError, match="GradientDescent does not read the inputs of a layer"):
+            make_rule("gd", {}).update(weights, gradient, state, rate=0.1, layer=Layer(x.mT @ x))
+        with pytest.raises(ValueError, match="erase is 'all'; it must be 'written' or 'whole'"):
+            make_rule("dgd", {"erase": "all"})

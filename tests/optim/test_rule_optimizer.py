@@ -214,3 +214,8 @@ def test_layout_is_that_of_the_state():
     run(optimizer, parameters, 1, 1)
     for parameter in parameters:
         assert {name: value.shape for name, value in optimizer.state[parameter].items()} == expected[parameter]
+
+
+def test_a_rule_that_reads_inputs_is_refused():
+    with pytest.raises(ValueError, match=r"DeltaGradientDescent needs .* class of that name in optim/delta_gradient"):
+        RuleOptimizer([torch.nn.Parameter(torch.zeros(2, 3))], make_rule("dgd", {}), lr=0.1)

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
-from nested_lm.config.update_rules import UpdateRule
+from nested_lm.config.update_rules import TrainingRule
 
 
 class MatrixOptimizer(Section):
     """How the matrices of one level are stepped."""
 
-    rule: UpdateRule
+    rule: TrainingRule
     rate: PositiveFloat  # a rule's own unit: that of the gradient for gd, momentum, delta_momentum, dmgd
     weight_decay: NonNegativeFloat = 0.1
 
@@ -50,7 +50,7 @@ class Deep(Section):
     """An update rule for the 2-D matrices inside the blocks; AdamW for embeddings, vectors and memory starts."""
 
     kind: Literal["deep"]
-    rule: UpdateRule
+    rule: TrainingRule
     rate: PositiveFloat  # of the matrices, in the rule's own unit
     adamw_rate: PositiveFloat  # of everything else
     weight_decay: NonNegativeFloat = 0.1

@@ -7,7 +7,7 @@ them equal.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
 
@@ -120,7 +120,37 @@ class M3(RuleSection):
     epsilon: PositiveFloat = 1e-2
 
 
+class DeltaGradientDescent(RuleSection):
+    """The proximal step of layers whose inputs are known, DGD (eqs. 56-57). Levels that write in context only."""
+
+    kind: Literal["dgd"]
+    erase: Literal["written", "whole"] = "written"  # along the inputs: what was written in context, or all of the layer
+
+
 UpdateRule = Annotated[
-    GradientDescent | Momentum | PreconditionedMomentum | DeltaMomentum | DeepMomentum | Adam | Muon | M3,
+    GradientDescent
+    | Momentum
+    | PreconditionedMomentum
+    | DeltaMomentum
+    | DeepMomentum
+    | Adam
+    | Muon
+    | M3
+    | DeltaGradientDescent,
     Field(discriminator="kind"),
 ]
+
+
+def _is_for_training(rule: UpdateRule) -> UpdateRule:
+    """Refuse a rule that the optimizer of a run cannot serve."""
+    if isinstance(rule, DeltaGradientDescent):
+        raise ValueError(
+            "rule dgd needs to know what each layer read, and the optimizer of a run sees gradients only; it is there "
+            "for levels that write in context (model.channel.levels[].in_context.rule) and, in Python, as the class "
+            "DeltaGradientDescent of optim/delta_gradient_descent.py; choose another rule, such as delta_momentum"
+        )
+    return rule
+
+
+TrainingRule = Annotated[UpdateRule, AfterValidator(_is_for_training)]
+"""A rule for the matrices of a model in training."""

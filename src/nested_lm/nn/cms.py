@@ -29,6 +29,10 @@ class LevelMLP(nn.Module):
         inner, outer = distance or (None, None)
         return self.out(torch.relu(self.inner(self.norm(x), inner)).square(), outer)
 
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """Weights of both layers, without any distance."""
+        return self.inner.weight, self.out.weight
+
     def initial_distance(self, batch_size: int) -> MLPDistance:
         """Fast copies that equal the learned weights. The norm's vector has no fast copy."""
         return MLPDistance(self.inner.initial_distance(batch_size), self.out.initial_distance(batch_size))

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from nested_lm.config.channels import ChannelSection, InContext
 from nested_lm.nn.fast_linear import MLPDistance
-from nested_lm.nn.in_context_trees import Rows, Rule, add_trees, choose, from_host, initial_trees, step_trees
+from nested_lm.nn.in_context_trees import (
+    Rows,
+    Rule,
+    add_trees,
+    choose,
+    from_host,
+    initial_pending,
+    initial_trees,
+    step_trees,
+    watched,
+)
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
 from nested_lm.nn.state import ModelOutput, StreamState, iterate_tensors, map_tensors
 from nested_lm.ops.update_rules import make_rule
@@ -31,7 +41,8 @@ Predict = Callable[[Tensor, Tensor | None, StreamState, Fast], ModelOutput]
 class LevelState(NamedTuple):
     """One level's fast copies: a distance from the learned weights for each of its layers.
 
-    pending: gradients since the level's last write, summed; empty for the fastest level, which has none to keep.
+    pending: gradients since the level's last write, summed, with what the layers read where the inner optimizer wants
+        to know; empty for the fastest level, which has none to keep.
     rule: state of the inner optimizer.
     """
 
@@ -74,7 +85,8 @@ class InContextWriter:
     With C the period of a level, its fast copy steps on the sum of the gradients of C predictions, all taken at the
     copy as it was before (faster levels may move in between). The prediction at token i has token i + 1 as its
     target, so the step is taken when the first token of the next segment is there: the output at that token is the
-    first to use it, and depends on nothing after that token. A prediction across a document start does not count.
+    first to use it, and depends on nothing after that token. A prediction across a document start does not count; an
+    inner optimizer that reads inputs (DGD) sees those of all C tokens.
 
     The inner gradient does not cross segment borders: memories, caches and convolution tails from before the border
     are constants to it. The gradient of training crosses them as without clock B. `first_order` takes a write for a
@@ -122,8 +134,12 @@ class InContextWriter:
     def initial_level(self, level: WrittenLevel, batch_size: int) -> LevelState:
         """One level's fast copies at the learned weights."""
         zero = tuple(self.mlps[layer][level.level].initial_distance(batch_size) for layer in level.layers)
-        pending = zero if level.ratio > 1 else ()
+        pending = initial_pending(level.rule, zero) if level.ratio > 1 else ()
         return LevelState(zero, pending, initial_trees(level.rule, zero))
+
+    def learned(self, level: WrittenLevel) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Learned weights that a level's copies are distances from."""
+        return tuple(self.mlps[layer][level.level].learned() for layer in level.layers)
 
     def fast_copies(self, state: StreamState) -> Fast:
         """The fast copies that a state holds, by block."""
@@ -297,7 +313,9 @@ class _Reading:
             return tensor.view_as(tensor)
 
         with torch.enable_grad():
-            return _Aliases(map_tensors(copies, rename), leaves)
+            named = map_tensors(copies, rename)
+        pairs = zip(self.writer.levels, named, strict=True)
+        return _Aliases(tuple(watched(c, leaves) if level.rule.reads_inputs else c for level, c in pairs), leaves)
 
     def _gradients(self, last_target: Int[Tensor, " B"]) -> Copies:
         """Gradient of the sum of the segment's losses, for each level and layer, a row each."""
@@ -343,7 +361,8 @@ class _Reading:
         total = gradient if level.ratio == 1 else add_trees(state.pending, gradient)
         if due is False:
             return LevelState(state.distance, total, state.rule)
-        distance, rule = step_trees(level.rule, level.rate, state.distance, total, state.rule)
+        learned = self.writer.learned(level) if level.rule.reads_inputs else ()
+        distance, rule = step_trees(level.rule, level.rate, state.distance, total, state.rule, learned)
         if not self.is_second_order:
             distance, rule = map_tensors((distance, rule), Tensor.detach)
         pending = () if level.ratio == 1 else choose(due, map_tensors(total, torch.zeros_like), total)

@@ -3,15 +3,16 @@
 Shapes: B batch.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from nested_lm.nn.fast_linear import MLPDistance
+from nested_lm.nn.fast_linear import MLPDistance, Watched
 from nested_lm.nn.state import iterate_tensors, map_tensors
-from nested_lm.ops.update_rule import UpdateRule
+from nested_lm.ops.update_rule import Layer, UpdateRule
 
 Tree = TypeVar("Tree")
 
@@ -52,18 +53,49 @@ def initial_trees(rule: Rule, distances: tuple[MLPDistance, ...]) -> tuple[Any, 
     return tuple((rule.initial_state(layer.inner), rule.initial_state(layer.outer)) for layer in distances)
 
 
+def watched(distances: tuple[MLPDistance, ...], places: list[Tensor]) -> tuple[MLPDistance, ...]:
+    """Watch every layer; the places in which to find what it read are added to the list and take no memory."""
+
+    def watch(distance: Tensor) -> Watched:
+        places.append(distance.new_zeros(()).expand(_moment_shape(distance)).requires_grad_())
+        return Watched(distance, places[-1])
+
+    return tuple(MLPDistance(*map(watch, layer)) for layer in distances)
+
+
+def initial_pending(rule: Rule, distances: tuple[MLPDistance, ...]) -> tuple[MLPDistance, ...]:
+    """What a level that waits for its write has collected at first: nothing. distances: zeros."""
+    if not rule.reads_inputs:
+        return distances
+
+    def nothing(distance: Tensor) -> Watched:
+        return Watched(distance, distance.new_zeros(_moment_shape(distance)))
+
+    return tuple(MLPDistance(*map(nothing, layer)) for layer in distances)
+
+
+def _moment_shape(distance: Tensor) -> tuple[int, int, int]:
+    batch, _, inputs = distance.shape
+    return batch, inputs, inputs
+
+
 def step_trees(
     rule: Rule,
     rate: float,
     distances: tuple[MLPDistance, ...],
     gradients: tuple[MLPDistance, ...],
     states: tuple[Any, ...],
+    learned: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[tuple[MLPDistance, ...], tuple[Any, ...]]:
-    """Step every weight of a level."""
+    """Step every weight of a level. learned: what the distances are from, for rules that read inputs."""
     moved, kept = [], []
-    for distance, gradient, (inner, outer) in zip(distances, gradients, states, strict=True):
-        new_inner, inner = rule.update(distance.inner, gradient.inner, inner, rate=rate)
-        new_outer, outer = rule.update(distance.outer, gradient.outer, outer, rate=rate)
-        moved.append(MLPDistance(new_inner, new_outer))
-        kept.append((inner, outer))
+    for index, (distance, gradient, state) in enumerate(zip(distances, gradients, states, strict=True)):
+        pairs = []
+        for part, (weights, slope, before) in enumerate(zip(distance, gradient, state, strict=True)):
+            layer = None
+            if isinstance(slope, Watched):
+                slope, layer = slope.distance, Layer(slope.moment, learned[index][part])
+            pairs.append(rule.update(weights, slope, before, rate=rate, layer=layer))
+        moved.append(MLPDistance(*(new for new, _ in pairs)))
+        kept.append(tuple(after for _, after in pairs))
     return tuple(moved), tuple(kept)

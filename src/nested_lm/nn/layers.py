@@ -60,6 +60,10 @@ class SwiGLU(nn.Module):
         gate, value = self.gate_and_in(x, inner).chunk(2, dim=-1)
         return self.out(functional.silu(gate) * value, outer)
 
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """Weights of both layers, without any distance."""
+        return self.gate_and_in.weight, self.out.weight
+
     def initial_distance(self, batch_size: int) -> MLPDistance:
         """Fast copies that equal the learned weights."""
         return MLPDistance(self.gate_and_in.initial_distance(batch_size), self.out.initial_distance(batch_size))

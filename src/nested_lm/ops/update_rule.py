@@ -38,9 +38,11 @@ class UpdateRule(ABC, Generic[State]):
     weights have the type of the old ones.
 
     shape: what the rule can step. "any": entry by entry; "matrix": only the matrix as a whole has a meaning.
+    reads_inputs: whether it needs to know, beside the gradient, what the layer read.
     """
 
     shape: ClassVar[Literal["any", "matrix"]]
+    reads_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def initial_state(self, weights: Float[Tensor, "..."]) -> State:
@@ -53,7 +55,13 @@ class UpdateRule(ABC, Generic[State]):
         """Make one update in the working precision. Called by `update`."""
 
     def update(
-        self, weights: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, *, rate: float | Tensor
+        self,
+        weights: Float[Tensor, "..."],
+        gradient: Float[Tensor, "..."],
+        state: State,
+        *,
+        rate: float | Tensor,
+        layer: "Layer | None" = None,
     ) -> tuple[Tensor, State]:
         """Make one update.
 
@@ -63,13 +71,16 @@ class UpdateRule(ABC, Generic[State]):
             state: what the last update returned, or `initial_state(weights)`.
             rate: step size, at least 0; a tensor must broadcast against the weights, such as (*B, 1, 1), and
                 carries gradients.
+            layer: what a rule with `reads_inputs` must be given; None for the others.
 
         Returns:
             The new weights, and the state for the next update.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or a layer where the rule reads none.
         """
+        if layer is not None:
+            raise ValueError(f"{type(self).__name__} does not read the inputs of a layer; leave `layer` out")
         if gradient.shape != weights.shape:
             raise ValueError(
                 f"the gradient has shape {tuple(gradient.shape)}, the weights {tuple(weights.shape)}; "
@@ -93,6 +104,17 @@ class UpdateRule(ABC, Generic[State]):
                 f"{type(self).__name__} steps matrices, and these weights have shape {tuple(weights.shape)}; pass a "
                 "vector as a matrix of one row, or use a rule for any shape (gd, momentum, preconditioned_momentum)"
             )
+
+
+class Layer(NamedTuple):
+    """What some rules need to know of a linear layer y = (learned + weights) x.
+
+    second_moment: X^T X, the sum over the rows x that the gradient comes from.
+    learned: the part of the layer's weights that is not stepped; None: `weights` are all of them.
+    """
+
+    second_moment: Float[Tensor, "*B I I"]
+    learned: Float[Tensor, "O I"] | None = None
 
 
 class NoState(NamedTuple):

@@ -1,7 +1,6 @@
 """All inner optimizers by name.
 
 A new rule joins by adding a line to `RULES` (and, to be chosen in a preset, a section to `config/update_rules.py`).
-Delta Gradient Descent is not among them because it needs the inputs of a layer: see `ops/update_rules_proximal.py`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from nested_lm.ops.update_rule import UpdateRule
 from nested_lm.ops.update_rules_deep import DeepMomentum
 from nested_lm.ops.update_rules_momentum import Adam, DeltaMomentum, GradientDescent, Momentum, PreconditionedMomentum
 from nested_lm.ops.update_rules_orthogonal import M3, Muon
+from nested_lm.ops.update_rules_proximal import DeltaGradientDescent
 
 RULES: Mapping[str, type[UpdateRule[Any]]] = MappingProxyType(
     {
@@ -24,6 +24,7 @@ RULES: Mapping[str, type[UpdateRule[Any]]] = MappingProxyType(
         "adam": Adam,
         "muon": Muon,
         "m3": M3,
+        "dgd": DeltaGradientDescent,
     }
 )
 """Kind to rule."""

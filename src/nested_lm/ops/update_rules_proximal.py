@@ -9,11 +9,14 @@ with rate' = rate / (1 + rate lambda^2); the main text prints rate / (1 + rate),
 appendix C loses a sign and a square. Several rows are solved together, which the paper does not write down.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nested_lm.ops.update_rule import working_dtype
+from nested_lm.ops.update_rule import Layer, NoState, UpdateRule, working_dtype
 
 
 def proximal_step(
@@ -90,3 +93,70 @@ def proximal_step_one_row(
         proximal = rate / (1 + rate * x.square().sum(dim=(-2, -1), keepdim=True))
         error = old @ x + output_gradients.to(dtype).unsqueeze(-1)
         return (old - proximal * error @ x.mT).to(weights.dtype)
+
+
+@dataclass(frozen=True)
+class DeltaGradientDescent(UpdateRule[NoState]):
+    """DGD of a layer whose inputs are known: W' = (W - rate gradient) (I + rate X^T X)^-1.
+
+    A step never goes beyond its targets, minus the gradients for the layer's answers, at whatever rate.
+
+    erase: what the step takes for W, and so what it forgets along the inputs. `written`: the weights that it steps,
+        whose own answers turn to the targets; a learned part beside them stays. `whole`: that part counts as well, so
+        that the answers of the layer as a whole turn to the targets. The same where there is no learned part.
+
+    Source: arXiv 2512.24695 eqs. 56-57, with rows solved together. Deviation: `written`; as printed, `whole`, what the
+        layer has learned is lost along everything that it reads.
+    """
+
+    erase: Literal["written", "whole"] = "written"
+    shape: ClassVar[Literal["any", "matrix"]] = "matrix"
+    reads_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.erase not in ("written", "whole"):
+            raise ValueError(f"DeltaGradientDescent.erase is {self.erase!r}; it must be 'written' or 'whole'")
+
+    def initial_state(self, weights: Float[Tensor, "..."]) -> NoState:  # noqa: ARG002  the interface has it
+        """Nothing is remembered."""
+        return NoState()
+
+    def step(
+        self, weights: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: NoState, rate: float | Tensor
+    ) -> tuple[Tensor, NoState]:
+        """Refuse: a gradient alone does not say what the layer read."""
+        del weights, gradient, state, rate
+        raise ValueError(
+            "DeltaGradientDescent needs the second moment of what the layer read; pass layer=Layer(second_moment)"
+        )
+
+    def update(
+        self,
+        weights: Float[Tensor, "..."],
+        gradient: Float[Tensor, "..."],
+        state: NoState,
+        *,
+        rate: float | Tensor,
+        layer: Layer | None = None,
+    ) -> tuple[Tensor, NoState]:
+        """Make one update. See `UpdateRule.update`.
+
+        Raises:
+            ValueError: shapes that do not fit, or no layer.
+        """
+        if layer is None:
+            return super().update(weights, gradient, state, rate=rate)
+        expected = (*weights.shape[:-2], weights.shape[-1], weights.shape[-1])
+        if gradient.shape != weights.shape or layer.second_moment.shape != expected:
+            raise ValueError(
+                f"weights of shape {tuple(weights.shape)} need a gradient of the same shape and a second moment of "
+                f"shape {expected}; got {tuple(gradient.shape)} and {tuple(layer.second_moment.shape)}"
+            )
+        dtype = working_dtype(weights)
+        slope, moment = gradient.to(dtype), layer.second_moment.to(dtype)
+        if self.erase == "whole" and layer.learned is not None:
+            # The same problem with targets lower by the learned part's answers. So small weights lose no digits, as
+            # they would in a sum with the learned ones.
+            with torch.autocast(weights.device.type, enabled=False):
+                slope = slope + layer.learned.to(dtype) @ moment
+        return proximal_step_from_moments(weights, moment, slope, rate=rate), state

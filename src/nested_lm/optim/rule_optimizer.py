@@ -32,6 +32,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Parameters, rule: UpdateRule[Any], *, lr: float, weight_decay: float = 0.0) -> None:
+        if rule.reads_inputs:
+            raise ValueError(
+                f"{type(rule).__name__} needs to know what each layer read; use the class of that name in "
+                "optim/delta_gradient_descent.py, which is made from layers"
+            )
         self._rule_type = type(rule)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **asdict(rule)})
 
