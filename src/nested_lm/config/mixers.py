@@ -56,7 +56,7 @@ class WriteRates(Section):
     """
 
     memory: Annotated[float, Field(gt=0.0, le=2.0)] = 2.0
-    generators: Rate = 0.05
+    generators: Rate = 0.1
     k: Rate | None = None
     v: Rate | None = None
     q: Rate | None = None
@@ -92,16 +92,14 @@ class SelfModifying(MixerSection):
     )  # memories that exist and are written; without one, its slow projection serves alone
     depth: Literal[1, 2] = 2  # layers of a memory: a matrix, or a residual two-layer network
     objective: Literal["l2", "dot"] = "l2"  # inner loss; dot: linear memories only
-    targets: Literal["generated", "values"] = (
-        "generated"  # what `memory` is taught: M(v) (eq. 84), or the value (Titans)
-    )
-    targets_generators: Literal["generated", "values"] | None = (
-        None  # the same of the other memories; null: as `targets`
-    )
+    targets: Literal["generated", "values"] = "values"  # what `memory` is taught: M(v) (eq. 84), or the value (Titans)
+    targets_generators: Literal["generated", "values"] = "generated"  # the same of the other memories
     gradient: Literal["border", "fresh", "self_referential"] = "border"  # where it is taken; the last two: depth 1
     erase: Literal["both", "input", "none"] = "both"  # which memory layers forget along the written key
     erase_after_decay: bool = True  # alpha (I - eta k k^T), stable for rates to 2; false: alpha I - eta k k^T (eq. 88)
-    erase_since: Literal["start", "border"] = "start"  # all that was written (eq. 88), or what the gradient cannot know
+    erase_since: Literal["start", "border"] | None = None
+    # what erasing takes off `memory`: all that was written (eq. 88), or what the gradient at the border does not, so
+    # that a write replaces; null: the second, where the gradient is of a squared error at the border
     erase_since_generators: Literal["start", "border"] = "start"  # the same of the other memories
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
@@ -114,9 +112,10 @@ class SelfModifying(MixerSection):
     damp: bool = True  # damp writes that would overshoot
     rates: WriteRates = WriteRates()
     rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
-    rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] = (1.0,)
-    # share of `rates` that each of as many groups of neighbouring heads reaches
-    rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.8
+    rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] | None = None
+    # share of `rates` that each of as many groups of neighbouring heads reaches; null: half of the heads stays at rates
+    # up to 1, where a write replaces exactly, if `memory` may pass it
+    rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.5
     # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
     backend: MemoryBackend = "auto"
@@ -136,11 +135,11 @@ class SelfModifying(MixerSection):
             depth=self.depth,
             objective=self.objective,
             targets=self.targets,
-            targets_generators=self.targets_generators or self.targets,
+            targets_generators=self.targets_generators,
             gradient=self.gradient,
             erase=self.erase,
             erase_after_decay=self.erase_after_decay,
-            erase_since=self.erase_since,
+            erase_since=self.erase_since or self._usual_erase,
             erase_since_generators=self.erase_since_generators,
             decay_towards=self.decay_towards,
             momentum=self.momentum,
@@ -150,8 +149,17 @@ class SelfModifying(MixerSection):
             gates=self.gates,
             damp=self.damp,
             rate_stretch=self.rate_stretch,
-            rate_shares=self.rate_shares,
+            rate_shares=self.rate_shares or self._usual_shares,
         )
+
+    @property
+    def _usual_erase(self) -> Literal["start", "border"]:
+        return "border" if self.objective == "l2" and self.gradient == "border" else "start"
+
+    @property
+    def _usual_shares(self) -> tuple[float, ...]:
+        largest = self.rates.of("memory")
+        return (1.0 / largest, 1.0) if largest > 1.0 and self.num_heads > 1 else (1.0,)
 
     @property
     def alignment(self) -> int:
@@ -178,10 +186,10 @@ class SelfModifying(MixerSection):
     def _rule_is_possible(self) -> "SelfModifying":
         if len(set(self.adapt)) != len(self.adapt):
             raise ValueError(f"adapt {list(self.adapt)} names a memory twice")
-        if self.num_heads < len(self.rate_shares):
+        if self.num_heads < len(self.rate_shares or ()):
             raise ValueError(
-                f"rate_shares {list(self.rate_shares)} is for groups of heads, and num_heads is {self.num_heads}; use "
-                f"at most {self.num_heads} of them"
+                f"rate_shares {list(self.rate_shares or ())} is for groups of heads; num_heads is {self.num_heads}: "
+                f"use at most {self.num_heads}"
             )
         if self.depth == 1 and self.expansion != 1.0:
             raise ValueError(
