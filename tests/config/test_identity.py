@@ -38,7 +38,7 @@ def test_a_configuration_without_a_backend_gets_the_default():
 
 def test_writes_that_grow_without_bound_are_refused_in_presets_and_read_where_they_were_trained():
     off, slow = "model.mixer.erase=none", "model.mixer.rates={memory: 0.0625, generators: 0.0625}"
-    message = r"rate 0\.05 and chunk 64 of k: (?s:.*)use rates up to 0\.03125, chunks of up to 40"
+    message = r"rate 0\.1 and chunk 64 of k: (?s:.*)use rates up to 0\.03125, chunks of up to 20"
     with pytest.raises(ConfigError, match=message):
         load_run("hope/demo", [off, "model.mixer.chunk=64", "model.mixer.rates.memory=0.03"])
     run = load_run("hope/demo", [off, slow])

@@ -271,7 +271,7 @@ class TestState:
 
     def test_under_bfloat16_autocast_the_copies_stay_in_float32(self):
         given = settings("self_modifying", rates=(0.02, 0.02), init_std=0.02)
-        given["mixer"] = given["mixer"] | {"rate_init": 0.2}  # rates beyond 1 do not forget errors
+        given["mixer"] = given["mixer"] | {"rates": {"memory": 0.5}}  # rates near 1 and beyond do not forget errors
         model, ids = build(given, dtype=torch.float32), tokens(2, 27)
         expected = model(ids[:, :-1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
