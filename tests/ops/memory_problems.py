@@ -20,6 +20,13 @@ def make_rule(
 
 OPTIONS = {
     "default": {},
+    "Hope": {
+        "targets": "values",
+        "erase_since": "border",
+        "rates": (0.1, 0.1, 0.1, 0.1, 2.0),
+        "rate_shares": (0.5, 1.0),
+        "rate_stretch": 0.1,
+    },
     "erase input": {"erase": "input"},
     "erase none": {"erase": "none"},
     "erase before decay": {"erase_after_decay": False},
@@ -85,7 +92,7 @@ OPTIONS = {
     "linear, dot": {"depth": 1, "objective": "dot"},
     "linear, dot, erase none": {"depth": 1, "objective": "dot", "erase": "none"},
     "linear, values": {"depth": 1, "targets": "values", "adapt": ("memory",)},
-    "linear, values, memory": {"depth": 1, "targets": "values", "rate_memory": 0.4},
+    "linear, values, memory": {"depth": 1, "targets": "values"},
     "linear, fresh": {"depth": 1, "gradient": "fresh"},
     "linear, fresh, erase none": {"depth": 1, "gradient": "fresh", "erase": "none"},
     "linear, fresh, zero": {"depth": 1, "gradient": "fresh", "decay_towards": "zero"},
@@ -103,7 +110,7 @@ OPTIONS = {
     "linear, momentum, dot, zero": {"depth": 1, "momentum": True, "objective": "dot", "decay_towards": "zero"},
     "linear, border read": {"depth": 1, "read": "border"},
 }
-"""Name -> options of `make_rule`. Every option of WriteRule occurs."""
+"""Name -> options of `make_rule`. Every option of WriteRule occurs; `default` is the rule's own, `Hope` the mixer's."""
 
 
 BACKENDS = {"reference": memory_reference, "chunked": memory_chunked, "cpu": memory_cpu}

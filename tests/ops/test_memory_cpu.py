@@ -19,6 +19,7 @@ that in the chunk form, whose products are summed in blocks."""
 
 SUPPORTED = {
     "default",
+    "Hope",
     "erase input",
     "erase none",
     "erase since the border",
