@@ -4,7 +4,6 @@ import torch
 
 from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
 from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
-from nested_lm.ops.memory_backward import has_closed_backward
 from nested_lm.write_rule import WriteRule
 
 ALL = ("k", "eta", "alpha", "v", "q", "memory")
@@ -86,6 +85,9 @@ OPTIONS = {
     "momentum, exclusive, erase none": {"momentum": True, "read": "exclusive", "erase": "none"},
     "momentum, erase input, zero": {"momentum": True, "erase": "input", "decay_towards": "zero"},
     "momentum, read border": {"momentum": True, "read": "border"},
+    "momentum, erase none": {"momentum": True, "erase": "none"},
+    "momentum, erase none, all six": {"momentum": True, "erase": "none", "adapt": ALL, "targets": "values"},
+    "Titans, towards the start": {"adapt": ("memory",), "targets": "values", "erase": "none", "momentum": True},
     "Titans": {"adapt": ("memory",), "targets": "values", "erase": "none", "momentum": True, "decay_towards": "zero"},
     "linear": {"depth": 1},
     "linear, all six, exclusive": {"depth": 1, "adapt": ALL, "read": "exclusive"},
@@ -118,7 +120,7 @@ BACKENDS = {"reference": memory_reference, "chunked": memory_chunked, "cpu": mem
 
 def supports(backend, rule):
     """Whether a backend computes a rule on this machine. A compiler that is there must work, or tests fail."""
-    return backend is not memory_cpu or (has_closed_backward(rule) and cpu_library.compiler() is not None)
+    return backend is not memory_cpu or (memory_cpu.missing(rule) is None and cpu_library.compiler() is not None)
 
 
 def backends_by_option(names, chunk=4, **common):

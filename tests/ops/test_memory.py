@@ -52,7 +52,11 @@ def test_every_backend_equals_reference(read, erase, chunk, tokens, position):
     assert_equal_to_reference(problem, position=position)
 
 
-@pytest.mark.parametrize("name", ["default", "adapt all six", "momentum", "linear, self-referential", "read border"])
+TWO_SIZES = ["default", "Hope", "adapt all six", "erase since the border, all six, rates to 2", "momentum"]
+TWO_SIZES += ["momentum, erase none, all six", "linear, self-referential", "read border"]
+
+
+@pytest.mark.parametrize("name", TWO_SIZES)
 @pytest.mark.parametrize(("chunk", "chunk_generators"), [(2, 8), (8, 2), (1, 4), (6, 3)])
 def test_two_chunk_sizes_equal_reference(name, chunk, chunk_generators):
     problem = Problem(make_rule(chunk, chunk_generators, **OPTIONS[name]), tokens=13, width=3, hidden=4)
@@ -65,7 +69,10 @@ def test_rates_of_memory_and_generators_are_separate(rates):
     assert_equal_to_reference(problem)
 
 
-@pytest.mark.parametrize("name", ["default", "adapt all six", "Titans", "linear, fresh, zero"])
+RESET = ["default", "Hope", "adapt all six", "Titans", "momentum, erase none, all six", "linear, fresh, zero"]
+
+
+@pytest.mark.parametrize("name", RESET)
 @pytest.mark.parametrize("chunk_generators", [4, 2])
 def test_resets_on_borders_equal_reference(name, chunk_generators):
     problem = Problem(make_rule(4, chunk_generators, **OPTIONS[name]), tokens=12, width=3, hidden=4)
@@ -83,7 +90,7 @@ def test_recomputation_changes_nothing(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["default", "adapt all six", "adapt memory only", "erase none"])
+@pytest.mark.parametrize("name", ["default", "Hope", "adapt all six", "adapt memory only", "erase none"])
 def test_hand_written_backward_equals_autograd(name):
     problem = Problem(make_rule(8, **OPTIONS[name]), tokens=20)
     assert memory_backward.has_closed_backward(problem.rule)

@@ -40,6 +40,9 @@ SUPPORTED = {
     "targets values, generators",
     "stretched rates",
     "a rate a head",
+    "momentum, erase none",
+    "momentum, erase none, all six",
+    "Titans, towards the start",
 }
 """Options that must run in C: a change that sends one of them to torch is a loss of speed that no number shows."""
 

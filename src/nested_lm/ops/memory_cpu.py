@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidde
 """
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ SHORT = 16
 _COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
 _SWITCHES = (
     *("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay"),
-    *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive"),
+    *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive", "momentum"),
 )
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
 _GIVEN = (
@@ -52,15 +53,19 @@ _GIVEN = (
     "query",
     "rate",
     "decay",
+    "moment",
     "start_in",
     "start_out",
 )
 _OPTIONAL = ("readout_rate", "readout_decay")
-_STATE = ("border_in", "border_out", "current_in", "current_out")
+_STATE = ("border_in", "border_out", "current_in", "current_out", "moving_in", "moving_out")
 _FOUND = ("reads", "used_rate", "used_decay", *(f"{name}_after" for name in _STATE), "saved")
 _SENT = ("g_reads", "g_used_rate", "g_used_decay", *(f"g_{name}" for name in _STATE))
 _GRADIENTS = (
-    *(f"g_{name}" for name in ("key", "value", "query", "rate", "decay", "start_in", "start_out", *_OPTIONAL)),
+    *(
+        f"g_{name}"
+        for name in ("key", "value", "query", "rate", "decay", "moment", "start_in", "start_out", *_OPTIONAL)
+    ),
     *(f"g_first_{name}" for name in _STATE),
 )
 _POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", *_FOUND, *_SENT, *_GRADIENTS)
@@ -76,10 +81,20 @@ class _Call(ctypes.Structure):
     )
 
 
+def missing(rule: WriteRule) -> str | None:
+    """What of a rule the C library does not have; None when it has all."""
+    if rule.momentum and (rule.erase != "none" or rule.read != "inclusive"):
+        return "it has momentum with erase none and inclusive reads only, as in Titans"
+    if not has_closed_backward(replace(rule, momentum=False)):
+        return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
+    return None
+
+
 def unsupported(rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> str | None:
     """Why the C library cannot compute a call; None when it can. Says nothing about whether it can be compiled."""
-    if not has_closed_backward(rule):
-        return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
+    reason = missing(rule)
+    if reason is not None:
+        return reason
     if inputs.key.device.type != "cpu":
         return f"the tensors are on `{inputs.key.device.type}`"
     if torch.is_autocast_enabled("cpu"):
@@ -118,10 +133,12 @@ def self_modify(
     keep = None
     if resets is not None:
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype).contiguous()
-    given = (*inputs[:5], *start, readout.rate, readout.decay, *state.border, *state.current)
+    moving = state.momentum or (None, None)
+    given = (*inputs, *start, readout.rate, readout.decay, *state.border, *state.current, *moving)
     tensors = (None if x is None else x.to(dtype).contiguous() for x in given)
     found = _SelfModify.apply(rule, pieces, torch.is_grad_enabled(), keep, *tensors)  # type: ignore[no-untyped-call]
-    after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]))
+    left = MemoryWeights(*found[7:9]) if rule.momentum else None
+    after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]), left)
     return MemoryOutput(found[0], after, found[1], found[2])
 
 
@@ -144,7 +161,7 @@ class _SelfModify(torch.autograd.Function):
             "reads": torch.empty_like(named["key"]),
             "used_rate": torch.empty_like(named["rate"]),
             "used_decay": torch.empty_like(named["rate"]),
-            **{f"{name}_after": torch.empty_like(named[name]) for name in _STATE},
+            **{f"{name}_after": torch.empty_like(named[name]) for name in _STATE if named[name] is not None},
         }
         saved = None
         if with_backward and any(ctx.needs_input_grad):
@@ -164,7 +181,7 @@ class _SelfModify(torch.autograd.Function):
         keep, saved, *tensors = ctx.saved_tensors
         named = _named(tuple(tensors), keep)
         call, kept_alive = _call(ctx.rule, ctx.pieces, named)
-        sent = dict(zip(_SENT, (grad.contiguous() for grad in grads), strict=True))
+        sent = dict(zip(_SENT, (grad.contiguous() for grad in grads), strict=False))  # fewer without momentum
         batch = call.B
         found: dict[str, Tensor | None] = {}
         for name in _GRADIENTS:
@@ -183,7 +200,7 @@ class _SelfModify(torch.autograd.Function):
         return (None, None, None, None, *found.values())
 
 
-_TENSORS = ("key", "value", "query", "rate", "decay", "start_in", "start_out", *_OPTIONAL, *_STATE)
+_TENSORS = ("key", "value", "query", "rate", "decay", "moment", "start_in", "start_out", *_OPTIONAL, *_STATE)
 
 
 def _named(tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> dict[str, Any]:
@@ -229,4 +246,5 @@ def _switches(rule: WriteRule) -> dict[str, int]:
         "generated": rule.targets == "generated",
         "generated_generators": rule.targets_generators == "generated",
         "inclusive": rule.read == "inclusive",
+        "momentum": rule.momentum,
     }

@@ -15,25 +15,29 @@ typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
     int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators, generated, generated_generators,
-        inclusive;
+        inclusive, momentum;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
     const REAL *reached;                /* share of it that each head reaches */
     const REAL *key, *value, *query;    /* B T H K */
     const REAL *rate, *decay;           /* B T H */
+    const REAL *moment;                 /* B T H, or null: logits of what the momentum keeps */
     const REAL *start_in, *start_out;   /* H M E K, H M K E */
     const REAL *readout_rate, *readout_decay;                          /* H K, or null */
     const REAL *border_in, *border_out, *current_in, *current_out;     /* B H M E K, B H M K E */
+    const REAL *moving_in, *moving_out;                                /* the same, or null: the momentum */
     const REAL *keep;                                                  /* pieces x B, or null */
     REAL *reads, *used_rate, *used_decay;                              /* B T H K, B T H, B T H */
-    REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after;
+    REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after, *moving_in_after, *moving_out_after;
     REAL *saved; /* null in inference */
     const REAL *g_reads, *g_used_rate, *g_used_decay, *g_border_in, *g_border_out, *g_current_in, *g_current_out;
-    REAL *g_key, *g_value, *g_query, *g_rate, *g_decay;
+    const REAL *g_moving_in, *g_moving_out;
+    REAL *g_key, *g_value, *g_query, *g_rate, *g_decay, *g_moment;
     REAL *g_start_in, *g_start_out;           /* B H M E K, B H M K E: one for each row */
     REAL *g_readout_rate, *g_readout_decay;   /* B H K, or null */
     REAL *g_first_border_in, *g_first_border_out, *g_first_current_in, *g_first_current_out;
+    REAL *g_first_moving_in, *g_first_moving_out;
 } Call;
 
 /* What one memory computed of a piece. */
@@ -58,6 +62,7 @@ typedef struct {
     long row, head, begin;
     REAL *start, *anchor, *turned_out, *turned_in; /* M x (in, out); M x (K x E); M x (E x K) */
     REAL *border; /* weights at the border, less the start */
+    REAL *moving; /* the momentum before the piece */
     int fresh;    /* those are the weights before the piece */
     REAL *x_key, *x_value, *x_query, *key, *value, *query, *key_turned, *ratio, *gram;
     REAL *share, *log_decay, *log_kept, *log_before, *before, *erased, *to_end;
@@ -68,7 +73,9 @@ typedef struct {
     REAL *minus, *square, *wide, *narrow, *wide2, *narrow2, *turned; /* work space */
     REAL *g_anchor, *g_current, *g_border, *g_start;
     REAL *g_key, *g_value, *g_query, *g_share, *g_log_kept, *g_log_before, *g_gram;
-    REAL *g_write_in, *g_write_out, *g_direction, *g_read_pre, *faded_query, *g_known_in, *g_known_out;
+    REAL *log_momentum, *log_left, *kept, *left, *spread, *first, *own_end, *g_spread, *g_first, *g_own_end, *g_log_left;
+    REAL *g_moving, g_own_first;
+    REAL *g_write_in, *g_write_out, *g_direction, *g_read_pre, *read_hidden, *g_known_in, *g_known_out;
     void *block;
 } Work;
 
@@ -80,7 +87,7 @@ static int64_t saved_slots(const Call *c, int64_t piece)
 {
     int64_t slots = 0;
     for (int64_t p = 0; p < piece; p++)
-        if (p % c->group == 0) slots += c->flags[p] & FRESH ? 1 : 2;
+        if (p % c->group == 0) slots += (c->flags[p] & FRESH ? 1 : 2) + c->momentum;
     return slots;
 }
 
@@ -106,8 +113,12 @@ static long lay_out(Work *w, REAL *base)
     ROOM(g_anchor, w->all), ROOM(g_current, w->all), ROOM(g_border, w->all), ROOM(g_start, w->all);
     ROOM(g_key, C * K), ROOM(g_value, C * K), ROOM(g_query, C * K), ROOM(g_share, C), ROOM(g_log_kept, C);
     ROOM(g_log_before, C), ROOM(g_gram, C * S), ROOM(g_write_in, C * E), ROOM(g_write_out, C * K);
-    ROOM(g_direction, C * E), ROOM(g_read_pre, C * E), ROOM(faded_query, C * (E > K ? E : K));
+    ROOM(g_direction, C * E), ROOM(g_read_pre, C * E), ROOM(read_hidden, C * (E > K ? E : K));
     ROOM(g_known_in, C * E), ROOM(g_known_out, C * K);
+    const long with = w->call->momentum;
+    ROOM(log_momentum, with * C), ROOM(log_left, with * C), ROOM(first, with * C), ROOM(own_end, with * C);
+    ROOM(kept, with * C * S), ROOM(left, with * C * S), ROOM(spread, with * C * S), ROOM(g_spread, with * C * S);
+    ROOM(g_first, with * C), ROOM(g_own_end, with * C), ROOM(g_log_left, with * C), ROOM(g_moving, with * w->all);
 #undef ROOM
 #define ROOM(field, numbers) (x->field = base ? base + used : NULL, used += padded(numbers))
     EACH(m, M) {
@@ -220,8 +231,11 @@ static void generate(Work *w)
         const REAL share = (REAL)((1 + 2 * c->stretch) * one_sigmoid(rate) - c->stretch);
         w->share[t] = (share < 0 ? 0 : share > 1 ? 1 : share) * c->reached[w->head]; /* NaN stays NaN */
         w->log_decay[t] = log_sigmoid(decay);
+        if (c->momentum) w->log_momentum[t] = log_sigmoid(c->moment[gate]);
     }
 }
+
+#include "momentum.h"
 
 /* mutual products times ratio, 0 on and above the diagonal, where `product` left them unset. */
 static void weigh(const Work *w, REAL *mutual)
@@ -261,6 +275,7 @@ static void accumulate(Work *w)
     transpose(w->C, w->K, w->key, w->Kp, w->key_turned, w->Cp, w->Cp);
     product(w->C, w->Cp, w->K, w->key, w->Kp, 1, w->key_turned, w->Cp, w->gram, w->Cp, 0, LOWER_RESULT);
     weigh(w, w->gram);
+    if (w->call->momentum) spread_momentum(w);
 }
 
 /* minus[t, i] = -erased_t rate_t overlap[t, i]: the negative of what the solve inverts. */
@@ -373,52 +388,7 @@ static void write_memory(Work *w, long m, REAL *current)
                  x->overlap, x->known_out, x->write_out);
 }
 
-/* seen[t, i] = ratio of the retention between write i and read t, times what is there: see `read_chunks`. */
-static void weigh_seen(Work *w, const REAL *mutual, REAL *seen)
-{
-    const int64_t inclusive = w->call->inclusive;
-    EACH(t, w->C) {
-        const REAL step = inclusive ? (REAL)exp((double)w->log_decay[t]) : 1;
-        for (long i = 0; i < w->Cp; i += VL) {
-            const long at = t * w->Cp + i;
-            vec weighed = step * load(w->ratio + at);
-            if (i < t) weighed *= load(mutual + at);
-            store(seen + at, weighed);
-        }
-        if (inclusive) seen[t * w->Cp + t] = mutual[t * w->Cp + t];
-    }
-}
-
-INLINE REAL faded(const Work *w, long t)
-{
-    return (REAL)exp((double)(w->call->inclusive ? w->log_kept[t] : w->log_before[t]));
-}
-
-/* One layer of a read: x (start + faded old) + seen write; the mutual products of x with the keys are kept. */
-static void read_layer(Work *w, const REAL *x, long Y, long Yp, const REAL *start, const REAL *old, long Xp,
-                       const REAL *keys_turned, const REAL *write, REAL *mutual, REAL *result)
-{
-    product(w->C, Xp, Y, x, Yp, 1, old, Xp, result, Xp, 0, FULL);
-    EACH(t, w->C) scaled(Xp, result + t * Xp, faded(w, t), result + t * Xp);
-    product(w->C, Xp, Y, x, Yp, 1, start, Xp, result, Xp, 1, FULL);
-    product(w->C, w->Cp, Y, x, Yp, 1, keys_turned, w->Cp, mutual, w->Cp, 0, LOWER_RESULT);
-    weigh_seen(w, mutual, w->square);
-    product(w->C, Xp, w->C, w->square, w->Cp, 1, write, Xp, result, Xp, 1, LOWER);
-}
-
-/* Read `memory` at every token of the piece. */
-static void read_memory(Work *w, REAL *current)
-{
-    const long m = w->M - 1;
-    const Memory *x = w->memory + m;
-    read_layer(w, w->query, w->K, w->Kp, in_of(w, w->start, m), in_of(w, current, m), w->Ep, w->key_turned, x->write_in,
-               w->read_in, w->read_pre);
-    activate(w->C * w->Ep, w->read_pre, w->read_gate, w->wide);
-    transpose(w->C, w->E, x->direction, w->Ep, w->turned, w->Cp, w->Cp);
-    read_layer(w, w->wide, w->E, w->Ep, out_of(w, w->start, m), out_of(w, current, m), w->Kp, w->turned, x->write_out,
-               w->read_out, w->narrow);
-    for (long j = 0; j < w->C * w->Kp; j += VL) store(w->narrow + j, load(w->narrow + j) + load(w->query + j));
-}
+#include "memory_read.h"
 
 /* Everything of a piece up to its writes and reads; `current` are the weights before it. */
 static void forward_piece(Work *w, REAL *current)
@@ -433,21 +403,28 @@ static void carry_all(Work *w, REAL *current)
 {
     EACH(m, w->M) {
         const Memory *x = w->memory + m;
-        carry(w, w->key, w->K, w->Kp, in_of(w, current, m), w->Ep, x->write_in, w->wide);
-        carry(w, x->direction, w->E, w->Ep, out_of(w, current, m), w->Kp, x->write_out, w->narrow);
+        REAL *in = in_of(w, current, m), *out = out_of(w, current, m);
+        carry(w, w->key, w->K, w->Kp, in, w->Ep, x->write_in, w->wide);
+        carry(w, x->direction, w->E, w->Ep, out, w->Kp, x->write_out, w->narrow);
+        if (!w->call->momentum) continue;
+        carry_momentum(w, w->key, w->K, w->Kp, in, in_of(w, w->moving, m), w->Ep, x->write_in, w->wide);
+        carry_momentum(w, x->direction, w->E, w->Ep, out, out_of(w, w->moving, m), w->Kp, x->write_out, w->narrow);
     }
 }
 
-static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL *current, REAL *border)
+static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL *current, REAL *border, REAL *moving)
 {
     if (!(c->flags[piece] & ALIGNED) || !c->keep) return;
-    if (c->keep[piece * c->B + row] == 0) memset(current, 0, (size_t)numbers * sizeof(REAL));
+    if (c->keep[piece * c->B + row] == 0) {
+        memset(current, 0, (size_t)numbers * sizeof(REAL));
+        if (c->momentum) memset(moving, 0, (size_t)numbers * sizeof(REAL));
+    }
     memcpy(border, current, (size_t)numbers * sizeof(REAL));
 }
 
-static void set_anchor(Work *w, REAL *border)
+static void set_anchor(Work *w, REAL *border, REAL *moving)
 {
-    w->border = border;
+    w->border = border, w->moving = moving;
     for (long j = 0; j < w->all; j += VL) store(w->anchor + j, load(w->start + j) + load(border + j));
 }
 
@@ -475,6 +452,7 @@ int forward(const Call *c, int64_t first, int64_t last)
     Work work, *w = &work;
     if (!open_work(w, c)) return close_work(w), 1;
     REAL *current = w->g_current, *border = w->g_border; /* no gradients here: their room serves */
+    REAL *moving = c->momentum ? w->g_moving : border;
     const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
     const size_t bytes = (size_t)w->all * sizeof(REAL);
     for (int64_t at = first; at < last; at++) {
@@ -483,14 +461,16 @@ int forward(const Call *c, int64_t first, int64_t last)
         read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
         read_weights(w, c->border_in + at * size, c->border_out + at * size, border);
         read_weights(w, c->current_in + at * size, c->current_out + at * size, current);
+        if (c->momentum) read_weights(w, c->moving_in + at * size, c->moving_out + at * size, moving);
         EACH(p, c->pieces) {
-            set_back(c, p, row, w->all, current, border);
+            set_back(c, p, row, w->all, current, border, moving);
             if (saved && p % c->group == 0) {
                 memcpy(saved, current, bytes), saved += w->all;
                 if (!(c->flags[p] & FRESH)) memcpy(saved, border, bytes), saved += w->all;
+                if (c->momentum) memcpy(saved, moving, bytes), saved += w->all;
             }
             open_piece(w, row, head, p);
-            set_anchor(w, border);
+            set_anchor(w, border, moving);
             forward_piece(w, current);
             emit(w);
             carry_all(w, current);
@@ -498,6 +478,7 @@ int forward(const Call *c, int64_t first, int64_t last)
         }
         write_weights(w, border, c->border_in_after + at * size, c->border_out_after + at * size);
         write_weights(w, current, c->current_in_after + at * size, c->current_out_after + at * size);
+        if (c->momentum) write_weights(w, moving, c->moving_in_after + at * size, c->moving_out_after + at * size);
     }
     close_work(w);
     return 0;

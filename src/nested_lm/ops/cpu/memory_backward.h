@@ -7,7 +7,7 @@ INLINE REAL *log_of_erase(Work *w) { return w->call->erase_after_decay ? w->g_lo
    is left to `read_weights_backward`, since the writes' backward must see the weights first. */
 static void read_layer_backward(Work *w, const REAL *g, long Xp, long X, const REAL *x, long Y, long Yp,
                                 REAL *start, const REAL *old_turned, const REAL *keys, const REAL *write,
-                                const REAL *mutual, REAL *g_x, REAL *g_keys, REAL *g_write, REAL *work_x, REAL *work_y)
+                                REAL *moving, const REAL *mutual, REAL *g_x, REAL *g_keys, REAL *g_write, REAL *work_x, REAL *work_y)
 {
     const long C = w->C, Cp = w->Cp;
     REAL *g_log_seen = w->call->inclusive ? w->g_log_kept : w->g_log_before;
@@ -21,7 +21,15 @@ static void read_layer_backward(Work *w, const REAL *g, long Xp, long X, const R
         g_log_seen[t] += dot(Yp, x + t * Yp, work_y + t * Yp);
         add_scaled(Yp, g_x + t * Yp, 1, work_y + t * Yp);
     }
-    /* seen write, seen = ratio x mutual */
+    if (w->call->momentum) { /* first x moving */
+        transpose(Y, X, moving, Xp, w->turned, Yp, Yp);
+        product(C, Yp, X, g, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
+        EACH(t, C) {
+            w->g_first[t] += dot(Yp, x + t * Yp, work_y + t * Yp);
+            add_scaled(Yp, g_x + t * Yp, w->first[t], work_y + t * Yp);
+        }
+    }
+    /* seen write, seen = ratio x mutual, or spread x mutual */
     weigh_seen(w, mutual, w->square);
     product(C, Xp, C, w->square, 1, Cp, g, Xp, g_write, Xp, 1, UPPER);
     transpose(C, X, write, Xp, w->turned, Cp, Cp);
@@ -31,6 +39,11 @@ static void read_layer_backward(Work *w, const REAL *g, long Xp, long X, const R
         const REAL step = inclusive ? (REAL)exp((double)w->log_decay[t]) : 1;
         REAL sum = 0;
         for (long i = 0; i <= t; i++) {
+            if (w->call->momentum) {
+                w->g_spread[t * Cp + i] += w->minus[t * Cp + i] * mutual[t * Cp + i];
+                w->minus[t * Cp + i] *= w->spread[t * Cp + i];
+                continue;
+            }
             const REAL gradient = w->minus[t * Cp + i], through = gradient * w->square[t * Cp + i];
             sum += through;
             w->g_log_kept[i] -= through;
@@ -58,24 +71,30 @@ static void read_backward(Work *w, REAL *current)
     product(w->E, Kp, C, hidden, 1, Ep, w->narrow, Kp, out_of(w, w->g_start, m), Kp, 1, FULL);
     transpose(w->E, w->K, out_of(w, current, m), Kp, w->turned_in, Ep, Ep); /* room of generator 0, filled later */
     read_layer_backward(w, w->narrow, Kp, w->K, hidden, w->E, Ep, out_of(w, w->start, m), w->turned_in, x->direction,
-                        x->write_out, w->read_out, g_hidden, w->g_direction, w->g_write_out, w->narrow2, w->wide2);
+                        x->write_out, out_of(w, w->moving, m), w->read_out, g_hidden, w->g_direction, w->g_write_out, w->narrow2, w->wide2);
     /* what the weights of the second layer get, when the writes' backward has been there: (faded hidden)^T g */
-    EACH(t, C) scaled(Ep, w->faded_query + t * Ep, faded(w, t), hidden + t * Ep);
+    memcpy(w->read_hidden, hidden, (size_t)(C * Ep) * sizeof(REAL));
     for (long j = 0; j < C * Ep; j += VL)
         store(g_hidden + j, load(g_hidden + j) * silu_slope(load(w->read_pre + j), load(w->read_gate + j)));
     product(w->K, Ep, C, w->query, 1, Kp, g_hidden, Ep, in_of(w, w->g_start, m), Ep, 1, FULL);
     transpose(w->K, w->E, in_of(w, current, m), Ep, w->turned_in, Kp, Kp);
     read_layer_backward(w, g_hidden, Ep, w->E, w->query, w->K, Kp, in_of(w, w->start, m), w->turned_in, w->key,
-                        x->write_in, w->read_in, w->g_query, w->g_key, w->g_write_in, w->wide2, w->narrow2);
+                        x->write_in, in_of(w, w->moving, m), w->read_in, w->g_query, w->g_key, w->g_write_in, w->wide2, w->narrow2);
 }
 
 /* What reads send to the weights before the piece. */
 static void read_weights_backward(Work *w)
 {
     const long m = w->M - 1, C = w->C, Kp = w->Kp, Ep = w->Ep;
-    product(w->E, Kp, C, w->faded_query, 1, Ep, w->narrow, Kp, out_of(w, w->g_current, m), Kp, 1, FULL);
+    EACH(t, C) scaled(Ep, w->wide2 + t * Ep, faded(w, t), w->read_hidden + t * Ep);
+    product(w->E, Kp, C, w->wide2, 1, Ep, w->narrow, Kp, out_of(w, w->g_current, m), Kp, 1, FULL);
     EACH(t, C) scaled(Kp, w->narrow2 + t * Kp, faded(w, t), w->query + t * Kp);
     product(w->K, Ep, C, w->narrow2, 1, Kp, w->g_read_pre, Ep, in_of(w, w->g_current, m), Ep, 1, FULL);
+    if (!w->call->momentum) return;
+    EACH(t, C) scaled(Ep, w->wide2 + t * Ep, w->first[t], w->read_hidden + t * Ep);
+    product(w->E, Kp, C, w->wide2, 1, Ep, w->narrow, Kp, out_of(w, w->g_moving, m), Kp, 1, FULL);
+    EACH(t, C) scaled(Kp, w->narrow2 + t * Kp, w->first[t], w->query + t * Kp);
+    product(w->K, Ep, C, w->narrow2, 1, Kp, w->g_read_pre, Ep, in_of(w, w->g_moving, m), Ep, 1, FULL);
 }
 
 /* Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut. */
@@ -97,9 +116,13 @@ static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, cons
     /* after = kept old + (to_end write)^T direction */
     product(C, Xp, Y, direction, Yp, 1, g_weights, Xp, work_x, Xp, 0, FULL);
     EACH(t, C) {
-        const REAL sum = dot(Xp, write + t * Xp, work_x + t * Xp) * w->to_end[t];
-        through_end += sum;
-        g_log_kept[t] -= sum;
+        const REAL gradient = dot(Xp, write + t * Xp, work_x + t * Xp), sum = gradient * w->to_end[t];
+        if (w->call->momentum) {
+            w->g_spread[(C - 1) * Cp + t] += gradient;
+        } else {
+            through_end += sum;
+            g_log_kept[t] -= sum;
+        }
         add_scaled(Xp, g_write + t * Xp, w->to_end[t], work_x + t * Xp);
         scaled(Xp, work_x + t * Xp, w->to_end[t], write + t * Xp);
     }
@@ -223,6 +246,12 @@ static void memory_backward(Work *w, long m, REAL *current)
         memcpy(g_known_in, w->g_write_in, wide), memcpy(g_known_out, w->g_write_out, narrow);
     } else {
         memset(g_known_in, 0, wide), memset(g_known_out, 0, narrow), memset(g_hidden, 0, wide);
+    }
+    if (c->momentum) {
+        carry_momentum_backward(w, w->key, K, Kp, in_of(w, w->moving, m), E, Ep, x->write_in, in_of(w, w->g_current, m),
+                                in_of(w, w->g_moving, m), g_known_in, w->g_key, w->wide2);
+        carry_momentum_backward(w, x->direction, E, Ep, out_of(w, w->moving, m), K, Kp, x->write_out,
+                                out_of(w, w->g_current, m), out_of(w, w->g_moving, m), g_known_out, g_hidden, w->narrow2);
     }
     layer_backward(w, x, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E, Ep,
                    w->gram, x->known_in, x->write_in, in_of(w, w->g_current, m), in_of(w, w->g_border, m), g_known_in,
@@ -372,6 +401,12 @@ static void piece_backward(Work *w, REAL *current)
     memset(w->g_log_before, 0, (size_t)w->Cp * sizeof(REAL));
     memset(w->g_gram, 0, (size_t)(C * w->Cp) * sizeof(REAL));
     memset(w->g_anchor, 0, (size_t)w->all * sizeof(REAL));
+    if (c->momentum) {
+        memset(w->g_spread, 0, (size_t)(C * w->Cp) * sizeof(REAL));
+        memset(w->g_first, 0, (size_t)C * sizeof(REAL));
+        memset(w->g_own_end, 0, (size_t)C * sizeof(REAL));
+        w->g_own_first = 0;
+    }
     gather(C, w->K, w->Kp, c->g_reads + first * c->K, c->H * c->K, w->narrow);
     read_backward(w, current);
     memory_backward(w, w->M - 1, current);
@@ -379,6 +414,7 @@ static void piece_backward(Work *w, REAL *current)
     EACH(m, w->M - 1) memory_backward(w, m, current);
     product(C, w->Kp, C, w->g_gram, w->Cp, 1, w->key, w->Kp, w->g_key, w->Kp, 1, LOWER);
     product(C, w->Kp, C, w->g_gram, 1, w->Cp, w->key, w->Kp, w->g_key, w->Kp, 1, UPPER);
+    if (c->momentum) spread_backward(w);
     generate_backward(w);
     for (long j = 0; j < w->all; j += VL) {
         const vec g = load(w->g_anchor + j);
@@ -405,46 +441,54 @@ int backward(const Call *c, int64_t first, int64_t last)
     if (!open_work(w, c)) return close_work(w), 1;
     const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
     const size_t bytes = (size_t)w->all * sizeof(REAL);
-    REAL *states = malloc(2 * (size_t)c->group * bytes), *current = malloc(bytes), *border = malloc(bytes);
-    int failed = !states || !current || !border;
+    const long slots = c->momentum ? 3 : 2;
+    REAL *states = malloc((size_t)(slots * c->group) * bytes), *room = malloc((size_t)slots * bytes);
+    REAL *current = room, *border = room + w->all, *moving = room + (slots - 1) * w->all; /* without, unused */
+    int failed = !states || !room;
     for (int64_t at = first; at < last && !failed; at++) {
         const long row = at / c->H, head = at % c->H;
         read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
         read_weights(w, c->g_border_in + at * size, c->g_border_out + at * size, w->g_border);
         read_weights(w, c->g_current_in + at * size, c->g_current_out + at * size, w->g_current);
+        if (c->momentum) read_weights(w, c->g_moving_in + at * size, c->g_moving_out + at * size, w->g_moving);
         memset(w->g_start, 0, bytes);
         for (int64_t group = (c->pieces - 1) / c->group * c->group; group >= 0; group -= c->group) {
             const int64_t stop = group + c->group < c->pieces ? group + c->group : c->pieces;
             const REAL *saved = c->saved + at * per_head + saved_slots(c, group) * w->all;
             memcpy(current, saved, bytes);
-            memcpy(border, c->flags[group] & FRESH ? saved : saved + w->all, bytes);
+            if (!(c->flags[group] & FRESH)) saved += w->all;
+            memcpy(border, saved, bytes);
+            if (c->momentum) memcpy(moving, saved + w->all, bytes);
             for (int64_t p = group; p < stop; p++) {
-                if (p > group) set_back(c, p, row, w->all, current, border);
-                memcpy(states + 2 * (p - group) * w->all, current, bytes);
-                memcpy(states + (2 * (p - group) + 1) * w->all, border, bytes);
+                if (p > group) set_back(c, p, row, w->all, current, border, moving);
+                memcpy(states + slots * (p - group) * w->all, room, (size_t)slots * bytes);
                 if (p + 1 == stop) break;
                 open_piece(w, row, head, p);
-                set_anchor(w, border);
+                set_anchor(w, border, moving);
                 forward_piece(w, current);
                 carry_all(w, current);
                 move_border(w, c->flags[p], current, border);
             }
             for (int64_t p = stop - 1; p >= group; p--) {
-                REAL *before = states + 2 * (p - group) * w->all;
+                REAL *before = states + slots * (p - group) * w->all;
                 move_border_backward(w, c->flags[p]);
                 open_piece(w, row, head, p);
-                set_anchor(w, before + w->all);
+                set_anchor(w, before + w->all, before + (slots - 1) * w->all);
                 forward_piece(w, before);
                 piece_backward(w, before);
                 if (!(c->flags[p] & ALIGNED) || !c->keep) continue;
                 move_border_backward(w, MOVES_GENERATORS | MOVES_MEMORY);
-                if (c->keep[p * c->B + row] == 0) memset(w->g_current, 0, bytes);
+                if (c->keep[p * c->B + row] != 0) continue;
+                memset(w->g_current, 0, bytes);
+                if (c->momentum) memset(w->g_moving, 0, bytes);
             }
         }
         write_weights(w, w->g_start, c->g_start_in + at * size, c->g_start_out + at * size);
         write_weights(w, w->g_border, c->g_first_border_in + at * size, c->g_first_border_out + at * size);
         write_weights(w, w->g_current, c->g_first_current_in + at * size, c->g_first_current_out + at * size);
+        if (c->momentum)
+            write_weights(w, w->g_moving, c->g_first_moving_in + at * size, c->g_first_moving_out + at * size);
     }
-    free(states), free(current), free(border), close_work(w);
+    free(states), free(room), close_work(w);
     return failed;
 }
