@@ -99,7 +99,7 @@ class SelfModifying(MixerSection):
     erase_after_decay: bool = True  # alpha (I - eta k k^T), stable for rates to 2; false: alpha I - eta k k^T (eq. 88)
     erase_since: Literal["start", "border"] | None = None
     # what erasing takes off `memory`: all that was written (eq. 88), or what the gradient at the border does not, so
-    # that a write replaces; null: the second, where both layers erase and the gradient is of a squared error at the border
+    # that a write replaces; null: the second, with erase both and the gradient of a squared error at the border
     erase_since_generators: Literal["start", "border"] = "start"  # the same of the other memories
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
