@@ -93,14 +93,16 @@ class WriteRule:
     def _unstable(self) -> tuple[tuple[bool, str], ...]:
         exact = self.depth == 1 and (self.gradient != "border" or self.alignment == 1)
         doubled = exact and self.objective == "l2" and self.erase != "none"
-        limit = 1.0 if doubled else 2.0
+        above = [rate for rate, since in zip(self.rates, self.since_border, strict=False) if doubled and not since]
+        limit = 1.0 if above and max(above) > 1.0 else 2.0
         grows = not self.unit_values and any(self.generated_targets) and not self.normalise
         return (
             (
                 max(self.rates, default=0.0) > limit,
                 f"rates {self.rates}: above {limit:g} a single write overshoots"
-                + (" (gradient and erase term both take the old content off)" if doubled else "")
-                + f"; use rates up to {limit:g}",
+                + (" (gradient and erase term both take the old content off)" if limit == 1.0 else "")
+                + f"; use rates up to {limit:g}"
+                + (", or erase_since: border" if limit == 1.0 and self.gradient == "border" else ""),
             ),
             (
                 not self.erase_after_decay and self.erase != "none" and max(self.rates, default=0.0) > 1.0,
@@ -163,7 +165,8 @@ class WriteRule:
         """Say which memory grows without bound when one key is written again and again; None when none does.
 
         C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
-        term: beyond 2 the coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
+        term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
+        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
         Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
 
         Source: spec 11.6; measured in docs/stability_journal.md.

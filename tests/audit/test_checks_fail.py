@@ -233,7 +233,7 @@ class TestMemories:
             return original(inputs._replace(rate=inputs.rate + 50), *args, **kwargs)
 
         break_memories(monkeypatch, change)
-        found = missed("long_stream", make_subject("hope"))
+        found = missed("long_stream", make_subject("hope", mixer=MODELS["hope"]["mixer"] | {"rate_shares": [1.0]}))
         assert "share of heads that only turn independent tokens over" in found
 
     def test_a_memory_that_does_not_come_back_after_a_repeated_token(self, make_subject, missed, monkeypatch):
@@ -306,7 +306,9 @@ def _detached(original):
 class TestAblations:
     def test_a_switch_that_does_nothing(self, make_subject, missed, monkeypatch):
         original = SelfModifying.rule
-        monkeypatch.setattr(SelfModifying, "rule", lambda self: dataclasses.replace(original(self), erase="both"))
+        monkeypatch.setattr(
+            SelfModifying, "rule", lambda self: dataclasses.replace(original(self), erase="both", erase_since="border")
+        )
         assert missed("ablations", make_subject("hope", num_layers=1)) == ["change of logits, DGD's erase term off"]
 
     @needs_compiler

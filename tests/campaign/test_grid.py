@@ -98,14 +98,17 @@ def grid(**variant) -> AblationConfig:
     ("variant", "message"),
     [
         (
-            {"delta": ["model.mixer.erase=input", "train.clip_norm=2.0"]},
-            r"'one' changes train\.clip_norm besides model\.mixer\.erase: .*two possible causes",
+            {
+                "delta": ["model.mixer.erase=input", "train.clip_norm=2.0"],
+                "fields": ["model.mixer.erase", "model.mixer.erase_since"],
+            },
+            r"'one' changes train\.clip_norm besides model\.mixer\.erase, .*two possible causes",
         ),
         ({"delta": ["seed=2"]}, r"'one' changes seed besides"),
         ({"delta": ["model.mixer.erase=both"]}, r"'one' changes none of model\.mixer\.erase: it is base again"),
         (
             {"delta": ["model.mixer.adapt=[memory]"], "fields": ["model.mixer.adapt"]},
-            r"'one' has 934,776 parameters, base 1,033,848: -9\.6%, more than 2%",
+            r"'one' has 935,160 parameters, base 1,034,232: -9\.6%, more than 2%",
         ),
         ({"delta": ["model.mixer.erase=nothing"]}, r"variant 'one' of hope/demo: .*one of both, input, none"),
     ],

@@ -1,7 +1,7 @@
 """The verbs that measure memory over long texts: what they hand on, and what they refuse."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +15,7 @@ def seen(monkeypatch):
     found = []
     module = ModuleType("nested_lm.eval.niah.run")
     module.default_output = lambda source, path, task: source / "results" / f"{task}.json"
-    module.plan_niah = lambda loaded, settings: settings
+    module.plan_niah = lambda loaded, settings, *, label: SimpleNamespace(settings=settings, task="niah")
     module.evaluate_plan = lambda loaded, path, plan, *, output, report: found.append((plan, output))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(cli_needles, "open_source", lambda source, device: (None, source / "checkpoints" / "step-1"))
@@ -30,7 +30,8 @@ def test_niah_hands_its_settings_on(seen, tmp_path):
     book = tmp_path / "book.txt"
     result = invoke("niah", tmp_path, "--tasks", "s1,s2", "--lengths", "512,2k", "--depths", "3", "--books", book)
     assert result.exit_code == 0, result.output
-    ((settings, output),) = seen
+    ((plan, output),) = seen
+    settings = plan.settings
     assert settings.tasks == ("s1", "s2")
     assert settings.lengths == (512, 2048)
     assert settings.depths == (0.0, 0.5, 1.0)

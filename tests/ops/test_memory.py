@@ -81,6 +81,27 @@ def test_resets_on_borders_equal_reference(name, chunk_generators):
     assert_equal_to_reference(problem, resets=resets)
 
 
+@pytest.mark.parametrize("name", ["Hope", "momentum, erase none, all six", "Titans, towards the start"])
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_weights_that_are_kept_for_several_groups_of_pieces(name, chunk):
+    """The C keeps weights for every 16 tokens of short chunks, and for every chunk of 8: several of each."""
+    problem = Problem(make_rule(chunk, **OPTIONS[name]), tokens=43, width=3, hidden=4)
+    assert_equal_to_reference(problem, position=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("given", [True, False])
+def test_momentum_of_the_rule_and_of_the_state_must_agree(backend, given):
+    momentum, plain = (
+        Problem(make_rule(4, **OPTIONS[name]), tokens=4) for name in ("momentum, erase none", "erase none")
+    )
+    inputs, start, readout, _ = (momentum if given else plain).arguments()
+    state = zero_state(start, momentum.batch, momentum=given)
+    rule = (plain if given else momentum).rule
+    with pytest.raises(ValueError, match=r"momentum=(True|False)"):
+        backend.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
+
+
 @pytest.mark.parametrize("name", ["default", "momentum"])
 def test_recomputation_changes_nothing(name):
     problem = Problem(make_rule(8, **OPTIONS[name]), tokens=20)

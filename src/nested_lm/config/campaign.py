@@ -2,13 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nested_lm.config.section import Count, Name, PositiveFloat, Section
 
 Names = Annotated[tuple[Name, ...], Field(strict=False)]
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+Variable = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) in (int, float) else given)]
+"""Text; a number on the command line is its digits."""
 
 
 class DataStep(Section):
@@ -181,7 +185,7 @@ class CampaignConfig(Section):
     name: Name
     title: str
     output_dir: str
-    variables: dict[Name, str | None] = Field(default_factory=dict)
+    variables: dict[Name, Variable | None] = Field(default_factory=dict)
     steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]
     runner: Runner = Local(kind="local")
     speed: Speed | None = None  # null: a dry run gives no hours

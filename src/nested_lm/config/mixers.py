@@ -72,7 +72,7 @@ class WriteRates(Section):
 class SelfModifying(MixerSection):
     """Self-modifying Titans: memories for k, v, q, eta, alpha and memory, written by Delta Gradient Descent.
 
-    Source: arXiv 2512.24695 eqs. 83-93. The defaults are what measures best; configs/model/hope_paper.yaml has the
+    Source: arXiv 2512.24695 eqs. 83-93. The defaults are what measures best; configs/model/hope_paper_demo.yaml has the
     equations as they are printed.
     """
 
@@ -113,8 +113,8 @@ class SelfModifying(MixerSection):
     rates: WriteRates = WriteRates()
     rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
     rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] | None = None
-    # share of `rates` that each of as many groups of neighbouring heads reaches; null: half of the heads stays at rates
-    # up to 1, where a write replaces exactly, if `memory` may pass it
+    # share of the rates of all memories that each of as many groups of neighbouring heads reaches; null: half of the
+    # heads stays at rates of `memory` up to 1, where a write replaces exactly, if others may pass it
     rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.5
     # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
@@ -181,6 +181,13 @@ class SelfModifying(MixerSection):
                 f"chunk {self.chunk} and chunk_generators {other} do not nest: one must be a multiple of the other, so "
                 f"that documents can start on a border of every memory; try chunk_generators={near}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_are_written_down(self) -> "SelfModifying":
+        """Set what was left open, so that the configuration of a run says what it was trained with."""
+        object.__setattr__(self, "erase_since", self.erase_since or self._usual_erase)
+        object.__setattr__(self, "rate_shares", self.rate_shares or self._usual_shares)
         return self
 
     @model_validator(mode="after")

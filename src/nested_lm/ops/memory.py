@@ -156,6 +156,21 @@ def room_slope(room: Tensor) -> Tensor:
     return -0.5 * (room + 1).square() * ((room > ROOM_FLOOR) & (room < 1))
 
 
+def check_momentum(rule: WriteRule, inputs: MemoryInputs, state: MemoryState) -> None:
+    """Refuse a gate or a state that has momentum where the rule has none, or lacks it where it has.
+
+    Raises:
+        ValueError: with what was given.
+    """
+    for what, given in (("inputs", inputs.momentum is not None), ("state", state.momentum is not None)):
+        if given != rule.momentum:
+            raise ValueError(
+                f"the {what} of the memories {'have' if given else 'lack'} momentum, and the write rule says "
+                f"momentum={rule.momentum}; make the state with zero_state(..., momentum=rule.momentum), and the gate "
+                "with the rule's own model"
+            )
+
+
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:
     """Set the fast weights of the rows where `keep` is 0 back to the start."""
     factor = keep.view(-1, 1, 1, 1, 1)

@@ -23,6 +23,7 @@ from nested_lm.ops.memory import (
     MemoryState,
     MemoryWeights,
     add,
+    check_momentum,
     decay_base,
     move_border,
     reset_rows,
@@ -254,6 +255,7 @@ def self_modify(
     differentiable_twice: leave the whole backward to autograd, so that the gradients have gradients themselves. Slower:
         the backward that is written by hand has none.
     """
+    check_momentum(rule, inputs, state)
     pieces = cut(inputs.key.shape[1], position, rule)
     operands = _operand_dtype(inputs.key)
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)

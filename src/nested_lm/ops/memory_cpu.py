@@ -27,6 +27,7 @@ from nested_lm.ops.memory import (
     MemoryOutput,
     MemoryState,
     MemoryWeights,
+    check_momentum,
     shares_of_heads,
 )
 from nested_lm.ops.memory_backward import has_closed_backward
@@ -127,6 +128,7 @@ def self_modify(
     """
     del recompute
     assert unsupported(rule, inputs, start) is None
+    check_momentum(rule, inputs, state)
     cpu_library.check_usable()
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
     pieces = cut(inputs.key.shape[1], position, rule)

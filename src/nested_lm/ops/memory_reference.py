@@ -22,6 +22,7 @@ from nested_lm.ops.memory import (
     MemoryState,
     MemoryWeights,
     add,
+    check_momentum,
     damping,
     decay_base,
     move_border,
@@ -265,6 +266,7 @@ def self_modify(
     the token (A1); the eta and alpha memories are vector-valued like the others, read out by a learned vector (A10);
     further ones are options of the rule.
     """
+    check_momentum(rule, inputs, state)
     border, current, momentum = state
     base = decay_base(start, rule)
     memory = len(rule.adapt) - 1
