@@ -69,7 +69,7 @@ class TestWithACompiler:
 
     def test_asked_for_where_it_cannot_run_it_is_an_error_with_the_repair(self):
         repair = "set model.mixer.backend=auto, or torch"
-        with pytest.raises(ConfigError, match=rf"backend is `cpu`, but it has the rules without .*; {repair}"):
+        with pytest.raises(ConfigError, match=rf"backend is `cpu`, but it has .*; {repair}"):
             hope("cpu", **PAPER)(tokens(2, 9))
         with (
             torch.autocast("cpu", dtype=torch.bfloat16),

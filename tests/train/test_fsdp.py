@@ -56,7 +56,7 @@ HOPE = {
         "head_width": 8,
         "chunk": 8,
         # Small rates: large ones amplify the rounding of float32, and this is about distribution.
-        "rates": {"memory": 1.0, "generators": 0.1},
+        "rates": {"memory": 0.5, "generators": 0.1},
         "rate_init": 0.2,
         "rate_stretch": 0.0,
     },
