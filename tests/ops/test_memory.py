@@ -151,7 +151,8 @@ def test_chunk_of_one_is_the_paper_with_fresh_gradients():
     assert worst(results_of(fresh.run(memory_chunked)), results_of(border.run(memory_chunked))) < LIMIT
 
 
-SOME = ["default", "adapt all six", "momentum", "Titans", "linear, self-referential", "normalised", "read border"]
+SOME = ["default", "Hope", "adapt all six", "momentum", "Titans", "Titans, towards the start"]
+SOME += ["momentum, erase none, all six", "linear, self-referential", "normalised", "read border"]
 
 
 class TestEveryBackend:
@@ -214,6 +215,8 @@ class TestEveryBackend:
 
 LONG = {
     "default": {},
+    "Hope": OPTIONS["Hope"],
+    "Titans": OPTIONS["Titans, towards the start"] | {"rates": (0.1,)},
     "all six": {"adapt": MEMORIES},
     "rates to 2": {"rate_memory": 2.0},
     "linear, self-referential": {"depth": 1, "gradient": "self_referential", "rate_memory": 1.0},

@@ -104,17 +104,19 @@ SIZES = [  # batch, tokens, heads, width, hidden, chunk, generators' chunk, posi
 ]
 
 
-@pytest.mark.parametrize("adapt", [ALL, ("memory",)], ids=["all six", "memory only"])
+@pytest.mark.parametrize("name", ["adapt all six", "adapt memory only", "Hope", "momentum, erase none, all six"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_sizes_around_those_of_the_vectors_equal_reference(size, adapt):
+def test_sizes_around_those_of_the_vectors_equal_reference(size, name):
     batch, tokens, heads, width, hidden, chunk, generators, position = size
-    rule = make_rule(chunk, generators, adapt=adapt, rate_stretch=0.1)
+    rule = make_rule(chunk, generators, **({"rate_stretch": 0.1} | OPTIONS[name]))
     problem = Problem(rule, batch=batch, tokens=tokens, heads=heads, width=width, hidden=hidden)
     expected = run_with_gradients(problem, memory_reference, position=position)
     assert_close(run_with_gradients(problem, memory_cpu, position=position), expected, LIMIT)
 
 
-@pytest.mark.parametrize("name", ["default", "adapt all six", "erase none", "read exclusive", "a rate each"])
+@pytest.mark.parametrize(
+    "name", ["default", "Hope", "adapt all six", "erase none", "read exclusive", "a rate each", "momentum, erase none"]
+)
 @pytest.mark.parametrize(("width", "hidden", "chunk"), [(6, 9, 8), (16, 32, 16), (20, 12, 5)])
 def test_float32_is_near_float64(name, width, hidden, chunk):
     """Float64 of the chunk form, which is held to the reference elsewhere, from the same rounded numbers."""
