@@ -183,7 +183,8 @@ class SelfModifyingTitans(nn.Module):
         else:
             drawn = torch.empty(self.start_inner.shape)
             normal(drawn, 1.0)
-            self.start_inner.copy_(START_INNER_SCALE * _orthogonal(drawn))
+            scale = START_INNER_SCALE if config.damp else 1.0  # nothing holds long writes of undamped memories
+            self.start_inner.copy_(scale * _orthogonal(drawn))
             normal(self.start_outer, START_OUTER_SCALE / math.sqrt(self.start_outer.shape[-1]))
         if self.gain is not None:
             self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
