@@ -145,7 +145,8 @@ class WriteRule:
                 "targets: generated, or gradient: fresh",
             ),
             (
-                any(self.since_border) and (self.gradient != "border" or self.objective == "dot"),
+                "border" in (self.erase_since, self.erase_since_generators)
+                and (self.gradient != "border" or self.objective == "dot"),
                 f"erase_since border brings a squared error's gradient of the border up to date; gradient "
                 f"`{self.gradient}` with objective `{self.objective}` leaves nothing to do; use erase_since: start",
             ),
@@ -193,8 +194,9 @@ class WriteRule:
     @property
     def since_border(self) -> tuple[bool, ...]:
         """Of each memory, whether its erase term leaves to the gradient what the border held."""
-        generators = self.erase_since_generators == "border"
-        return (generators,) * (len(self.adapt) - 1) + (self.erase_since == "border",)
+        erases = self.erase != "none"
+        generators = erases and self.erase_since_generators == "border"
+        return (generators,) * (len(self.adapt) - 1) + (erases and self.erase_since == "border",)
 
     @property
     def generated_targets(self) -> tuple[bool, ...]:

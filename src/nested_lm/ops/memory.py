@@ -145,12 +145,6 @@ def generated_shares(rule: WriteRule, like: Tensor) -> Float[Tensor, "M 1 1"]:
     return torch.tensor(rule.generated_targets, dtype=like.dtype, device=like.device)[:, None, None]
 
 
-def left_to_gradient(room: Float[Tensor, "B H M C 1"], rule: WriteRule) -> Float[Tensor, "B H M C 1"]:
-    """Share of what the border held that the erase term of each memory leaves to the gradient."""
-    since_border = torch.tensor(rule.since_border, dtype=room.dtype, device=room.device)
-    return room * since_border[:, None, None]
-
-
 def room_slope(room: Tensor) -> Tensor:
     """Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut."""
     return -0.5 * (room + 1).square() * ((room > ROOM_FLOOR) & (room < 1))

@@ -19,7 +19,6 @@ from nested_lm.ops.memory import (
     GateReadout,
     MemoryWeights,
     generated_shares,
-    left_to_gradient,
     rate_limits,
     rate_share_slope,
     room_slope,
@@ -29,9 +28,9 @@ from nested_lm.ops.memory_chunk import (
     Chunk,
     ChunkInputs,
     ChunkWeights,
-    rate_groups,
     readers,
     silu_slope,
+    write_groups,
 )
 from nested_lm.ops.memory_writes import Writes, joined, product
 from nested_lm.write_rule import WriteRule
@@ -123,7 +122,7 @@ def _backward_layer(
     grad_rate = torch.zeros_like(grad_log_kept)
     grad_border = None if border is None else torch.zeros_like(border)
     grad_errors = []
-    for (group, limit), found in zip(rate_groups(rule), groups, strict=True):
+    for (group, limit, since_border, _), found in zip(write_groups(rule), groups, strict=True):
         assert found.known is not None
         rate = chunk.made.rate[:, :, None, :, None] * limit
         right = grad[:, :, group]
@@ -150,13 +149,12 @@ def _backward_layer(
         grad_log_before += (grad_faded * found.faded).sum((2, 4))
         grad_old[:, :, group] += product(grad_faded.mT, at, operands)
         along = product(grad_faded, old[:, :, group], operands)
-        if border is not None and grad_border is not None:
-            left = left_to_gradient(errors.room, rule)[:, :, group]
-            grad_border[:, :, group] = product((-left * grad_known).mT, at, operands)
+        if since_border and border is not None and grad_border is not None:
+            room = errors.room[:, :, group]
+            grad_border[:, :, group] = product((-room * grad_known).mT, at, operands)
             held = product(grad_known, border[:, :, group], operands)
-            along -= left * held
-            slope = left_to_gradient(room_slope(errors.room), rule)[:, :, group]
-            grad_rate -= limit * ((held * at).sum(-1, keepdim=True) * slope).sum((2, 4))
+            along -= room * held
+            grad_rate -= limit * ((held * at).sum(-1, keepdim=True) * room_slope(room)).sum((2, 4))
         mutual = product(grad_overlap + grad_overlap.mT, at, operands)
         if shared:
             grad_direction = grad_direction.sum(2, keepdim=True) if grad_direction.shape[2] > 1 else grad_direction

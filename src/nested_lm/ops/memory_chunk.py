@@ -25,7 +25,6 @@ from nested_lm.ops.memory import (
     MemoryWeights,
     damping,
     generated_shares,
-    left_to_gradient,
     rate_limits,
     rate_share,
     room_beside_erase,
@@ -117,15 +116,24 @@ class Chunk(NamedTuple):
     made: Generated
     errors: Errors | None  # None for linear memories
     decays: Decays
-    inner: tuple[Writes, ...]  # one entry a group of equal rates
+    inner: tuple[Writes, ...]  # one entry a group
     outer: tuple[Writes, ...]  # none for linear memories
 
 
-def rate_groups(rule: WriteRule) -> tuple[tuple[slice, float], ...]:
-    """Neighbouring memories of equal largest rate, which share the factor of their first layers, and that rate."""
-    changes = [i for i, (a, b) in enumerate(pairwise(rule.rates), start=1) if a != b]
-    cuts = [0, *changes, len(rule.rates)]
-    return tuple((slice(a, b), rule.rates[a]) for a, b in pairwise(cuts))
+class Group(NamedTuple):
+    """Neighbouring memories that are written alike, and so share the factor of their first layers."""
+
+    members: slice
+    rate: float  # the largest
+    since_border: bool
+    generated: bool  # their targets are their own answers to the value
+
+
+def write_groups(rule: WriteRule) -> tuple[Group, ...]:
+    """All memories, in as few groups as their rules allow."""
+    rules = list(zip(rule.rates, rule.since_border, rule.generated_targets, strict=True))
+    changes = [i for i, (a, b) in enumerate(pairwise(rules), start=1) if a != b]
+    return tuple(Group(slice(a, b), *rules[a]) for a, b in pairwise([0, *changes, len(rules)]))
 
 
 def readers(rule: WriteRule) -> tuple[slice, slice, slice]:
@@ -287,29 +295,25 @@ def _write_linear(
     if rule.gradient == "fresh" and rule.objective == "l2":
         times = torch.ones_like(decays.erased) if times is None else times + 1
     writes = []
-    for group, limit in rate_groups(rule):
-        base, old = weights.base.inner[:, group], weights.distance.inner[:, :, group]
+    for group in write_groups(rule):
+        base, old = weights.base.inner[:, group.members], weights.distance.inner[:, :, group.members]
         if rule.gradient == "self_referential":
-            writes.append(solve_self_referential(made, base, old, limit, decays, rule, operands))
+            writes.append(solve_self_referential(made, base, old, group.rate, decays, rule, operands))
             continue
-        anchor = weights.anchor.inner[:, :, group]
-        target = value
-        if any(rule.generated_targets[group]):
-            share = generated_shares(rule, value)[group]
-            target = share * product(value, anchor.mT, operands) + (1 - share) * value
+        anchor = weights.anchor.inner[:, :, group.members]
+        target = product(value, anchor.mT, operands) if group.generated else value
         error = -target
         if rule.objective == "l2":
             error = product(key, base.mT if rule.gradient == "fresh" else anchor.mT, operands) - target
         error = error.expand(*error.shape[:2], old.shape[2], *error.shape[3:])
-        rate = made.rate[:, :, None, :, None] * limit
+        rate = made.rate[:, :, None, :, None] * group.rate
         held = None
-        if weights.border is not None:
-            left = left_to_gradient(torch.ones_like(made.rate[:, :, None, :1, None]), rule)[:, :, group]
-            held = left * product(key, weights.border.inner[:, :, group].mT, operands)
+        if group.since_border and weights.border is not None:
+            held = product(key, weights.border.inner[:, :, group.members].mT, operands)
         if spread is None or weights.momentum is None:
             writes.append(solve_writes(error, key, old, rate, decays, times, operands, held))
         else:
-            running = weights.momentum.inner[:, :, group]
+            running = weights.momentum.inner[:, :, group.members]
             writes.append(solve_with_momentum(error, key, old, running, rate, decays, spread, times, operands, held))
     return tuple(writes)
 
@@ -323,25 +327,26 @@ def _write_layer(
     made: Generated,
     decays: Decays,
     spread: Spread | None,
-    left: Float[Tensor, "B H M C 1"],
+    room: Float[Tensor, "B H M C 1"],
     erase: bool,
     rule: WriteRule,
     operands: torch.dtype | None,
 ) -> tuple[Writes, ...]:
-    """Writes of one layer of all two-layer memories, one entry a group of equal rates."""
+    """Writes of one layer of all two-layer memories, one entry a group."""
     times = decays.erased if erase else None
     writes = []
-    for group, limit in rate_groups(rule):
-        rate = made.rate[:, :, None, :, None] * limit
-        at = direction if direction.shape[2] == 1 else direction[:, :, group]
-        known, before = error[:, :, group], old[:, :, group]
+    for group in write_groups(rule):
+        members = group.members
+        rate = made.rate[:, :, None, :, None] * group.rate
+        at = direction if direction.shape[2] == 1 else direction[:, :, members]
+        known, before = error[:, :, members], old[:, :, members]
         held = None
-        if border is not None:
-            held = left[:, :, group] * product(at, border[:, :, group].mT, operands)
+        if erase and group.since_border and border is not None:
+            held = room[:, :, members] * product(at, border[:, :, members].mT, operands)
         if spread is None or momentum is None:
             writes.append(solve_writes(known, at, before, rate, decays, times, operands, held))
         else:
-            running = momentum[:, :, group]
+            running = momentum[:, :, members]
             writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, times, operands, held))
     return tuple(writes)
 
@@ -381,8 +386,7 @@ def forward_chunk(
         spread = spread_of_momentum(decays.log_kept, made.log_momentum)
     key = made.key[:, :, None]
     distance, momentum = weights.distance, weights.momentum
-    running = (None, None) if momentum is None else (momentum.inner, momentum.outer)
-    border = (None, None) if weights.border is None else (weights.border.inner, weights.border.outer)
+    running, border = momentum or (None, None), weights.border or (None, None)
     errors: Errors | None = None
     outer: tuple[Writes, ...] = ()
     if rule.depth == 1:
@@ -391,7 +395,7 @@ def forward_chunk(
         errors = inner_errors(made, weights.anchor, readout.gain, rule, operands)
         length = errors.squared.add(NORM_FLOOR**2).sqrt()
         known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
-        shared = (made, decays, spread, left_to_gradient(errors.room, rule))
+        shared = (made, decays, spread, errors.room)
         erase_inner, erase_outer = rule.erased_layers
         inner = _write_layer(known[0], key, distance.inner, border[0], running[0], *shared, erase_inner, rule, operands)
         at = errors.direction
