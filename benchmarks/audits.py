@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import insert, line
 from nested_lm.audit.report import AuditFile, Row, load_audit, write_audit
 from nested_lm.audit.runner import CHECKS, run_audit
 from nested_lm.audit.subject import open_subject
 from nested_lm.config.compose import preset_names
 
-BEGIN, END = "<!-- table of benchmarks.audits: begin -->", "<!-- table of benchmarks.audits: end -->"
+MARKERS = "<!-- table of benchmarks.audits: begin -->", "<!-- table of benchmarks.audits: end -->"
 HOPE = ("hope/demo", "hope/demo_paper", "hope/demo_in_context")
 HEAD = ("Preset", "passed", "missed", "do not apply", "closest to its limit", "value", "limit", "commit")
 
@@ -50,11 +51,6 @@ def limit(row: Row) -> str:
     return " and ".join([*parts, *([f"at most {row.high:g}"] if row.high is not None else [])])
 
 
-def line(cells: list[str] | tuple[str, ...]) -> str:
-    """Make a line of the table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def row(preset: str, audit: AuditFile) -> str:
     """Make the line of a preset."""
     counts = [sum(each.state == state for each in audit.rows) for state in ("passed", "missed", "does not apply")]
@@ -70,15 +66,6 @@ def table(out: Path) -> str:
     found = {preset: load_audit(out / f"{preset}.json") for preset in presets() if (out / f"{preset}.json").exists()}
     lines = [line(HEAD), "|---|---:|---:|---:|---|---:|---|---|"]
     return "\n".join([*lines, *(row(preset, audit) for preset, audit in found.items())])
-
-
-def write_page(page: Path, out: Path) -> None:
-    """Put the table between its markers."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
-    page.write_text(before + BEGIN + "\n" + table(out) + "\n" + END + after)
 
 
 def main() -> None:
@@ -100,7 +87,7 @@ def main() -> None:
         all_passed &= audit.passed
         print(row(preset, audit), flush=True)
     if given.page is not None:
-        write_page(given.page, given.out)
+        insert(given.page, table(given.out), MARKERS)
     raise SystemExit(0 if all_passed else 1)
 
 

@@ -7,6 +7,7 @@ import argparse
 import math
 from pathlib import Path
 
+from benchmarks.pages import insert, line
 from nested_lm.config.compose import preset_names
 from nested_lm.config.load import load_run
 from nested_lm.config.run import RunConfig
@@ -14,7 +15,7 @@ from nested_lm.nn.sizing import count_parameters
 from nested_lm.train.costs import DEFAULT_MFU, RECOMPUTE, stage_costs, training_hours
 from nested_lm.train.footprint import DEVICE_BYTES, devices_needed, peak_bytes
 
-BEGIN, END = "<!-- table of benchmarks.scales: begin -->", "<!-- table of benchmarks.scales: end -->"
+MARKERS = "<!-- table of benchmarks.scales: begin -->", "<!-- table of benchmarks.scales: end -->"
 SCALES = ("pilot", "mid", "target")
 PARTS = ("embedding", "mixer", "memory_starts", "channel", "norms", "total")
 DEVICE = "h100"
@@ -75,11 +76,6 @@ def rounded(value: float) -> int | float:
     return round(value, digits) if digits > 0 else round(value)
 
 
-def line(cells: list[str] | tuple[str, ...]) -> str:
-    """Make a line of the table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def row(name: str) -> str:
     """Make the line of a preset."""
     config = load_run(name)
@@ -95,11 +91,7 @@ def main() -> None:
     for name in presets():
         print(name, flush=True)
         lines.append(row(name))
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
-    page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+    insert(page, "\n".join(lines), MARKERS)
 
 
 if __name__ == "__main__":

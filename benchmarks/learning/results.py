@@ -17,7 +17,6 @@ from nested_lm.data.atomic import write_atomically
 Row = dict[str, Any]
 
 VERSION = 1
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 T_QUANTILE = {
     2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262
 }  # fmt: skip
@@ -120,17 +119,3 @@ def _table(task: Task, arms: list[str], rows: list[Row], references: dict[str, d
         cells = [f"{measures[key]:.2f}" if key in measures else "-" for key in keys]
         lines.append(f"| *{name}* | " + " | ".join(cells) + " | |")
     return lines
-
-
-def insert(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page.
-
-    Raises:
-        SystemExit: the page has no markers.
-    """
-    content = page.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} has no place for the tables; put the lines {BEGIN} and {END} where they belong")
-    write_atomically(page, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

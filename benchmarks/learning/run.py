@@ -21,6 +21,7 @@ from benchmarks.learning.arms import MIXERS
 from benchmarks.learning.protocol import Task
 from benchmarks.learning.suite import TASKS
 from benchmarks.learning.training import run_cell
+from benchmarks.pages import insert
 from nested_lm.nn.sizing import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def main() -> None:
         print(f"{number}/{len(missing)} {task.name} {arm} seed {seed}: {state} ({outcome.cpu_s:.0f} s)", flush=True)
     if arguments.page is not None:
         done = [row for row in results.load(arguments.out) if _is_current(row, rows, quick=arguments.quick)]
-        results.insert(arguments.page, results.tables(TASKS, list(MIXERS), done, tested=rows))
+        insert(arguments.page, results.tables(TASKS, list(MIXERS), done, tested=rows))
 
 
 def _is_current(row: results.Row, rows: int, *, quick: bool) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning.results import insert
+from benchmarks.pages import insert
 from benchmarks.speed import gate, peak, report
 from benchmarks.speed.cases import QUICK, Sizes, cases, timed_mixers
 from benchmarks.speed.driver import ROOT, Workers, take_turns

@@ -34,8 +34,8 @@ def test_closeness_is_a_share_of_the_limit(row, expected):
 
 def test_the_page_has_the_table_of_the_published_files():
     page = (ROOT / "docs" / "audit.md").read_text()
-    _, _, rest = page.partition(audits.BEGIN)
-    found, end, _ = rest.partition(audits.END)
+    _, _, rest = page.partition(audits.MARKERS[0])
+    found, end, _ = rest.partition(audits.MARKERS[1])
     assert end, "markers"
     assert found.strip() == audits.table(PUBLISHED), (
         "run python -m benchmarks.audits --out eval/audit --page docs/audit.md"

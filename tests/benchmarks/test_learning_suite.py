@@ -10,6 +10,7 @@ import torch
 from benchmarks.learning import results, run, training
 from benchmarks.learning.arms import MIXERS, configuration
 from benchmarks.learning.suite import TASKS
+from benchmarks.pages import RESULTS, insert
 
 from nested_lm.nn.sizing import count_parameters
 
@@ -93,14 +94,14 @@ def test_table_shows_means_references_and_what_diverged(tmp_path):
     assert "| *guessing* | 0.5" in text
     assert "### aa_star" not in text
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
-    results.insert(page, text)
-    assert page.read_text().startswith(f"before\n{results.BEGIN}\n3 cells")
-    assert page.read_text().endswith(f"{results.END}\nafter\n")
+    page.write_text(f"before\n{RESULTS[0]}\nold\n{RESULTS[1]}\nafter\n")
+    insert(page, text)
+    assert page.read_text().startswith(f"before\n{RESULTS[0]}\n3 cells")
+    assert page.read_text().endswith(f"{RESULTS[1]}\nafter\n")
     assert "old" not in page.read_text()
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="has no place for the tables"):
-        results.insert(page, text)
+        insert(page, text)
 
 
 def test_expected_time_is_that_of_other_seeds():
@@ -128,7 +129,7 @@ def test_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
 
 def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
     out, page = tmp_path / "r.json", tmp_path / "p.md"
-    page.write_text(f"{results.BEGIN}\n{results.END}\n")
+    page.write_text(f"{RESULTS[0]}\n{RESULTS[1]}\n")
     command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "linear_attention,levels_1"]
     command += ["--out", str(out), "--page", str(page)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

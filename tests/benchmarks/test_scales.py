@@ -13,8 +13,8 @@ PAGE = Path(__file__).parents[2] / "docs/scales.md"
 @pytest.fixture(scope="module")
 def table() -> list[str]:
     """Lines between the markers."""
-    _, _, rest = PAGE.read_text().partition(scales.BEGIN)
-    found, end, _ = rest.partition(scales.END)
+    _, _, rest = PAGE.read_text().partition(scales.MARKERS[0])
+    found, end, _ = rest.partition(scales.MARKERS[1])
     assert end, "markers"
     return found.strip().splitlines()
 
