@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.config.baselines import Backend
-from nested_lm.errors import ConfigError
+from nested_lm.nn.layers import once_only
 from nested_lm.ops import delta_rule, delta_rule_fla
 from nested_lm.ops.delta_rule import DeltaRuleOutput
 
@@ -41,10 +41,7 @@ def run_recurrence(
     """
     function: Callable[..., DeltaRuleOutput] = getattr(delta_rule, name)
     if differentiable_twice and backend == "fla":
-        raise ConfigError(
-            "model.mixer.backend is `fla`, whose gradients have no gradients, and second-order writes in context need "
-            "them; set model.mixer.backend=auto, or torch"
-        )
+        raise once_only(backend)
     if not differentiable_twice and uses_kernels(backend, query.device):
         function = getattr(delta_rule_fla, name)
         query, key, value = (x.to(_kernel_dtype(x)) for x in (query, key, value))

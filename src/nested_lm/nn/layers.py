@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.mixers import Llama3Scaling
+from nested_lm.errors import ConfigError
 from nested_lm.nn.fast_linear import FastLinear, MLPDistance
 
 
@@ -31,6 +32,14 @@ class StepContext(NamedTuple):
     documents: Int[Tensor, "B T"] | None
     frozen: bool = False
     differentiable_twice: bool = False
+
+
+def once_only(backend: str) -> ConfigError:
+    """What to raise where gradients are to be differentiated twice by a backend that was asked for and cannot."""
+    return ConfigError(
+        f"model.mixer.backend is `{backend}`, whose gradients have no gradients, and second-order writes in context "
+        "need them; set model.mixer.backend=auto, or torch"
+    )
 
 
 class RMSNorm(nn.Module):

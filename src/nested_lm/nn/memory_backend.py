@@ -1,5 +1,8 @@
 """What computes the self-modifying memories: matrix products of torch, or this project's C for processors."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import MemoryBackend
 from nested_lm.errors import ConfigError
-from nested_lm.nn.layers import CausalConv, tokens_since_reset
+from nested_lm.nn.layers import CausalConv, once_only, tokens_since_reset
 from nested_lm.ops import cpu_library, front_cpu, memory_chunked, memory_cpu
 from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryOutput, MemoryState, MemoryWeights, unit
 from nested_lm.write_rule import WriteRule
@@ -34,27 +37,12 @@ def run_memories(
     Raises:
         ConfigError: backend `cpu` where the library cannot run or serve, with the reason and the repair.
     """
-    if differentiable_twice:
-        if backend == "cpu":
-            raise ConfigError(
-                "model.mixer.backend is `cpu`, whose gradients have no gradients, and second-order writes in context "
-                "need them; set model.mixer.backend=auto, or torch"
-            )
-        return memory_chunked.self_modify(
-            inputs,
-            start,
-            readout,
-            state,
-            rule=rule,
-            position=position,
-            resets=resets,
-            recompute=recompute,
-            differentiable_twice=True,
-        )
-    module = memory_cpu if uses_library(backend, rule, inputs, start) else memory_chunked
-    return module.self_modify(
-        inputs, start, readout, state, rule=rule, position=position, resets=resets, recompute=recompute
-    )
+    if differentiable_twice and backend == "cpu":
+        raise once_only(backend)
+    run: Callable[..., MemoryOutput] = memory_cpu.self_modify
+    if differentiable_twice or not uses_library(backend, rule, inputs, start):
+        run = partial(memory_chunked.self_modify, differentiable_twice=differentiable_twice)
+    return run(inputs, start, readout, state, rule=rule, position=position, resets=resets, recompute=recompute)
 
 
 def uses_library(backend: MemoryBackend, rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> bool:
