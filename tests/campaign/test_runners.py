@@ -336,6 +336,15 @@ def test_a_step_whose_variable_is_not_set_is_left_out_and_named(prefix, calls):
         with_runner({"kind": "local"}, steps=steps, variables={"data": None})
 
 
+def test_what_is_published_of_a_campaign_names_no_folder_of_the_user():
+    config = with_variables("/home/somebody/data")
+    steps = plan_steps(config)
+    assert any("--data-dir=/home/somebody/data" in step.arguments for step in steps)
+    manifest = describe(config, steps)
+    assert "--data-dir=${variables.data}" in manifest.steps[3].arguments
+    assert "somebody" not in manifest.model_dump_json()
+
+
 def test_seconds_of_evaluations_count_in_a_dry_run(prefix):
     speed = {"tokens_per_s": 737_280 / 60, "run_seconds": 10.0, "measured_on": "a test"}
     config = with_variables("there").model_copy(update={"speed": Speed(**speed)})

@@ -209,8 +209,19 @@ def _add_grid(plan: _Plan, step: GridStep) -> None:
 
 
 def describe(config: CampaignConfig, steps: tuple[PlannedStep, ...]) -> CampaignManifest:
-    """What the report has to know of the campaign; folders become relative to the campaign's own."""
+    """What the report has to know of the campaign; folders become relative to the campaign's own.
+
+    It is published: what only the user knows, such as the folder of somebody else's data, stays a variable.
+    """
     root = Path(config.output_dir).absolute()
+    required = {name for step in config.steps if isinstance(step, EvalStep) for name in step.requires}
+    own = {name: value for name in sorted(required) if (value := config.variables[name])}
+
+    def public(argument: str) -> str:
+        for name, value in own.items():
+            argument = argument.replace(value, f"${{variables.{name}}}")
+        return argument
+
     evaluated = {need for step in steps if step.kind == "eval" for need in step.needs}
 
     def relative(folder: Path) -> str:
@@ -233,7 +244,9 @@ def describe(config: CampaignConfig, steps: tuple[PlannedStep, ...]) -> Campaign
             for step in steps
             if step.run is not None
         ),
-        steps=tuple(StepEntry(id=step.id, kind=step.kind, arguments=step.arguments) for step in steps),
+        steps=tuple(
+            StepEntry(id=step.id, kind=step.kind, arguments=tuple(map(public, step.arguments))) for step in steps
+        ),
         grids=tuple(_describe_grid(step, steps) for step in config.steps if isinstance(step, GridStep)),
     )
 

@@ -14,7 +14,7 @@ MANIFEST_NAME = "campaign.json"
 
 
 class StepEntry(Section):
-    """One step of the campaign and the command that runs it again by hand."""
+    """One step of the campaign and the command that runs it again by hand, once ${variables.NAME} are put in."""
 
     id: Name
     kind: Literal["data", "train", "eval", "report"]
