@@ -14,8 +14,8 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
-    int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators, generated, generated_generators,
-        inclusive, momentum;
+    int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators;
+    int64_t generated, generated_generators, inclusive, momentum;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
@@ -73,8 +73,9 @@ typedef struct {
     REAL *minus, *square, *wide, *narrow, *wide2, *narrow2, *turned; /* work space */
     REAL *g_anchor, *g_current, *g_border, *g_start;
     REAL *g_key, *g_value, *g_query, *g_share, *g_log_kept, *g_log_before, *g_gram;
-    REAL *log_momentum, *log_left, *kept, *left, *spread, *first, *own_end, *g_spread, *g_first, *g_own_end, *g_log_left;
-    REAL *g_moving, g_own_first;
+    REAL *log_momentum, *log_left, *passed, *kept, *left, *spread, *first, *own_end; /* see momentum.h */
+    REAL *g_spread, *g_first, *g_own_end, *g_log_left, *g_moving, g_own_first;
+    REAL *off, *along; /* shares that the erase term takes off, and what they get, see erased_backward */
     REAL *g_write_in, *g_write_out, *g_direction, *g_read_pre, *read_hidden, *g_known_in, *g_known_out;
     void *block;
 } Work;
@@ -114,9 +115,10 @@ static long lay_out(Work *w, REAL *base)
     ROOM(g_key, C * K), ROOM(g_value, C * K), ROOM(g_query, C * K), ROOM(g_share, C), ROOM(g_log_kept, C);
     ROOM(g_log_before, C), ROOM(g_gram, C * S), ROOM(g_write_in, C * E), ROOM(g_write_out, C * K);
     ROOM(g_direction, C * E), ROOM(g_read_pre, C * E), ROOM(read_hidden, C * (E > K ? E : K));
-    ROOM(g_known_in, C * E), ROOM(g_known_out, C * K);
+    ROOM(g_known_in, C * E), ROOM(g_known_out, C * K), ROOM(off, C), ROOM(along, C);
     const long with = w->call->momentum;
-    ROOM(log_momentum, with * C), ROOM(log_left, with * C), ROOM(first, with * C), ROOM(own_end, with * C);
+    ROOM(log_momentum, with * C), ROOM(log_left, with * C), ROOM(passed, with * C), ROOM(first, with * C);
+    ROOM(own_end, with * C);
     ROOM(kept, with * C * S), ROOM(left, with * C * S), ROOM(spread, with * C * S), ROOM(g_spread, with * C * S);
     ROOM(g_first, with * C), ROOM(g_own_end, with * C), ROOM(g_log_left, with * C), ROOM(g_moving, with * w->all);
 #undef ROOM
@@ -294,8 +296,8 @@ INLINE REAL taken_off(const Work *w, const Memory *x, long t)
 /* Whether the erase term meets a border that is not the weights before the piece. */
 INLINE int meets_border(const Work *w, const Memory *x) { return x->since_border && !w->fresh; }
 
-/* Writes of one layer: known += erased before (direction old) - room (direction border), write = (I + L)^-1 (-rate known);
-   see ops/memory_writes. */
+/* Writes of one layer: known += erased before (direction old) - room (direction border), write = (I + L)^-1 (-rate
+   known); see ops/memory_writes. */
 static void solve_writes(Work *w, const Memory *x, REAL limit, int erase, const REAL *direction, long Y, long Yp,
                          const REAL *old, const REAL *border, long Xp, const REAL *overlap, REAL *known, REAL *write)
 {

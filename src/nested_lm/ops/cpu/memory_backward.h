@@ -3,112 +3,34 @@
 /* Where gradients of log(erased_t gamma_{t-1}) go: the erase term meets gamma_t, or gamma_{t-1}. */
 INLINE REAL *log_of_erase(Work *w) { return w->call->erase_after_decay ? w->g_log_kept : w->g_log_before; }
 
-/* One layer of a read. g: gradient of its result. Adds to the gradients of x, of keys, writes and logs. That of the weights
-   is left to `read_weights_backward`, since the writes' backward must see the weights first. */
-static void read_layer_backward(Work *w, const REAL *g, long Xp, long X, const REAL *x, long Y, long Yp,
-                                REAL *start, const REAL *old_turned, const REAL *keys, const REAL *write,
-                                REAL *moving, const REAL *mutual, REAL *g_x, REAL *g_keys, REAL *g_write, REAL *work_x, REAL *work_y)
-{
-    const long C = w->C, Cp = w->Cp;
-    REAL *g_log_seen = w->call->inclusive ? w->g_log_kept : w->g_log_before;
-    /* x start */
-    transpose(Y, X, start, Xp, w->turned, Yp, Yp);
-    product(C, Yp, X, g, Xp, 1, w->turned, Yp, g_x, Yp, 1, FULL);
-    /* faded x old */
-    EACH(t, C) scaled(Xp, work_x + t * Xp, faded(w, t), g + t * Xp);
-    product(C, Yp, X, work_x, Xp, 1, old_turned, Yp, work_y, Yp, 0, FULL);
-    EACH(t, C) {
-        g_log_seen[t] += dot(Yp, x + t * Yp, work_y + t * Yp);
-        add_scaled(Yp, g_x + t * Yp, 1, work_y + t * Yp);
-    }
-    if (w->call->momentum) { /* first x moving */
-        transpose(Y, X, moving, Xp, w->turned, Yp, Yp);
-        product(C, Yp, X, g, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
-        EACH(t, C) {
-            w->g_first[t] += dot(Yp, x + t * Yp, work_y + t * Yp);
-            add_scaled(Yp, g_x + t * Yp, w->first[t], work_y + t * Yp);
-        }
-    }
-    /* seen write, seen = ratio x mutual, or spread x mutual */
-    weigh_seen(w, mutual, w->square);
-    product(C, Xp, C, w->square, 1, Cp, g, Xp, g_write, Xp, 1, UPPER);
-    transpose(C, X, write, Xp, w->turned, Cp, Cp);
-    product(C, Cp, X, g, Xp, 1, w->turned, Cp, w->minus, Cp, 0, LOWER_RESULT);
-    EACH(t, C) {
-        const int inclusive = (int)w->call->inclusive;
-        const REAL step = inclusive ? (REAL)exp((double)w->log_decay[t]) : 1;
-        REAL sum = 0;
-        for (long i = 0; i <= t; i++) {
-            if (w->call->momentum) {
-                w->g_spread[t * Cp + i] += w->minus[t * Cp + i] * mutual[t * Cp + i];
-                w->minus[t * Cp + i] *= w->spread[t * Cp + i];
-                continue;
-            }
-            const REAL gradient = w->minus[t * Cp + i], through = gradient * w->square[t * Cp + i];
-            sum += through;
-            w->g_log_kept[i] -= through;
-            w->minus[t * Cp + i] = gradient * (i < t ? step * w->ratio[t * Cp + i] : inclusive);
-        }
-        for (long i = t + 1; i < Cp; i++) w->minus[t * Cp + i] = 0;
-        g_log_seen[t] += sum;
-    }
-    product(C, Yp, C, w->minus, Cp, 1, keys, Yp, g_x, Yp, 1, LOWER);
-    product(C, Yp, C, w->minus, 1, Cp, x, Yp, g_keys, Yp, 1, UPPER);
-}
-
-/* Gradients of the reads of a piece (in w->narrow) to queries, keys, writes and the start. */
-static void read_backward(Work *w, REAL *current)
-{
-    const long m = w->M - 1, C = w->C, Kp = w->Kp, Ep = w->Ep;
-    const Memory *x = w->memory + m;
-    REAL *hidden = w->g_known_in, *g_hidden = w->g_read_pre; /* work space until the writes' backward */
-    for (long j = 0; j < C * Ep; j += VL) store(hidden + j, load(w->read_pre + j) * load(w->read_gate + j));
-    memset(g_hidden, 0, (size_t)(C * Ep) * sizeof(REAL));
-    memset(w->g_write_in, 0, (size_t)(C * Ep) * sizeof(REAL));
-    memset(w->g_write_out, 0, (size_t)(C * Kp) * sizeof(REAL));
-    memset(w->g_direction, 0, (size_t)(C * Ep) * sizeof(REAL));
-    memcpy(w->g_query, w->narrow, (size_t)(C * Kp) * sizeof(REAL));
-    product(w->E, Kp, C, hidden, 1, Ep, w->narrow, Kp, out_of(w, w->g_start, m), Kp, 1, FULL);
-    transpose(w->E, w->K, out_of(w, current, m), Kp, w->turned_in, Ep, Ep); /* room of generator 0, filled later */
-    read_layer_backward(w, w->narrow, Kp, w->K, hidden, w->E, Ep, out_of(w, w->start, m), w->turned_in, x->direction,
-                        x->write_out, out_of(w, w->moving, m), w->read_out, g_hidden, w->g_direction, w->g_write_out, w->narrow2, w->wide2);
-    /* what the weights of the second layer get, when the writes' backward has been there: (faded hidden)^T g */
-    memcpy(w->read_hidden, hidden, (size_t)(C * Ep) * sizeof(REAL));
-    for (long j = 0; j < C * Ep; j += VL)
-        store(g_hidden + j, load(g_hidden + j) * silu_slope(load(w->read_pre + j), load(w->read_gate + j)));
-    product(w->K, Ep, C, w->query, 1, Kp, g_hidden, Ep, in_of(w, w->g_start, m), Ep, 1, FULL);
-    transpose(w->K, w->E, in_of(w, current, m), Ep, w->turned_in, Kp, Kp);
-    read_layer_backward(w, g_hidden, Ep, w->E, w->query, w->K, Kp, in_of(w, w->start, m), w->turned_in, w->key,
-                        x->write_in, in_of(w, w->moving, m), w->read_in, w->g_query, w->g_key, w->g_write_in, w->wide2, w->narrow2);
-}
-
-/* What reads send to the weights before the piece. */
-static void read_weights_backward(Work *w)
-{
-    const long m = w->M - 1, C = w->C, Kp = w->Kp, Ep = w->Ep;
-    EACH(t, C) scaled(Ep, w->wide2 + t * Ep, faded(w, t), w->read_hidden + t * Ep);
-    product(w->E, Kp, C, w->wide2, 1, Ep, w->narrow, Kp, out_of(w, w->g_current, m), Kp, 1, FULL);
-    EACH(t, C) scaled(Kp, w->narrow2 + t * Kp, faded(w, t), w->query + t * Kp);
-    product(w->K, Ep, C, w->narrow2, 1, Kp, w->g_read_pre, Ep, in_of(w, w->g_current, m), Ep, 1, FULL);
-    if (!w->call->momentum) return;
-    EACH(t, C) scaled(Ep, w->wide2 + t * Ep, w->first[t], w->read_hidden + t * Ep);
-    product(w->E, Kp, C, w->wide2, 1, Ep, w->narrow, Kp, out_of(w, w->g_moving, m), Kp, 1, FULL);
-    EACH(t, C) scaled(Kp, w->narrow2 + t * Kp, w->first[t], w->query + t * Kp);
-    product(w->K, Ep, C, w->narrow2, 1, Kp, w->g_read_pre, Ep, in_of(w, w->g_moving, m), Ep, 1, FULL);
-}
-
 /* Derivative of `room_beside_erase` by the rate, from its value; 0 where it is cut. */
 INLINE double room_slope(const Call *c, double room)
 {
     return room > c->room_floor && room < 1 ? -0.5 * (room + 1) * (room + 1) : 0;
 }
 
+/* Backward of off_t (direction_t weights), which the erase term adds to what is known of a write, to weights and
+   directions; `along` becomes the gradient of off. g: of what is known. */
+static void erased_backward(Work *w, const REAL *direction, long Y, long Yp, REAL *weights, long X, long Xp, const REAL *g,
+                            REAL *g_weights, REAL *g_direction, REAL *work_x, REAL *work_y)
+{
+    transpose(Y, X, weights, Xp, w->turned, Yp, Yp);
+    product(w->C, Yp, X, g, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
+    EACH(t, w->C) {
+        w->along[t] = dot(Yp, direction + t * Yp, work_y + t * Yp);
+        add_scaled(Yp, g_direction + t * Yp, w->off[t], work_y + t * Yp);
+        scaled(Xp, work_x + t * Xp, w->off[t], g + t * Xp);
+    }
+    product(Y, Xp, w->C, direction, 1, Yp, work_x, Xp, g_weights, Xp, 1, FULL);
+}
+
 /* Backward of the writes of one layer and of its weights after the piece. g_write: gradient that reads send to the
    writes, replaced by that of the known part. overlap: ratio x mutual products of the directions. g_overlap: summed over
    memories that share directions, or null, when the directions get theirs at once. */
-static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, const REAL *direction, long Y, long Yp, REAL *old,
-                           REAL *border, long X, long Xp, const REAL *overlap, const REAL *known, const REAL *write,
-                           REAL *g_weights, REAL *g_border, REAL *g_write, REAL *g_direction, REAL *g_overlap, REAL *work_x, REAL *work_y)
+static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, const REAL *direction, long Y, long Yp,
+                           REAL *old, REAL *border, long X, long Xp, const REAL *overlap, const REAL *known,
+                           const REAL *write, REAL *g_weights, REAL *g_border, REAL *g_write, REAL *g_direction,
+                           REAL *g_overlap, REAL *work_x, REAL *work_y)
 {
     const long C = w->C, Cp = w->Cp;
     const REAL kept = (REAL)exp((double)w->log_kept[C - 1]);
@@ -172,27 +94,14 @@ static void layer_backward(Work *w, const Memory *m, REAL limit, int erase, cons
         product(C, Yp, C, w->square, Cp, 1, direction, Yp, g_direction, Yp, 1, LOWER);
         product(C, Yp, C, w->square, 1, Cp, direction, Yp, g_direction, Yp, 1, UPPER);
     }
-    transpose(Y, X, old, Xp, w->turned, Yp, Yp);
-    product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
-    EACH(t, C) {
-        const REAL along = dot(Yp, direction + t * Yp, work_y + t * Yp);
-        g_log_erase[t] += w->before[t] * w->erased[t] * along;
-        if (m->since_border && w->fresh)
-            w->g_share[t] -= limit * along * (REAL)room_slope(w->call, m->room[t]);
-        add_scaled(Yp, g_direction + t * Yp, taken_off(w, m, t), work_y + t * Yp);
-        scaled(Xp, work_x + t * Xp, taken_off(w, m, t), g_write + t * Xp);
+    EACH(t, C) w->off[t] = taken_off(w, m, t);
+    erased_backward(w, direction, Y, Yp, old, X, Xp, g_write, g_weights, g_direction, work_x, work_y);
+    EACH(t, C) g_log_erase[t] += w->before[t] * w->erased[t] * w->along[t];
+    if (meets_border(w, m)) {
+        EACH(t, C) w->off[t] = -m->room[t];
+        erased_backward(w, direction, Y, Yp, border, X, Xp, g_write, g_border, g_direction, work_x, work_y);
     }
-    product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_weights, Xp, 1, FULL);
-    if (!meets_border(w, m)) return;
-    transpose(Y, X, border, Xp, w->turned, Yp, Yp);
-    product(C, Yp, X, g_write, Xp, 1, w->turned, Yp, work_y, Yp, 0, FULL);
-    EACH(t, C) {
-        const REAL along = dot(Yp, direction + t * Yp, work_y + t * Yp), room = m->room[t];
-        w->g_share[t] -= limit * along * (REAL)room_slope(w->call, room);
-        add_scaled(Yp, g_direction + t * Yp, -room, work_y + t * Yp);
-        scaled(Xp, work_x + t * Xp, -room, g_write + t * Xp);
-    }
-    product(Y, Xp, C, direction, 1, Yp, work_x, Xp, g_border, Xp, 1, FULL);
+    if (m->since_border) EACH(t, C) w->g_share[t] -= limit * w->along[t] * (REAL)room_slope(w->call, m->room[t]);
 }
 
 /* Backward of the damping and of the lengths, a token at a time: from the gradients of both known writes (g_known_in,
@@ -253,12 +162,12 @@ static void memory_backward(Work *w, long m, REAL *current)
         carry_momentum_backward(w, x->direction, E, Ep, out_of(w, w->moving, m), K, Kp, x->write_out,
                                 out_of(w, w->g_current, m), out_of(w, w->g_moving, m), g_known_out, g_hidden, w->narrow2);
     }
-    layer_backward(w, x, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E, Ep,
-                   w->gram, x->known_in, x->write_in, in_of(w, w->g_current, m), in_of(w, w->g_border, m), g_known_in,
+    layer_backward(w, x, c->limits[m], (int)c->erase_in, w->key, K, Kp, in_of(w, current, m), in_of(w, w->border, m), E,
+                   Ep, w->gram, x->known_in, x->write_in, in_of(w, w->g_current, m), in_of(w, w->g_border, m), g_known_in,
                    w->g_key, w->g_gram, w->wide2, w->narrow2);
-    layer_backward(w, x, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m), out_of(w, w->border, m),
-                   K, Kp, x->overlap, x->known_out, x->write_out, out_of(w, w->g_current, m), out_of(w, w->g_border, m),
-                   g_known_out, g_hidden, NULL, w->narrow2, w->wide2);
+    layer_backward(w, x, c->limits[m], (int)c->erase_out, x->direction, E, Ep, out_of(w, current, m),
+                   out_of(w, w->border, m), K, Kp, x->overlap, x->known_out, x->write_out, out_of(w, w->g_current, m),
+                   out_of(w, w->g_border, m), g_known_out, g_hidden, NULL, w->narrow2, w->wide2);
     for (long j = 0; j < C * Ep; j += VL)
         store(gradient + j, silu_slope(load(x->pre + j), load(x->gate + j)) * load(x->back + j));
     const int damped = damping_backward(w, m);
@@ -354,7 +263,8 @@ static void generate_backward(Work *w)
     for (long t = C - 1; t >= 0; t--) {
         const long at = first + t * c->H;
         running += w->g_log_kept[t];
-        const double reached = c->reached[w->head], share = w->share[t] / reached, g_log = running + c->g_used_decay[at] * exp((double)w->log_decay[t]);
+        const double reached = c->reached[w->head], share = w->share[t] / reached;
+        const double g_log = running + c->g_used_decay[at] * exp((double)w->log_decay[t]);
         running += w->g_log_before[t];
         const double slope = (share + stretch) * (1 + stretch - share) / (1 + 2 * stretch);
         const int cut = stretch > 0 && (share <= 0 || share >= 1);

@@ -2,12 +2,16 @@
 
    kept[t, j] = gamma_t / gamma_j and left[j, i] = the share of push i that is still in the momentum after token j, both
    lower triangular; spread = kept left: what of push i has arrived in the weights after token t. first[t]: what of the
-   momentum before the piece has. own_end[i], own_first: what the momentum itself keeps of them at the end. */
+   momentum before the piece has. own_end[i], the last row of `left`, and the last of passed[t]: what the momentum itself
+   keeps of them at the end. */
 
 static void lower_ratios(long C, long Cp, const REAL *logs, REAL *ratios)
 {
-    EACH(t, C) for (long i = 0; i < Cp; i++)
-        ratios[t * Cp + i] = i > t ? 0 : (REAL)exp((double)logs[t] - (double)logs[i]);
+    EACH(t, C) {
+        REAL *row = ratios + t * Cp;
+        for (long i = 0; i <= t; i += VL) store(row + i, exponential(logs[t] - load(logs + i)));
+        for (long i = t + 1; i < Cp; i++) row[i] = 0;
+    }
 }
 
 /* Everything of a piece that momentum needs; what of each push has arrived at the end takes the place of `to_end`. */
@@ -15,15 +19,18 @@ static void spread_momentum(Work *w)
 {
     const long C = w->C, Cp = w->Cp;
     REAL sum = 0;
-    EACH(t, C) w->log_left[t] = sum += w->log_momentum[t];
+    EACH(t, C) {
+        w->log_left[t] = sum += w->log_momentum[t];
+        w->passed[t] = (REAL)exp((double)sum);
+    }
     lower_ratios(C, Cp, w->log_kept, w->kept);
     lower_ratios(C, Cp, w->log_left, w->left);
-    product(C, Cp, C, w->kept, Cp, 1, w->left, Cp, w->spread, Cp, 0, FULL);
+    product(C, Cp, C, w->kept, Cp, 1, w->left, Cp, w->spread, Cp, 0, LOWER);
     EACH(t, C) {
         w->first[t] = 0;
-        EACH(j, t + 1) w->first[t] += w->kept[t * Cp + j] * (REAL)exp((double)w->log_left[j]);
-        w->own_end[t] = (REAL)exp((double)sum - (double)w->log_left[t]);
+        EACH(j, t + 1) w->first[t] += w->kept[t * Cp + j] * w->passed[j];
     }
+    memcpy(w->own_end, w->left + (C - 1) * Cp, (size_t)C * sizeof(REAL));
     memcpy(w->to_end, w->spread + (C - 1) * Cp, (size_t)C * sizeof(REAL));
 }
 
@@ -46,21 +53,15 @@ static void spread_backward(Work *w)
     REAL *g_left = w->g_log_left, *turned = w->minus, *g = w->square, running = 0;
     memset(g_left, 0, (size_t)C * sizeof(REAL));
     EACH(t, C) {
-        EACH(j, t + 1) { /* first[t] = sum of kept[t, j] exp(log_left[j]) */
-            const REAL through = w->g_first[t] * w->kept[t * Cp + j] * (REAL)exp((double)w->log_left[j]);
-            w->g_log_kept[t] += through;
-            w->g_log_kept[j] -= through;
-            g_left[j] += through;
-        }
-        const REAL through = w->g_own_end[t] * w->own_end[t];
-        g_left[C - 1] += through;
-        g_left[t] -= through;
+        EACH(j, t + 1) g_left[j] += w->g_first[t] * w->kept[t * Cp + j] * w->passed[j];
     }
-    g_left[C - 1] += w->g_own_first * (REAL)exp((double)w->log_left[C - 1]);
+    g_left[C - 1] += w->g_own_first * w->passed[C - 1];
     transpose(C, C, w->left, Cp, turned, Cp, Cp);
-    product(C, Cp, C, w->g_spread, Cp, 1, turned, Cp, g, Cp, 0, FULL);
+    product(C, Cp, C, w->g_spread, Cp, 1, turned, Cp, g, Cp, 0, LOWER);
+    EACH(t, C) EACH(j, t + 1) g[t * Cp + j] += w->g_first[t] * w->passed[j]; /* first = kept passed */
     ratios_backward(C, Cp, w->kept, g, w->g_log_kept);
-    product(C, Cp, C, w->kept, 1, Cp, w->g_spread, Cp, g, Cp, 0, FULL);
+    product(C, Cp, C, w->kept, 1, Cp, w->g_spread, Cp, g, Cp, 0, UPPER);
+    EACH(t, C) g[(C - 1) * Cp + t] += w->g_own_end[t];
     ratios_backward(C, Cp, w->left, g, g_left);
     for (long t = C - 1; t >= 0; t--) {
         running += g_left[t];
@@ -72,7 +73,7 @@ static void spread_backward(Work *w)
 static void carry_momentum(Work *w, const REAL *direction, long Y, long Yp, REAL *weights, REAL *moving, long Xp,
                            const REAL *write, REAL *room)
 {
-    const REAL own = (REAL)exp((double)w->log_left[w->C - 1]), first = w->first[w->C - 1];
+    const REAL own = w->passed[w->C - 1], first = w->first[w->C - 1];
     EACH(t, w->C) scaled(Xp, room + t * Xp, w->own_end[t], write + t * Xp);
     EACH(y, Y) {
         add_scaled(Xp, weights + y * Xp, first, moving + y * Xp);
@@ -87,7 +88,7 @@ static void carry_momentum_backward(Work *w, const REAL *direction, long Y, long
                                     REAL *g_direction, REAL *work_x)
 {
     const long C = w->C;
-    const REAL own = (REAL)exp((double)w->log_left[C - 1]), first = w->first[C - 1];
+    const REAL own = w->passed[C - 1], first = w->first[C - 1];
     product(C, Xp, Y, direction, Yp, 1, g_moving, Xp, work_x, Xp, 0, FULL);
     EACH(t, C) {
         w->g_own_end[t] += dot(Xp, write + t * Xp, work_x + t * Xp);
