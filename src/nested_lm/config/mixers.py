@@ -127,6 +127,8 @@ class SelfModifying(MixerSection):
             ValueError: an impossible combination, with the repair.
         """
         adapt = tuple(name for name in MEMORIES if name in self.adapt)
+        assert self.erase_since is not None, "validation writes it down"
+        assert self.rate_shares is not None, "validation writes it down"
         return WriteRule(
             chunk=self.chunk,
             chunk_generators=self.chunk_generators or self.chunk,
@@ -139,7 +141,7 @@ class SelfModifying(MixerSection):
             gradient=self.gradient,
             erase=self.erase,
             erase_after_decay=self.erase_after_decay,
-            erase_since=self.erase_since or self._usual_erase,
+            erase_since=self.erase_since,
             erase_since_generators=self.erase_since_generators,
             decay_towards=self.decay_towards,
             momentum=self.momentum,
@@ -149,18 +151,8 @@ class SelfModifying(MixerSection):
             gates=self.gates,
             damp=self.damp,
             rate_stretch=self.rate_stretch,
-            rate_shares=self.rate_shares or self._usual_shares,
+            rate_shares=self.rate_shares,
         )
-
-    @property
-    def _usual_erase(self) -> Literal["start", "border"]:
-        replaces = self.objective == "l2" and self.gradient == "border"
-        return "border" if replaces and self.erase == "both" else "start"
-
-    @property
-    def _usual_shares(self) -> tuple[float, ...]:
-        largest = self.rates.of("memory")
-        return (1.0 / largest, 1.0) if largest > 1.0 and self.num_heads > 1 else (1.0,)
 
     @property
     def alignment(self) -> int:
@@ -186,19 +178,19 @@ class SelfModifying(MixerSection):
     @model_validator(mode="after")
     def _choices_are_written_down(self) -> "SelfModifying":
         """Set what was left open, so that the configuration of a run says what it was trained with."""
-        object.__setattr__(self, "erase_since", self.erase_since or self._usual_erase)
-        object.__setattr__(self, "rate_shares", self.rate_shares or self._usual_shares)
+        if self.erase_since is None:
+            replaces = self.erase == "both" and self.objective == "l2" and self.gradient == "border"
+            object.__setattr__(self, "erase_since", "border" if replaces else "start")
+        if self.rate_shares is None:
+            largest = self.rates.of("memory")
+            shares = (1.0 / largest, 1.0) if largest > 1.0 and self.num_heads > 1 else (1.0,)
+            object.__setattr__(self, "rate_shares", shares)
         return self
 
     @model_validator(mode="after")
     def _rule_is_possible(self) -> "SelfModifying":
         if len(set(self.adapt)) != len(self.adapt):
             raise ValueError(f"adapt {list(self.adapt)} names a memory twice")
-        if self.num_heads < len(self.rate_shares or ()):
-            raise ValueError(
-                f"rate_shares {list(self.rate_shares or ())} is for groups of heads; num_heads is {self.num_heads}: "
-                f"use at most {self.num_heads}"
-            )
         if self.depth == 1 and self.expansion != 1.0:
             raise ValueError(
                 f"expansion {self.expansion:g} is the hidden width of two-layer memories; leave it out with depth: 1"
@@ -209,7 +201,12 @@ class SelfModifying(MixerSection):
                 f"retention full leaves nothing for the alpha memory to decide; use adapt: [{rest}], or "
                 "retention: learned"
             )
-        self.rule()
+        shares = self.rule().rate_shares
+        if self.num_heads < len(shares):
+            raise ValueError(
+                f"rate_shares {list(shares)} is for groups of heads; num_heads is {self.num_heads}: use at most "
+                f"{self.num_heads}"
+            )
         return self
 
     @model_validator(mode="after")
