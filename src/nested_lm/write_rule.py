@@ -122,7 +122,8 @@ class WriteRule:
         return (
             (
                 not self.rate_shares or min(self.rate_shares) <= 0.0 or max(self.rate_shares) != 1.0,
-                f"rate_shares {self.rate_shares} must be above 0, and the largest of them 1",
+                f"rate_shares {self.rate_shares}: every share must be above 0, and the largest of them 1, which is the "
+                f"whole of `rates`; use rate_shares: [0.5, 1.0] or [1.0], and lower `rates` to write less",
             ),
             (
                 self.adapt != ordered or not self.adapt or self.adapt[-1] != "memory",

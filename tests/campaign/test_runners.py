@@ -356,6 +356,19 @@ def test_seconds_of_evaluations_count_in_a_dry_run(prefix):
     )
 
 
+def test_a_variable_that_no_step_names_is_refused(tmp_path):
+    message = r"(?s)variables\.zeroshat .*found .*allowed  one of zeroshot, .*did you mean `zeroshot`\?"
+    with pytest.raises(ConfigError, match=message):
+        load_campaign("campaign/evaluation_demo", ["variables.zeroshat=/there"])
+    with pytest.raises(ConfigError, match=r"(?s)variables\.data .*none: the campaign has no variables.*leave it out"):
+        load_campaign("campaign/smoke", ["variables.data=/there"])
+
+
+def test_numbers_are_text_in_a_variable():
+    config = load_campaign("campaign/evaluation_demo", ["variables.zeroshot_limit=500", "variables.zeroshot=/there"])
+    assert config.variables["zeroshot_limit"] == "500"
+
+
 def test_presets_take_paths_as_variables(tmp_path, prefix):
     path = tmp_path / "mine.yaml"
     path.write_text(

@@ -14,7 +14,7 @@ from nested_lm.config.campaign import CampaignConfig
 from nested_lm.config.compose import PARTS, Preset, compose_preset, find_preset, preset_names
 from nested_lm.config.data import DataConfig
 from nested_lm.config.evaluation import EvalConfig
-from nested_lm.config.explain import explain
+from nested_lm.config.explain import explain, nearest
 from nested_lm.config.mixers import STORED
 from nested_lm.config.provenance import Issue, Provenance, config_error, shown
 from nested_lm.config.run import RunConfig
@@ -51,8 +51,25 @@ def load_evaluation(name_or_path: str, overrides: Sequence[str] = ()) -> EvalCon
 
 
 def load_campaign(name_or_path: str, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """Load a campaign's preset; arguments and errors as for `load_run`."""
-    return _load(CampaignConfig, name_or_path, overrides)
+    """Load a campaign's preset; arguments and errors as for `load_run`. Overrides set its variables, and add none."""
+    config = _load(CampaignConfig, name_or_path, overrides)
+    if any(override.startswith("variables.") for override in overrides):
+        preset = find_preset(name_or_path)
+        declared = list(compose_preset(preset, ()).values.get("variables", {}))
+        issues = [
+            Issue(
+                f"variables.{name}",
+                "command line",
+                f"a variable that no step of the campaign names, {name!r}",
+                f"one of {', '.join(declared)}" if declared else "none: the campaign has no variables",
+                f"did you mean `{near}`?" if (near := nearest(name, declared)) else "leave it out",
+            )
+            for name in config.variables
+            if name not in declared
+        ]
+        if issues:
+            raise config_error(shown(preset.file), issues)
+    return config
 
 
 def load_ablation(name_or_path: str, overrides: Sequence[str] = ()) -> AblationConfig:

@@ -204,8 +204,8 @@ class SelfModifying(MixerSection):
         shares = self.rule().rate_shares
         if self.num_heads < len(shares):
             raise ValueError(
-                f"rate_shares {list(shares)} is for groups of heads; num_heads is {self.num_heads}: use at most "
-                f"{self.num_heads}"
+                f"rate_shares {list(shares)} are for {len(shares)} groups of heads, and num_heads is {self.num_heads}; "
+                f"use at most as many shares as heads, or rate_shares: [1.0]"
             )
         return self
 
