@@ -158,7 +158,13 @@ def test_rows_of_one_table_may_not_differ_in_those(make_result, other, named):
 def test_arms_and_oracles_are_a_rows_own():
     def result(task, **settings):
         identity = {"data_hash": "d", "tokenizer_hash": "t", "tokens": 1, "context_length": 8, "parameters": 1000}
-        return SimpleNamespace(task=task, task_version="1", settings=settings, identity=SimpleNamespace(**identity))
+        return SimpleNamespace(
+            task=task,
+            task_version="1",
+            settings=settings,
+            identity=SimpleNamespace(**identity),
+            metrics=SimpleNamespace(kind=task),
+        )
 
     plain, memorized = result("zeroshot", limit=3, memorize=[]), result("zeroshot", limit=3, memorize=[{"passes": 2}])
     assert differences(plain, memorized) == ()

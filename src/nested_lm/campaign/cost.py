@@ -24,27 +24,22 @@ def estimate(config: CampaignConfig, to_do: Sequence[PlannedStep]) -> list[str]:
         rows["tokens"] = f"{tokens:,} in {len(runs)} trainings"
         rows["compute"] = f"{operations:.2g} FLOPs, by 6 x parameters x tokens"
     if runs or stated:
-        rows["time"] = _time(config, [step for step in to_do if step.run is not None], stated)
+        rows["time"] = _time(config, [(step.arguments[1], step.run) for step in to_do if step.run is not None], stated)
     if runs:
         rows["disk"] = f"{_size(sum(_checkpoint_bytes(run) for run in runs))} of checkpoints at the end"
     return [f"{label:<12} {text}" for label, text in rows.items()] + ["dry run: nothing was run or written"]
 
 
-def _time(config: CampaignConfig, trainings: Sequence[PlannedStep], stated: Sequence[float]) -> str:
-    """stated: seconds of evaluations that state them."""
+def _time(config: CampaignConfig, trainings: Sequence[tuple[str, RunConfig]], stated: Sequence[float]) -> str:
+    """trainings: their presets and runs. stated: seconds of evaluations that state them."""
     speed, runs = config.speed, len(trainings)
     if speed is None:
         return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
     parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs + len(stated))
-    seconds = runs * speed.run_seconds + sum(stated)
-    speeds: dict[float, None] = {}
-    for step in trainings:
-        assert step.run is not None
-        own = speed.by_preset.get(step.arguments[1], speed.tokens_per_s)
-        speeds[own] = None
-        seconds += _tokens(step.run) / own
-    seconds /= parallel
-    words = " or ".join(f"{own:,.0f}" for own in sorted(speeds))
+    speeds = [speed.by_preset.get(preset, speed.tokens_per_s) for preset, _ in trainings]
+    training = sum(_tokens(run) / own for (_, run), own in zip(trainings, speeds, strict=True))
+    seconds = (training + runs * speed.run_seconds + sum(stated)) / parallel
+    words = " or ".join(f"{own:,.0f}" for own in sorted(set(speeds)))
     parts = [f"{words} tokens/s and {speed.run_seconds:g} s besides training for each run"] if runs else []
     if stated:
         parts.append(f"{_duration(sum(stated))} of evaluations that state theirs")

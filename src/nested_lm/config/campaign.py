@@ -169,9 +169,7 @@ class Speed(Section):
     """What a dry run computes hours from: speeds that somebody measured, and where."""
 
     tokens_per_s: PositiveFloat  # of one training
-    by_preset: dict[str, PositiveFloat] = Field(
-        default_factory=dict
-    )  # tokens_per_s of trainings of these presets, where it is another
+    by_preset: dict[str, PositiveFloat] = Field(default_factory=dict)  # tokens_per_s of these presets' trainings
     run_seconds: PositiveFloat  # besides training: start of the programs, evaluation steps that state no seconds
     measured_on: Annotated[str, Field(min_length=1)]
 

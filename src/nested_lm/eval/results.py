@@ -40,7 +40,7 @@ def labelled(kind: str, label: str | None) -> str:
 
 def shared_settings(result: ResultFile) -> dict[str, Any]:
     """Settings that all rows of a table must have in common."""
-    own = next((own for kind, own in _OWN_SETTINGS.items() if f"{result.task}_".startswith(f"{kind}_")), ())
+    own = _OWN_SETTINGS.get(result.metrics.kind, ())
     return {key: value for key, value in result.settings.items() if key not in own}
 
 

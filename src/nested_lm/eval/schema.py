@@ -227,6 +227,11 @@ class ResultFile(Section):
     created: str
     wall_seconds: NonNegativeFloat
 
+    @property
+    def label(self) -> str:
+        """What sets the result apart from another of its kind; empty for the one that has the kind's own name."""
+        return self.task.removeprefix(self.metrics.kind).removeprefix("_")
+
     @model_validator(mode="after")
     def _metrics_belong_to_the_task(self) -> "ResultFile":
         if self.task != self.metrics.kind and not self.task.startswith(f"{self.metrics.kind}_"):

@@ -14,7 +14,8 @@ from torch.nn import functional
 class Watched(NamedTuple):
     """A distance of a layer's weights, and a place in which to find what the layer read.
 
-    moment: zeros. What the backward pass leaves there as their gradient is X^T X, the sum of x xᵀ over the tokens.
+    moment: zeros. What the backward pass leaves there as their gradient is X^T X, the sum of x xᵀ over the tokens. In
+        a tree of gradients these stand in the two places: the gradient of the weights, and X^T X.
     """
 
     distance: Float[Tensor, "B O I"]

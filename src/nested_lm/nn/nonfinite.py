@@ -135,9 +135,8 @@ def _read(
     layer, part, spoiled = bad[0]
     column = int(spoiled.any(dim=0).nonzero()[0])
     row = int(spoiled[:, column].nonzero()[0])
-    column = min(
-        column, end - begin - 1
-    )  # an in-context write reads its segment once more, with the call's first token
+    # An in-context write reads its segment once more, with the call's first token.
+    column = min(column, end - begin - 1)
     memories = _spoiled_memories(model, output.state, layer, row) if part == "mixer" and layer is not None else ()
     levels = _spoiled_levels(model, output.state, row) if part in ("channel", "write") else ()
     return NonFiniteValue(layer, part, memories, row, begin + column, state.position + column, levels), output.state

@@ -27,7 +27,7 @@ _EXPLAINED = (
 
 def needles(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
     """Answers found by task and length, their controls, nats saved and effective lengths."""
-    label = task.removeprefix("niah").lstrip("_")
+    label = runs[0].results[task].label
     return _curves(campaign, runs, task, f"Needles, {label}" if label else "Needles", missing="needle")
 
 

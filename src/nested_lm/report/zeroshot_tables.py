@@ -30,7 +30,7 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     shown = [_plain(labels, found, columns)]
     if any(len(metrics.arms) > 1 for metrics in found):
         shown.append(_memorized(labels, found, columns))
-    label = task.removeprefix("zeroshot").lstrip("_")
+    label = runs[0].results[task].label
     if not label:  # a labelled result is a part, for a purpose of its own
         parameters = [run.results[task].identity.parameters for run in runs]
         shown.append(_papers(labels, found, columns, parameters))

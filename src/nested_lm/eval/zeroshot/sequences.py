@@ -122,15 +122,20 @@ class _Unit(NamedTuple):
     owners: tuple[tuple[int, int], ...]
 
 
+def _each_alone(documents: Sequence[Document]) -> list[_Unit]:
+    return [_Unit(found, tuple((n, index) for index in range(len(found)))) for n, found in enumerate(documents)]
+
+
 def _gather(documents: Sequence[Document]) -> list[_Unit]:
     """Documents, those that begin alike joined where that saves half of the tokens of the one that joins.
 
     A smaller gain would be lost to tails of unequal length, which are padded.
     """
-    single = [_Unit(found, tuple((n, index) for index in range(len(found)))) for n, found in enumerate(documents)]
     units: list[_Unit] = []
     read = 0  # tokens of the newest unit
-    for unit in sorted(single, key=lambda unit: [sequence.tokens.tolist() for sequence in unit.sequences]):
+    for unit in sorted(
+        _each_alone(documents), key=lambda unit: [sequence.tokens.tolist() for sequence in unit.sequences]
+    ):
         tokens = split(0, unit.sequences).tokens
         if units and _agreement(units[-1].sequences[0].tokens, unit.sequences[0].tokens) > 1:
             joined = _Unit(units[-1].sequences + unit.sequences, units[-1].owners + unit.owners)
@@ -207,7 +212,7 @@ class ModelScorer:
             ]
         if self.starts is None:
             return _gather(documents)
-        return [_Unit(found, tuple((n, index) for index in range(len(found)))) for n, found in enumerate(documents)]
+        return _each_alone(documents)
 
     def _batches(self, splits: list[Split], units: Sequence[_Unit]) -> Iterator[list[Split]]:
         """Splits whose starts and stems have one length. Batches do not depend on the order of the documents."""
