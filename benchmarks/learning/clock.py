@@ -1,8 +1,9 @@
-"""Contexts that come back: a task in which something has to be kept while other things are learned and dropped.
+"""Two clocks in one stream: a task in which something has to be kept while something else is learned and dropped.
 
-Half of the tokens follow a Markov chain that holds for 512 tokens, and that may come back later; the other half follow
-a table that is drawn anew every 128 tokens. Both are new in every row, and the mixer sees two tokens only, so whatever
-is known of them was written into the levels of the channel while they were read.
+Half of the tokens follow a Markov chain that holds for the whole row; the other half follow a table that is drawn anew
+every 128 tokens. Both are new in every row, and the mixer sees two tokens only, so whatever is known of them was
+written into the levels of the channel while they were read. What is written of a table is wrong 128 tokens later; what
+is written of the chain stays right.
 
 Shapes: B batch, T tokens.
 """
@@ -22,43 +23,48 @@ from nested_lm.nn.state import StreamState, map_tensors
 SYMBOLS = 8
 """Successors of each kind: tokens 0-7 follow the chain, 8-15 the short-lived table."""
 
-CONTEXT_TOKENS, TABLE_TOKENS, CHAINS = 512, 128, 4
+TABLE_TOKENS = 128
+ROW_TOKENS, BEFORE_TOKENS = 12 * TABLE_TOKENS, 8 * TABLE_TOKENS
+"""Tokens of a row, and those before the lesion; both end where a table does."""
 
+TWO: dict[str, Any] = {"periods": (16, 128), "rates": (0.1, 0.03), "expansion": 1.5}
+ONE: dict[str, Any] = {"wiring": "sequential", "periods": (16,), "expansion": 3.0}
 LEVELS: dict[str, dict[str, Any]] = {
-    "levels_3": {"periods": (32, 128, 512), "rates": (0.05, 0.02, 0.01), "expansion": 1.0},
-    "levels_1": {"periods": (32,), "rates": (0.05,), "expansion": 3.0},
-    "unwritten": {"periods": (32,), "rates": (0.0,), "expansion": 3.0},
+    "nested_2": TWO | {"wiring": "nested"},
+    "chained_2": TWO | {"wiring": "sequential"},
+    "level_1_fast": ONE | {"rates": (0.1,)},
+    "level_1": ONE | {"rates": (0.05,)},
+    "level_1_slow": ONE | {"rates": (0.02,)},
+    "unwritten": ONE | {"rates": (0.0,)},
 }
 """Arm -> clocks of its levels in context; equally many parameters."""
 
 
-def contexts(plan: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw tokens (B, T), T = 512 a context. plan: which of the row's four chains holds in each context (B, N)."""
-    batch, length = plan.shape[0], plan.shape[1] * CONTEXT_TOKENS
-    chains = torch.randint(0, SYMBOLS, (batch, CHAINS, 2 * SYMBOLS), generator=generator)
-    tables = torch.randint(0, SYMBOLS, (batch, length // TABLE_TOKENS, 2 * SYMBOLS), generator=generator) + SYMBOLS
+def streams(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw tokens (B, T): a chain for each row, a table for each row and stretch."""
+    chain = torch.randint(0, SYMBOLS, (batch, 2 * SYMBOLS), generator=generator)
+    stretches = -(-length // TABLE_TOKENS)
+    tables = torch.randint(0, SYMBOLS, (batch, stretches, 2 * SYMBOLS), generator=generator) + SYMBOLS
     follows_chain = torch.rand(batch, length, generator=generator) < 0.5
     tokens = torch.zeros(batch, length, dtype=torch.long)
     rows, last = torch.arange(batch), torch.zeros(batch, dtype=torch.long)
     for t in range(length):
-        by_chain = chains[rows, plan[:, t // CONTEXT_TOKENS], last]
-        last = torch.where(follows_chain[:, t], by_chain, tables[rows, t // TABLE_TOKENS, last])
+        last = torch.where(follows_chain[:, t], chain[rows, last], tables[rows, t // TABLE_TOKENS, last])
         tokens[:, t] = last
     return tokens
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Next-token loss where contexts come back; `benchmarks/learning/protocol.py` says what the methods do.
+    """Next-token loss with a slow and a fast part; `benchmarks/learning/protocol.py` says what the methods do.
 
-    num_contexts: in a training row. batch: rows of a step.
+    batch: rows of a step.
     """
 
     name: str
     about: str
     steps: int
     rate: float = 3e-3
-    num_contexts: int = 3
     batch: int = 16
 
     arms: ClassVar[tuple[str, ...]] = tuple(LEVELS)
@@ -82,7 +88,7 @@ class Clock:
                 "width": 32,
                 "num_layers": 1,
                 "mixer": {"kind": "attention", "num_heads": 1, "window": 2},
-                "channel": {"kind": "cms", "levels": levels, "in_context": shared},
+                "channel": {"kind": "cms", "wiring": given["wiring"], "levels": levels, "in_context": shared},
                 "tie_embeddings": False,
                 "init_std": 0.3,
             }
@@ -95,49 +101,46 @@ class Clock:
         return model
 
     def loss(self, model: LanguageModel, generator: torch.Generator, progress: float) -> Tensor:
-        """Next-token loss of rows in which no context follows itself."""
+        """Next-token loss of fresh rows."""
         del progress
-        steps = torch.randint(1, CHAINS, (self.batch, self.num_contexts), generator=generator)
-        tokens = contexts(steps.cumsum(1) % CHAINS, generator)
+        tokens = streams(self.batch, ROW_TOKENS, generator)
         return losses(model(tokens[:, :-1]).logits, tokens[:, 1:]).mean()
 
     def measure(self, model: LanguageModel, rows: int) -> Measures:
-        """Loss where the first context comes back and where a new one comes instead, and what a lesion costs there.
+        """Loss of the first and the last third of a row, and what a lesion costs in the last.
 
-        The lesion sets the slowest level back to its learned weights when the third context begins.
+        The lesion sets the slowest level back to its learned weights where the last third begins, which is where a
+        table ends: with one level, everything that was written.
         """
-        found: Measures = {}
-        for name, plan in (("back", [0, 1, 0]), ("new", [0, 1, 2])):
-            tokens = contexts(torch.tensor(plan).repeat(max(4, rows // 8), 1), torch.Generator().manual_seed(7))
-            begin = 2 * CONTEXT_TOKENS + 1  # the slowest level writes when the first token of the context is there
-            first = model(tokens[:, :begin])
-            rest, targets = tokens[:, begin:-1], tokens[:, begin + 1 :]
-            whole = losses(model(rest, state=first.state).logits, targets)
-            early = slice(0, TABLE_TOKENS)
-            if name == "back":
-                found["first context"] = (
-                    losses(first.logits, tokens[:, 1 : begin + 1])[:, :CONTEXT_TOKENS].mean().item()
-                )
-            found[f"context {name}"] = whole.mean().item()
-            found[f"context {name}, first {TABLE_TOKENS}"] = whole[:, early].mean().item()
-            if model.writer is not None:
-                hurt = losses(model(rest, state=lesioned(first.state)).logits, targets)
-                found[f"lesion, context {name}"] = (hurt - whole).mean().item()
+        tokens = streams(max(4, rows // 4), ROW_TOKENS, torch.Generator().manual_seed(7))
+        begin = BEFORE_TOKENS + 1  # the slowest level writes when the first token behind its period is there
+        first = model(tokens[:, :begin])
+        rest, targets = tokens[:, begin:-1], tokens[:, begin + 1 :]
+        whole = losses(model(rest, state=first.state).logits, targets)
+        third = ROW_TOKENS - BEFORE_TOKENS
+        found = {
+            "first third": losses(first.logits, tokens[:, 1 : begin + 1])[:, :third].mean().item(),
+            "last third": whole.mean().item(),
+            "new table": whole[:, :TABLE_TOKENS].mean().item(),
+        }
+        if model.writer is not None:
+            cost = losses(model(rest, state=lesioned(first.state)).logits, targets) - whole
+            found["lesion, last third"] = cost.mean().item()
+            found["lesion, new table"] = cost[:, :TABLE_TOKENS].mean().item()
         return found
 
     def references(self, rows: int) -> dict[str, Measures]:
         """Knowing nothing but the symbols, and knowing chain and table."""
         del rows
-        names = ("first context", "context back", "context new")
-        uniform = torch.tensor(2.0 * SYMBOLS).log().item()
+        names = ("first third", "last third", "new table")
         return {
-            "guessing": dict.fromkeys(names, uniform),
+            "guessing": dict.fromkeys(names, torch.tensor(2.0 * SYMBOLS).log().item()),
             "knowing both": dict.fromkeys(names, torch.tensor(2.0).log().item()),
         }
 
     def recipe(self, steps: int, rows: int) -> list[Any]:
         """Lengths and steps."""
-        sizes = [CONTEXT_TOKENS, TABLE_TOKENS, CHAINS, SYMBOLS, self.num_contexts]
+        sizes = [ROW_TOKENS, BEFORE_TOKENS, TABLE_TOKENS, SYMBOLS]
         return [self.name, *sizes, self.rate, steps, self.batch, rows, RECIPE.warmup_steps]
 
 
@@ -158,8 +161,8 @@ def lesioned(state: StreamState) -> StreamState:
 
 CLOCK = Clock(
     "clock",
-    "Next-token loss in nats. Half of the tokens follow a chain that holds for 512 tokens, half a table that holds for "
-    "128; the mixer sees two tokens, the rest must be written into the levels. Contexts run A B A (`back`) or A B C "
-    "(`new`).",
-    150,
+    "Next-token loss in nats. Half of the tokens follow a chain that holds for the row of 1,536, half a table that "
+    "holds for 128; the mixer sees two tokens, the rest must be written into the levels. The lesion sets the slowest "
+    "level back after 1,024 tokens, where a table ends; `new table` is the 128 tokens that follow.",
+    120,
 )

@@ -26,7 +26,7 @@ from nested_lm.nn.sizing import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_ROWS = 256
-QUICK_STEPS, QUICK_ROWS, QUICK_ARMS = 2, 8, ("hope", "transformer", "levels_3")
+QUICK_STEPS, QUICK_ROWS, QUICK_ARMS = 2, 8, ("hope", "transformer", "nested_2")
 
 
 def main() -> None:

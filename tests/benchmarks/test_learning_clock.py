@@ -1,41 +1,30 @@
-"""The task of contexts that come back: its tokens, its arms, and the lesion."""
+"""The task of two clocks: its tokens, its arms, and the lesion."""
 
 import pytest
 import torch
-from benchmarks.learning.clock import CLOCK, CONTEXT_TOKENS, LEVELS, SYMBOLS, TABLE_TOKENS, contexts, lesioned, losses
+from benchmarks.learning.clock import CLOCK, LEVELS, ROW_TOKENS, SYMBOLS, TABLE_TOKENS, lesioned, losses, streams
 
 from nested_lm.nn.sizing import count_parameters
 from nested_lm.nn.state import iterate_tensors
 
 
-def test_every_token_follows_the_chain_of_its_context_or_the_table_of_its_stretch():
-    tokens = contexts(torch.tensor([[0, 1, 0], [2, 3, 1]]), torch.Generator().manual_seed(0))
-    assert tokens.shape == (2, 3 * CONTEXT_TOKENS)
-    for row, plan in zip(tokens.tolist(), ("ABA", "CDB"), strict=True):
-        chains, tables = {}, {}
+def test_every_token_follows_the_chain_of_its_row_or_the_table_of_its_stretch():
+    tokens = streams(2, ROW_TOKENS, torch.Generator().manual_seed(0))
+    assert tokens.shape == (2, ROW_TOKENS)
+    successors = []
+    for row in tokens.tolist():
+        chain, tables = {}, {}
         last = 0
         for t, token in enumerate(row):
-            known, where = (chains, plan[t // CONTEXT_TOKENS]) if token < SYMBOLS else (tables, t // TABLE_TOKENS)
-            assert known.setdefault((where, last), token) == token
+            known, key = (chain, last) if token < SYMBOLS else (tables, (t // TABLE_TOKENS, last))
+            assert known.setdefault(key, token) == token
             last = token
-        assert (
-            0.8 * 2 * SYMBOLS < len(chains) / len(set(plan)) <= 2 * SYMBOLS
-        )  # a symbol that nothing leads to has no entry
+        assert 0.8 * 2 * SYMBOLS < len(chain)  # a symbol that nothing leads to has no entry
+        assert len({tuple(v for (n, _), v in tables.items() if n == stretch) for stretch in range(4)}) == 4
+        successors.append(chain)
+    assert successors[0] != successors[1]
     share = (tokens < SYMBOLS).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.05)
-
-
-def test_no_context_follows_itself_in_training(monkeypatch):
-    plans = []
-    monkeypatch.setattr(
-        "benchmarks.learning.clock.contexts",
-        lambda plan, generator: plans.append(plan) or torch.zeros(len(plan), 2, dtype=torch.long),
-    )
-    CLOCK.loss(CLOCK.build("unwritten", 0), torch.Generator().manual_seed(0), 0.0)
-    (plan,) = plans
-    assert plan.shape == (16, 3)
-    assert (plan[:, 1:] != plan[:, :-1]).all()
-    assert set(plan.flatten().tolist()) == {0, 1, 2, 3}
 
 
 def test_arms_have_nearly_equal_parameters():
@@ -43,16 +32,25 @@ def test_arms_have_nearly_equal_parameters():
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
 
 
-def test_lesion_sets_back_the_slowest_level_only():
-    model = CLOCK.build("levels_3", 0)
-    tokens = contexts(torch.tensor([[0]]), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("arm", "restarts"), [("nested_2", True), ("chained_2", False)])
+def test_lesion_sets_back_the_slowest_level_only(arm, restarts):
+    model = CLOCK.build(arm, 0)
     with torch.no_grad():
-        state = model(torch.cat([tokens, tokens[:, :1]], dim=1)).state
+        state = model(streams(1, TABLE_TOKENS + 1, torch.Generator().manual_seed(0))).state
     before, after = state.in_context.levels, lesioned(state).in_context.levels
     norms = [[sum(t.norm().item() for t in iterate_tensors(level.distance)) for level in s] for s in (before, after)]
-    assert min(norms[0]) > 0
-    assert norms[1][:2] == norms[0][:2]
-    assert norms[1][2] == 0
+    assert norms[0][1] > 0
+    assert (norms[0][0] == 0) == restarts  # the slow level has just ticked
+    assert norms[1] == [norms[0][0], 0]
+
+
+def test_measures_and_references_name_the_same():
+    with torch.no_grad():
+        found = CLOCK.measure(CLOCK.build("unwritten", 0), 16)
+    assert set(CLOCK.references(16)["guessing"]) == set(found)  # nothing is written that could be lost
+    with torch.no_grad():
+        written = CLOCK.measure(CLOCK.build("nested_2", 0), 16)
+    assert set(written) - set(found) == {"lesion, last third", "lesion, new table"}
 
 
 def test_losses_by_hand():

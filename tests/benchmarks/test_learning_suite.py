@@ -130,11 +130,11 @@ def test_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
 def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
     out, page = tmp_path / "r.json", tmp_path / "p.md"
     page.write_text(f"{RESULTS[0]}\n{RESULTS[1]}\n")
-    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "linear_attention,levels_1"]
+    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "linear_attention,level_1"]
     command += ["--out", str(out), "--page", str(page)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"{len(TASKS)} of {len(TASKS)} cells to run" in first
-    assert f"{len(TASKS)}/{len(TASKS)} clock levels_1 seed 0" in first
+    assert f"{len(TASKS)}/{len(TASKS)} clock level_1 seed 0" in first
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert again == f"0 of {len(TASKS)} cells to run\n"
     cells = json.loads(out.read_text())["cells"]
