@@ -3,7 +3,6 @@
 from typing import Any
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.sizing import count_parameters
 
 WIDTH, LAYERS = 32, 2
 
@@ -47,24 +46,30 @@ MIXERS: dict[str, dict[str, Any]] = {
 """Arm -> mixer; everything else is the same for all."""
 
 
+HIDDEN_WIDTH: dict[str, int] = {
+    "hope": 64,
+    "hope_memory_only": 107,
+    "transformer": 134,
+    "sliding_window": 134,
+    "linear_attention": 134,
+    "linear_attention_conv": 113,
+    "delta_net": 129,
+    "delta_net_negative": 129,
+    "gated_delta_net": 84,
+    "titans_lmm": 107,
+}
+"""Arm -> hidden width of its MLPs, with which it has as many parameters as Hope."""
+
+
 def configuration(arm: str, vocab: int) -> ModelConfig:
-    """Build one arm's model; the MLP is widened until the arm has as many parameters as Hope."""
-    goal = count_parameters(_model("hope", vocab, 2.0))["total"]
-    expansion = 2.0
-    if arm != "hope":
-        short = goal - count_parameters(_model(arm, vocab, expansion))["total"]
-        expansion = max(0.25, expansion + round(short / (LAYERS * 3 * WIDTH)) / WIDTH)
-    return _model(arm, vocab, expansion)
-
-
-def _model(arm: str, vocab: int, expansion: float) -> ModelConfig:
+    """Build one arm's model."""
     return ModelConfig.model_validate(
         {
             "vocab_size": vocab,
             "width": WIDTH,
             "num_layers": LAYERS,
             "mixer": MIXERS[arm],
-            "channel": {"kind": "swiglu", "expansion": expansion},
+            "channel": {"kind": "swiglu", "expansion": HIDDEN_WIDTH[arm] / WIDTH},
             "tie_embeddings": False,
             "init_std": 0.3,
         }
