@@ -73,13 +73,13 @@ def _cell(row: Row) -> tuple[str, str, int]:
 
 
 def interval(values: list[float], *, is_share: bool) -> str:
-    """Mean and 95 % interval over seeds (Student's t); that of a share is cut at 0 and 1."""
+    """Mean and 95 % interval over seeds (Student's t), cut at 0 and 1 for shares, at 1 for their differences."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f}"
     half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     low, high = mean - half, mean + half
-    if is_share:
+    if is_share and min(values) >= 0:
         low, high = max(0.0, low), min(1.0, high)
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 

@@ -142,3 +142,8 @@ def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
     assert all(cell["measures"] and cell["diverged_at"] is None for cell in cells)
     for name in TASKS:
         assert f"### {name}" in page.read_text()
+
+
+def test_an_interval_of_differences_of_shares_is_not_cut_at_zero():
+    assert results.interval([-0.3, -0.3, -0.3], is_share=True) == "-0.30 (-0.30 to -0.30)"
+    assert results.interval([0.0, 0.0, 0.3], is_share=True) == "0.10 (0.00 to 0.53)"
