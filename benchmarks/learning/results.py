@@ -73,7 +73,10 @@ def _cell(row: Row) -> tuple[str, str, int]:
 
 
 def interval(values: list[float], *, is_share: bool) -> str:
-    """Mean and 95 % interval over seeds (Student's t), cut at 0 and 1 for shares, at 1 for their differences."""
+    """Mean and 95 % interval over seeds (Student's t).
+
+    is_share: cut it at 0 and 1, unless a value is below 0 and so a difference of shares.
+    """
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f}"

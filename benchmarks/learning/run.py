@@ -60,7 +60,10 @@ def main() -> None:
         state = shown if outcome.diverged_at is None else f"diverged at step {outcome.diverged_at}"
         print(f"{number}/{len(missing)} {task.name} {arm} seed {seed}: {state} ({outcome.cpu_s:.0f} s)", flush=True)
     if arguments.page is not None:
-        done = [row for row in results.load(arguments.out) if _is_current(row, rows, quick=arguments.quick)]
+        found = results.load(arguments.out)
+        done = [row for row in found if _is_current(row, rows, quick=arguments.quick)]
+        if len(done) < len(found):
+            print(f"{len(found) - len(done)} of {len(found)} cells are of another configuration or recipe: left out")
         insert(arguments.page, results.tables(TASKS, list(MIXERS), done, tested=rows))
 
 
