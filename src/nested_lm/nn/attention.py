@@ -4,27 +4,15 @@ Shapes: B batch, T tokens of this call, S tokens cached and new, H heads of quer
 K head width, D model width.
 """
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.mixers import FullAttention
+from nested_lm.nn.branched_cache import AttentionState, BranchedState, attend_in_branches, branched
 from nested_lm.nn.layers import StepContext, rotate
 from nested_lm.nn.window import attend_in_window
-
-
-class AttentionState(NamedTuple):
-    """Keys, already rotated, and values of every token so far, or of the last ones when attention has a window.
-
-    Without a window it grows with the stream, unlike the fast weights of Hope.
-    """
-
-    keys: Float[Tensor, "B G S K"]
-    values: Float[Tensor, "B G S K"]
-    documents: Int[Tensor, "B S"]
 
 
 def last_tokens(state: AttentionState, window: int) -> AttentionState:
@@ -61,8 +49,8 @@ class Attention(nn.Module):
         return AttentionState(empty, empty, documents)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], context: StepContext, state: AttentionState
-    ) -> tuple[Float[Tensor, "B T D"], AttentionState, dict[str, Tensor]]:
+        self, x: Float[Tensor, "B T D"], context: StepContext, state: AttentionState | BranchedState
+    ) -> tuple[Float[Tensor, "B T D"], AttentionState | BranchedState, dict[str, Tensor]]:
         """Mix tokens; a token sees itself and earlier tokens of its own document."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, -1, self.head_width).transpose(1, 2)
@@ -72,11 +60,15 @@ class Attention(nn.Module):
         documents = context.documents
         if documents is None:
             documents = torch.zeros(batch, tokens, dtype=torch.long, device=x.device)
-        state = AttentionState(
-            torch.cat([state.keys.to(k.dtype), k], dim=2),
-            torch.cat([state.values.to(v.dtype), v], dim=2),
-            torch.cat([state.documents, documents], dim=1),
-        )
+        if self.window is None and context.documents is None:
+            state = branched(state, tokens)
+        elif isinstance(state, BranchedState):
+            state = state.whole()
+        if isinstance(state, BranchedState):
+            state = BranchedState(state.trunk, state.own.extended(k, v, documents))
+            mixed = attend_in_branches(q, state)
+            return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
+        state = state.extended(k, v, documents)
         if self.window is None:
             mixed = functional.scaled_dot_product_attention(
                 q,

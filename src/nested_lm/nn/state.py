@@ -71,13 +71,30 @@ class StreamState:
         return self.map(lambda tensor: tensor.to(device))
 
     def select(self, rows: Tensor) -> "StreamState":
-        """Take rows by index, in order and with repeats: fork one stream into several, or reorder a batch."""
-        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        """Take rows by index, in order and with repeats: fork one stream into several, or reorder a batch.
+
+        Rows that are views of one, as those of a fork of one stream are, stay that: nothing is copied.
+        """
+        return self.map(lambda tensor: _rows(tensor, rows))
 
     def num_bytes(self) -> int:
         """Memory the state holds."""
         tensors = iterate_tensors((self.layers, self.in_context))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum((t[:1] if _is_one_row(t) else t).numel() * t.element_size() for t in tensors)
+
+
+def _is_one_row(tensor: Tensor) -> bool:
+    """Whether all rows are the same memory."""
+    return tensor.shape[0] == 1 or (tensor.stride(0) == 0 and tensor.numel() > 0)
+
+
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Take rows by index, without a copy when they are one."""
+    if not _is_one_row(tensor):
+        return tensor.index_select(0, rows.to(tensor.device))
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tensor.shape[0]:
+        raise IndexError(f"rows {rows.tolist()} of a state of {tensor.shape[0]} streams")
+    return tensor[:1].expand(len(rows), *tensor.shape[1:])
 
 
 class ModelOutput(NamedTuple):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.baselines import TitansMAG, TitansMAL, TitansSection
-from nested_lm.nn.attention import AttentionState, last_tokens
+from nested_lm.nn.attention import last_tokens
+from nested_lm.nn.branched_cache import AttentionState
 from nested_lm.nn.layers import RMSNorm, StepContext, rotate
 from nested_lm.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nested_lm.nn.window import Persistent, attend_in_window

@@ -19,7 +19,7 @@ from nested_lm.errors import ConfigError
 from nested_lm.eval.niah.reading import reading_mode
 from nested_lm.eval.zeroshot.sequences import Document, nonfinite
 from nested_lm.eval.zeroshot.settings import Memorize
-from nested_lm.nn.attention import AttentionState
+from nested_lm.nn.branched_cache import AttentionState
 from nested_lm.nn.delta_net import DeltaNetState
 from nested_lm.nn.generation import segment_room
 from nested_lm.nn.linear_attention import LinearAttentionState
