@@ -37,7 +37,7 @@ MIXERS: dict[str, dict[str, Any]] = {
         "adapt": ["memory"],
         "targets": "values",
         "erase": "none",
-        "momentum": True,
+        "momentum": "sum",
         "rates": {"memory": 0.1},
         "rate_init": 0.5,
         "rate_stretch": 0.0,

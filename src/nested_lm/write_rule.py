@@ -40,7 +40,10 @@ class WriteRule:
         value, the delta rule. At rates above 1 the gradient step has less room (`ops/memory.py`), and the erase term
         takes off the rest: at rate 2 both are the same. Taking off everything keeps generators near their start.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
-    momentum: whether gradients pass through a running sum with its own decay (Titans eq. 10).
+    momentum: whether gradients pass through a running `sum` of writes with its own decay m = mu m + b (Titans eq. 10),
+        or through a running `mean`, m = mu m + (1 - mu) b, which is eq. 10 with (1 - mu) as a part of its rate; None:
+        they do not. A sum multiplies the rate by up to 1 / (1 - mu), so that no rate is safe at every share mu that
+        training may find; a mean is stable at each mu below 1 where writes without momentum are.
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
         `border` (the literal eq. 90).
     normalise: layer normalisation of the second layer's output inside a memory.
@@ -68,7 +71,7 @@ class WriteRule:
     erase_since: Literal["start", "border"] = "start"
     erase_since_generators: Literal["start", "border"] = "start"
     decay_towards: Literal["start", "zero"] = "start"
-    momentum: bool = False
+    momentum: Literal["sum", "mean"] | None = None
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
     normalise: bool = False
     unit_values: bool = True
@@ -152,7 +155,7 @@ class WriteRule:
                 f"`{self.gradient}` with objective `{self.objective}` leaves nothing to do; use erase_since: start",
             ),
             (
-                self.momentum and self.gradient != "border",
+                self.momentum is not None and self.gradient != "border",
                 "momentum needs gradients that are known before the chunk; use gradient: border",
             ),
             (self.normalise and linear, "normalise is a layer inside two-layer memories; use depth: 2"),
@@ -168,13 +171,20 @@ class WriteRule:
 
         C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
         term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
-        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
+        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself. A running sum of
+        writes to linear memories, at gradients of a border some tokens ago, grows once its learned share passes about
+        1 - rate x chunk / 2; two-layer memories, which damping holds, stay finite (docs/footguns.md has the figures).
         Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
 
         Source: spec 11.6; measured in docs/stability_journal.md.
         """
         if self.objective != "l2" or self.gradient != "border":
             return None
+        if self.momentum == "sum" and self.depth == 1 and self.erase == "none" and self.alignment > 1:
+            return (
+                "momentum sum with linear memories, erase none and chunks of several tokens: the share of the sum that "
+                "is kept is learned, and near 1 it grows at every rate; use momentum: mean, or erase: both"
+            )
         for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
             if self.erase == "both" or (self.erase == "input" and not since_border):
                 continue

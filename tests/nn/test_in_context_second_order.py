@@ -12,7 +12,7 @@ from tests.nn.in_context_models import MIXERS, build, finite_difference, relativ
 LIMIT = 1e-10  # relative, float64
 
 HOPE = MIXERS["self_modifying"]
-LMM = HOPE | {"adapt": ["memory"], "targets": "values", "erase": "none", "momentum": True, "rates": {"memory": 0.4}}
+LMM = HOPE | {"adapt": ["memory"], "targets": "values", "erase": "none", "momentum": "sum", "rates": {"memory": 0.4}}
 TITANS = {"num_heads": 2, "num_persistent": 3}
 EVERY = {
     "hope": HOPE,

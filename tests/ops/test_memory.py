@@ -1,6 +1,8 @@
 """Every backend against the token-by-token reference: outputs, states and every outer gradient, in float64."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +55,12 @@ def test_every_backend_equals_reference(read, erase, chunk, tokens, position):
 
 
 TWO_SIZES = ["default", "Hope", "adapt all six", "erase since the border, all six, rates to 2", "momentum"]
-TWO_SIZES += ["momentum, erase none, all six", "linear, self-referential", "read border"]
+TWO_SIZES += [
+    "momentum, erase none, all six",
+    "momentum mean, erase none, all six",
+    "linear, self-referential",
+    "read border",
+]
 
 
 @pytest.mark.parametrize("name", TWO_SIZES)
@@ -69,7 +76,7 @@ def test_rates_of_memory_and_generators_are_separate(rates):
     assert_equal_to_reference(problem)
 
 
-RESET = ["default", "Hope", "adapt all six", "Titans", "momentum, erase none, all six", "linear, fresh, zero"]
+RESET = ["default", "Hope", "adapt all six", "Titans", "momentum mean, erase none, all six", "linear, fresh, zero"]
 
 
 @pytest.mark.parametrize("name", RESET)
@@ -81,7 +88,7 @@ def test_resets_on_borders_equal_reference(name, chunk_generators):
     assert_equal_to_reference(problem, resets=resets)
 
 
-@pytest.mark.parametrize("name", ["Hope", "momentum, erase none, all six", "Titans, towards the start"])
+@pytest.mark.parametrize("name", ["Hope", "momentum, erase none, all six", "Titans, towards the start", "Titans, mean"])
 @pytest.mark.parametrize("chunk", [1, 4, 8])
 def test_weights_that_are_kept_for_several_groups_of_pieces(name, chunk):
     """The C keeps weights for every 16 tokens of short chunks, and for every chunk of 8: several of each."""
@@ -152,7 +159,13 @@ def test_chunk_of_one_is_the_paper_with_fresh_gradients():
 
 
 SOME = ["default", "Hope", "adapt all six", "momentum", "Titans", "Titans, towards the start"]
-SOME += ["momentum, erase none, all six", "linear, self-referential", "normalised", "read border"]
+SOME += [
+    "momentum, erase none, all six",
+    "momentum mean, erase none, all six",
+    "linear, self-referential",
+    "normalised",
+    "read border",
+]
 
 
 class TestEveryBackend:
@@ -220,7 +233,8 @@ LONG = {
     "all six": {"adapt": MEMORIES},
     "rates to 2": {"rate_memory": 2.0},
     "linear, self-referential": {"depth": 1, "gradient": "self_referential", "rate_memory": 1.0},
-    "momentum": {"momentum": True, "rate_memory": 0.1, "rate_generators": 0.1},
+    "momentum": {"momentum": "sum", "rate_memory": 0.1, "rate_generators": 0.1},
+    "Titans, mean": OPTIONS["Titans, mean"] | {"rates": (0.12,)},
 }
 
 
@@ -250,7 +264,7 @@ def test_memory_is_alive_and_bounded_after_8k_tokens(stream, backend, name):
     if stream == "repeated":
         inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
     inputs = inputs._replace(decay=torch.full_like(inputs.decay, 7.6))
-    state = zero_state(start, 1, momentum=rule.momentum)
+    state = zero_state(start, 1, momentum=rule.momentum is not None)
     with torch.no_grad():
         out = backend.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
     for tensor in out.state.current:
@@ -333,6 +347,36 @@ def test_without_erase_the_product_of_rate_and_chunk_decides(chunk, rate, grows)
     assert (rule.unbounded() is not None) == grows
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("options", [{"depth": 1}, {}], ids=["linear", "two layers"])
+def test_a_running_mean_is_stable_at_every_share_where_writes_alone_are(options, chunk, share):
+    """One key, 2,048 times, just below the bound and hardly fading; as a control, the sum, which linear ones refuse."""
+    rule = make_rule(chunk, adapt=("memory",), rates=(1.9 / chunk,), erase="none", targets="values", **options)
+    problem = Problem(replace(rule, momentum="mean"), batch=1, tokens=2048, heads=1, width=16)
+    inputs, start, readout, _ = problem.arguments()
+    inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
+    logit = math.log(share / (1 - share))
+    inputs = inputs._replace(
+        rate=torch.full_like(inputs.rate, 50.0),
+        decay=torch.full_like(inputs.decay, 9.0),
+        momentum=torch.full_like(inputs.rate, logit),
+    )
+
+    def largest(momentum):
+        with torch.no_grad():
+            state = zero_state(start, 1, momentum=True)
+            given = replace(rule, momentum=momentum)
+            out = memory_chunked.self_modify(inputs, start, readout, state, rule=given, position=0, resets=None)
+        return max(tensor.norm().nan_to_num(math.inf).item() for tensor in out.state.current)
+
+    assert largest("mean") < 20
+    assert replace(rule, momentum="mean").unbounded() is None
+    if options and chunk > 1:
+        assert share < 0.9 or largest("sum") > 1e3
+        assert "use momentum: mean" in replace(rule, momentum="sum").unbounded()
+
+
 @pytest.mark.parametrize("options", [{}, {"depth": 1, "objective": "dot"}, {"depth": 1, "gradient": "fresh"}])
 def test_erase_the_inner_product_and_fresh_gradients_need_no_such_bound(options):
     erase = {"erase": "none"} if options else {}
@@ -382,7 +426,7 @@ def test_each_memory_has_its_own_chunk():
         ({"objective": "dot"}, "no minimum"),
         ({"gradient": "fresh"}, "needs linear memories"),
         ({"depth": 1, "gradient": "self_referential", "targets": "values"}, "target is M\\(v\\)"),
-        ({"depth": 1, "gradient": "fresh", "momentum": True}, "known before the chunk"),
+        ({"depth": 1, "gradient": "fresh", "momentum": "sum"}, "known before the chunk"),
         ({"depth": 1, "normalise": True}, "depth: 2"),
         ({"adapt": ("memory", "k"), "rates": (1.0, 1.0)}, "in this order"),
         ({"adapt": ("k",), "rates": (1.0,)}, "with `memory`"),

@@ -42,7 +42,9 @@ SUPPORTED = {
     "a rate a head",
     "momentum, erase none",
     "momentum, erase none, all six",
+    "momentum mean, erase none, all six",
     "Titans, towards the start",
+    "Titans, mean",
 }
 """Options that must run in C: a change that sends one of them to torch is a loss of speed that no number shows."""
 
@@ -104,7 +106,7 @@ SIZES = [  # batch, tokens, heads, width, hidden, chunk, generators' chunk, posi
 ]
 
 
-@pytest.mark.parametrize("name", ["adapt all six", "adapt memory only", "Hope", "momentum, erase none, all six"])
+@pytest.mark.parametrize("name", ["adapt all six", "Hope", "momentum, erase none, all six", "Titans, mean"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_sizes_around_those_of_the_vectors_equal_reference(size, name):
     batch, tokens, heads, width, hidden, chunk, generators, position = size

@@ -16,7 +16,7 @@ _TITANS = _HOPE | {
     "adapt": ["memory"],
     "targets": "values",
     "erase": "none",
-    "momentum": True,
+    "momentum": "sum",
     "rates": {"memory": 0.1},
 }
 _HYBRID = {"num_heads": 2, "num_persistent": 2, "memory": _TITANS}

@@ -118,9 +118,9 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
     )
     if settings["gradient"] == "border":
         if settings["momentum"]:
-            yield Switch("momentum off", lambda document: of(document).update(momentum=False))
+            yield Switch("momentum off", lambda document: of(document).update(momentum=None))
         else:  # which the C lacks
-            yield Switch("momentum on", lambda document: of(document).update(momentum=True, backend="torch"))
+            yield Switch("momentum on", lambda document: of(document).update(momentum="sum", backend="torch"))
     else:
         reason = f"gradient {settings['gradient']} is not known before the chunk, which momentum needs"
         yield does_not_apply("change of logits, momentum", reason)

@@ -45,7 +45,8 @@ class MemoryState(NamedTuple):
     """Fast weights between two calls, as distances from the start.
 
     border: of each memory at its own last chunk border; keys, values, rates, decays, targets and gradients come from
-        these. current: after the last token; reads come from these. momentum: the running write, None without it.
+        these. current: after the last token; reads come from these. momentum: the running sum or mean of
+        writes, None without.
     """
 
     border: MemoryWeights
@@ -157,11 +158,11 @@ def check_momentum(rule: WriteRule, inputs: MemoryInputs, state: MemoryState) ->
         ValueError: with what was given.
     """
     for what, given in (("inputs", inputs.momentum is not None), ("state", state.momentum is not None)):
-        if given != rule.momentum:
+        if given != (rule.momentum is not None):
             raise ValueError(
                 f"the {what} of the memories {'have' if given else 'lack'} momentum, and the write rule says "
-                f"momentum={rule.momentum}; make the state with zero_state(..., momentum=rule.momentum), and the gate "
-                "with the rule's own model"
+                f"momentum={rule.momentum}; make the state with zero_state(..., momentum={rule.momentum is not None}), "
+                "and the gate with the rule's own model"
             )
 
 

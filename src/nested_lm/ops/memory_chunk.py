@@ -383,7 +383,7 @@ def forward_chunk(
     decays = running_decays(made.log_decay, rule)
     spread = None
     if made.log_momentum is not None:
-        spread = spread_of_momentum(decays.log_kept, made.log_momentum)
+        spread = spread_of_momentum(decays.log_kept, made.log_momentum, rule)
     key = made.key[:, :, None]
     distance, momentum = weights.distance, weights.momentum
     running, border = momentum or (None, None), weights.border or (None, None)

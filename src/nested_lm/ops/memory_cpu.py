@@ -40,7 +40,7 @@ SHORT = 16
 _COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
 _SWITCHES = (
     *("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay"),
-    *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive", "momentum"),
+    *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive", "momentum", "mean"),
 )
 _CONSTANTS = ("stretch", "norm_floor", "room_floor", "gradient_floor")
 _GIVEN = (
@@ -86,7 +86,7 @@ def missing(rule: WriteRule) -> str | None:
     """What of a rule the C library does not have; None when it has all."""
     if rule.momentum and (rule.erase != "none" or rule.read != "inclusive"):
         return "it has momentum with erase none and inclusive reads only, as in Titans"
-    if not has_closed_backward(replace(rule, momentum=False)):
+    if not has_closed_backward(replace(rule, momentum=None)):
         return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
     return None
 
@@ -248,5 +248,6 @@ def _switches(rule: WriteRule) -> dict[str, int]:
         "generated": rule.targets == "generated",
         "generated_generators": rule.targets_generators == "generated",
         "inclusive": rule.read == "inclusive",
-        "momentum": rule.momentum,
+        "momentum": rule.momentum is not None,
+        "mean": rule.momentum == "mean",
     }

@@ -118,7 +118,7 @@ def _what_is_seen(trace: Trace, rule: WriteRule) -> _Seen:
     faded = log_seen.exp()[..., None]
     if trace.log_momentum is None:
         return _Seen(faded, ratio, None)
-    spread = spread_of_momentum(log_kept, trace.log_momentum)
+    spread = spread_of_momentum(log_kept, trace.log_momentum, rule)
     matrix, first = spread.matrix.squeeze(-3), spread.first.squeeze(-3)
     if not inclusive:
         matrix, first = shifted(matrix), shifted(first)

@@ -157,7 +157,8 @@ def write_memory(
         old = (fast.inner, fast.outer)[layer]
         push = -step * factor * gradient[layer]
         if momentum is not None and token.momentum is not None:
-            push = token.momentum[..., None, None] * momentum[layer] + push
+            share = token.momentum[..., None, None]
+            push = share * momentum[layer] + ((1 - share) * push if rule.momentum == "mean" else push)
             new_momentum.append(push)
         written = keep * old + push
         if layer < rule.depth and rule.erased_layers[layer]:

@@ -83,19 +83,23 @@ def running_decays(log_decay: Float[Tensor, "B H C"], rule: WriteRule) -> Decays
     )
 
 
-def spread_of_momentum(log_kept: Float[Tensor, "... C"], log_momentum: Float[Tensor, "... C"]) -> Spread:
+def spread_of_momentum(
+    log_kept: Float[Tensor, "... C"], log_momentum: Float[Tensor, "... C"], rule: WriteRule
+) -> Spread:
     """Combine the decay of the momentum with the retention of the weights (spec of the chunk form, docs/equations.md).
 
-    log_momentum: log of the share of the momentum kept at each token. Leading dimensions are free; one is added
-        before the last two of the results.
+    log_momentum: log of the share of the momentum kept at each token; of a mean, the rest is new. Leading dimensions
+        are free; one is added before the last two of the results.
     """
     log_left = log_momentum.cumsum(-1)
     retained = (log_kept[..., :, None] - log_kept[..., None, :]).tril().exp().tril()
     left = (log_left[..., :, None] - log_left[..., None, :]).tril().exp().tril()
+    if rule.momentum == "mean":
+        left = -torch.expm1(log_momentum)[..., None, :] * left
     return Spread(
         (retained @ left)[..., None, :, :],
         (retained @ log_left.exp()[..., None])[..., None, :, :],
-        (log_left[..., -1:] - log_left).exp()[..., None, :, None],
+        left[..., None, -1, :, None],
         log_left[..., -1:].exp()[..., None, None],
     )
 

@@ -15,14 +15,14 @@ typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
     int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators;
-    int64_t generated, generated_generators, inclusive, momentum;
+    int64_t generated, generated_generators, inclusive, momentum, mean;
     double stretch, norm_floor, room_floor, gradient_floor;
     const int64_t *begin, *end, *flags; /* of each piece */
     const REAL *limits;                 /* largest rate of each memory */
     const REAL *reached;                /* share of it that each head reaches */
     const REAL *key, *value, *query;    /* B T H K */
     const REAL *rate, *decay;           /* B T H */
-    const REAL *moment;                 /* B T H, or null: logits of what the momentum keeps */
+    const REAL *moment;                 /* B T H, or null: logits of what the momentum keeps (of a mean, the rest is new) */
     const REAL *start_in, *start_out;   /* H M E K, H M K E */
     const REAL *readout_rate, *readout_decay;                          /* H K, or null */
     const REAL *border_in, *border_out, *current_in, *current_out;     /* B H M E K, B H M K E */

@@ -1,6 +1,6 @@
 /* Momentum of the writes (Titans eq. 10): see `spread_of_momentum` in `ops/memory_writes.py`, which names what is what.
 
-   kept[t, j] = gamma_t / gamma_j and left[j, i] = the share of push i that is still in the momentum after token j, both
+   kept[t, j] = gamma_t / gamma_j and left[j, i] = the share of push i that is in the momentum after token j, both
    lower triangular; spread = kept left: what of push i has arrived in the weights after token t. first[t]: what of the
    momentum before the piece has. own_end[i], the last row of `left`, and the last of passed[t]: what the momentum itself
    keeps of them at the end. */
@@ -25,6 +25,7 @@ static void spread_momentum(Work *w)
     }
     lower_ratios(C, Cp, w->log_kept, w->kept);
     lower_ratios(C, Cp, w->log_left, w->left);
+    if (w->call->mean) EACH(t, C) EACH(i, t + 1) w->left[t * Cp + i] *= (REAL)-expm1((double)w->log_momentum[i]);
     product(C, Cp, C, w->kept, Cp, 1, w->left, Cp, w->spread, Cp, 0, LOWER);
     EACH(t, C) {
         w->first[t] = 0;
@@ -65,7 +66,10 @@ static void spread_backward(Work *w)
     ratios_backward(C, Cp, w->left, g, g_left);
     for (long t = C - 1; t >= 0; t--) {
         running += g_left[t];
-        c->g_moment[at + t * c->H] = (REAL)(-running * expm1((double)w->log_momentum[t]));
+        double entering = 0; /* through the share at which a push enters a mean */
+        if (c->mean) for (long j = t; j < C; j++) entering += (double)g[j * Cp + t] * w->left[j * Cp + t];
+        const double log_share = w->log_momentum[t];
+        c->g_moment[at + t * c->H] = (REAL)(-running * expm1(log_share) - entering * exp(log_share));
     }
 }
 
