@@ -41,7 +41,7 @@ class WriteRule:
         takes off the rest: at rate 2 both are the same. Taking off everything keeps generators near their start.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running `sum` of writes with its own decay m = mu m + b (Titans eq. 10),
-        or through a running `mean`, m = mu m + (1 - mu) b, which is eq. 10 with (1 - mu) as a part of its rate; None:
+        or through a running `mean`, m = mu m + (1 - mu) b, which is eq. 10 with (1 - mu) as a part of its rate; False:
         they do not. A sum multiplies the rate by up to 1 / (1 - mu), so that no rate is safe at every share mu that
         training may find; a mean is stable at each mu below 1 where writes without momentum are.
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
@@ -71,7 +71,7 @@ class WriteRule:
     erase_since: Literal["start", "border"] = "start"
     erase_since_generators: Literal["start", "border"] = "start"
     decay_towards: Literal["start", "zero"] = "start"
-    momentum: Literal["sum", "mean"] | None = None
+    momentum: Literal[False, "sum", "mean"] = False
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
     normalise: bool = False
     unit_values: bool = True
@@ -155,7 +155,7 @@ class WriteRule:
                 f"`{self.gradient}` with objective `{self.objective}` leaves nothing to do; use erase_since: start",
             ),
             (
-                self.momentum is not None and self.gradient != "border",
+                bool(self.momentum) and self.gradient != "border",
                 "momentum needs gradients that are known before the chunk; use gradient: border",
             ),
             (self.normalise and linear, "normalise is a layer inside two-layer memories; use depth: 2"),

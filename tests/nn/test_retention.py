@@ -36,7 +36,7 @@ def run(mixer: SelfModifyingTitans, x: torch.Tensor):
     return mixer(x, StepContext(position=0, resets=None, documents=None), mixer.initial_state(len(x)))
 
 
-FORMS = [(None, "auto"), (None, "torch"), ("sum", "torch"), ("mean", "torch")]
+FORMS = [(False, "auto"), (False, "torch"), ("sum", "torch"), ("mean", "torch")]
 
 
 @pytest.mark.parametrize(("momentum", "backend"), FORMS)
@@ -58,7 +58,7 @@ def test_it_equals_the_token_by_token_reference_with_a_gate_at_one(momentum, bac
     torch.testing.assert_close(state.memory.current, expected_state.memory.current, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("momentum", [None, "sum"])
+@pytest.mark.parametrize("momentum", [False, "sum"])
 def test_it_equals_a_learned_gate_that_is_held_open_and_needs_no_weights_for_it(momentum):
     full, learned = build(retention="full", momentum=momentum), build(momentum=momentum)
     values = full.state_dict()

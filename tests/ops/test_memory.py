@@ -264,7 +264,7 @@ def test_memory_is_alive_and_bounded_after_8k_tokens(stream, backend, name):
     if stream == "repeated":
         inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
     inputs = inputs._replace(decay=torch.full_like(inputs.decay, 7.6))
-    state = zero_state(start, 1, momentum=rule.momentum is not None)
+    state = zero_state(start, 1, momentum=bool(rule.momentum))
     with torch.no_grad():
         out = backend.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
     for tensor in out.state.current:

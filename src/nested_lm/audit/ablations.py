@@ -118,7 +118,7 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
     )
     if settings["gradient"] == "border":
         if settings["momentum"]:
-            yield Switch("momentum off", lambda document: of(document).update(momentum=None))
+            yield Switch("momentum off", lambda document: of(document).update(momentum=False))
         else:  # which the C lacks
             yield Switch("momentum on", lambda document: of(document).update(momentum="sum", backend="torch"))
     else:

@@ -13,10 +13,8 @@ OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=2.0)]
 """Largest inner step size of a memory; 0 keeps it at its start."""
 
-Momentum = Annotated[
-    Literal["sum", "mean"] | None, BeforeValidator(lambda given: {True: "sum", False: None}.get(given, given))
-]
-"""How writes are carried on, see `WriteRule`. Runs of earlier versions say true for the sum and false for none."""
+Momentum = Annotated[Literal[False, "sum", "mean"], BeforeValidator(lambda given: "sum" if given is True else given)]
+"""How writes are carried on, see `WriteRule`. Runs of earlier versions say true for the sum."""
 
 MemoryBackend = Literal["auto", "torch", "cpu"]
 """What computes the self-modifying memories: matrix products of torch, on any device; C that is compiled for this
@@ -107,7 +105,7 @@ class SelfModifying(MixerSection):
     erase_since_generators: Literal["start", "border"] = "start"  # the same of the other memories
     retention: Literal["learned", "full"] = "learned"  # full: held at 1, writes never fade (table 6, no weight decay)
     decay_towards: Literal["start", "zero"] = "start"  # what retention shrinks: the distance from the start, or all
-    momentum: Momentum = None  # writes go through a running sum or mean with a decay of its own for every token
+    momentum: Momentum = False  # writes go through a running sum or mean with a decay of its own for every token
     momentum_init: OpenShare = 0.5  # share of the sum or mean kept at the start
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"  # is a token's own write, or its chunk, seen
     normalise: bool = False  # layer normalisation inside a two-layer memory

@@ -76,7 +76,7 @@ class SelfModifyingTitans(nn.Module):
         hidden = 0 if config.depth == 1 else round(config.expansion * head_width)
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
         self.conv = CausalConv(3 * heads * head_width, config.conv_width)
-        num_gates = 1 + (config.retention == "learned") + (config.momentum is not None)
+        num_gates = 1 + (config.retention == "learned") + bool(config.momentum)
         self.gates = nn.Linear(width, num_gates * heads, bias=False)  # slow part of rate, decay and momentum
         self.gate_bias = nn.Parameter(torch.empty(num_gates * heads))
         self.readout_rate = nn.Parameter(torch.empty(heads, head_width)) if "eta" in self.rule.adapt else None
@@ -94,7 +94,7 @@ class SelfModifyingTitans(nn.Module):
         tail = torch.zeros(
             batch_size, self.config.conv_width - 1, weight.shape[0], dtype=weight.dtype, device=weight.device
         )
-        has_momentum = self.config.momentum is not None
+        has_momentum = bool(self.config.momentum)
         return SelfModifyingState(zero_state(self.start_weights(), batch_size, momentum=has_momentum), tail)
 
     def forward(

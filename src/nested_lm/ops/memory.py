@@ -158,10 +158,10 @@ def check_momentum(rule: WriteRule, inputs: MemoryInputs, state: MemoryState) ->
         ValueError: with what was given.
     """
     for what, given in (("inputs", inputs.momentum is not None), ("state", state.momentum is not None)):
-        if given != (rule.momentum is not None):
+        if given != bool(rule.momentum):
             raise ValueError(
                 f"the {what} of the memories {'have' if given else 'lack'} momentum, and the write rule says "
-                f"momentum={rule.momentum}; make the state with zero_state(..., momentum={rule.momentum is not None}), "
+                f"momentum={rule.momentum}; make the state with zero_state(..., momentum={bool(rule.momentum)}), "
                 "and the gate with the rule's own model"
             )
 

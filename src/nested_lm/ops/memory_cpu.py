@@ -86,7 +86,7 @@ def missing(rule: WriteRule) -> str | None:
     """What of a rule the C library does not have; None when it has all."""
     if rule.momentum and (rule.erase != "none" or rule.read != "inclusive"):
         return "it has momentum with erase none and inclusive reads only, as in Titans"
-    if not has_closed_backward(replace(rule, momentum=None)):
+    if not has_closed_backward(replace(rule, momentum=False)):
         return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
     return None
 
@@ -248,6 +248,6 @@ def _switches(rule: WriteRule) -> dict[str, int]:
         "generated": rule.targets == "generated",
         "generated_generators": rule.targets_generators == "generated",
         "inclusive": rule.read == "inclusive",
-        "momentum": rule.momentum is not None,
+        "momentum": bool(rule.momentum),
         "mean": rule.momentum == "mean",
     }
