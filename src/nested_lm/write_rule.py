@@ -41,7 +41,7 @@ class WriteRule:
         takes off the rest: at rate 2 both are the same. Taking off everything keeps generators near their start.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running `sum` of writes with its own decay m = mu m + b (Titans eq. 10),
-        or through a running `mean`, m = mu m + (1 - mu) b, which is eq. 10 with (1 - mu) as a part of its rate; False:
+        or through a running `mean`, m = mu m + (1 - mu) b, the same with (1 - mu) as a part of its rate; False:
         they do not. A sum multiplies the rate by up to 1 / (1 - mu), so that no rate is safe at every share mu that
         training may find; a mean is stable at each mu below 1 where writes without momentum are.
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
