@@ -169,22 +169,61 @@ class WriteRule:
     def unbounded(self) -> str | None:
         """Say which memory grows without bound when one key is written again and again; None when none does.
 
-        C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
-        term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
-        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself. A running sum of
-        writes to linear memories, at gradients of a border some tokens ago, grows once its learned share passes about
-        1 - rate x chunk / 2; two-layer memories, which damping holds, stay finite (docs/footguns.md has the figures).
-        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
+        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read. Writes
+        that are not damped (`damp`) have no bound either once training has made a two-layer memory steep; that is for
+        ablations, and not refused.
 
         Source: spec 11.6; measured in docs/stability_journal.md.
         """
+        return self._growing_momentum() or self._growing_answers() or self._growing_borders()
+
+    def _growing_momentum(self) -> str | None:
+        """Growth through a running sum whose gradients are of a border some tokens ago.
+
+        For linear memories without erase it begins where the share that is kept passes about 1 - rate x chunk / 2, and
+        the share is learned. Two-layer memories without erase, as in Titans, are held by damping: they stay finite
+        (docs/footguns.md has the figures).
+        """
+        held = self.objective == "dot" or self.alignment == 1 or (self.depth == 2 and self.erase == "none")
+        if self.momentum != "sum" or held:
+            return None
+        return (
+            f"momentum sum with erase {self.erase}, depth {self.depth} and chunks of several tokens: the share of the "
+            "sum that is kept is learned, and near 1 it grows at every rate; use momentum: mean"
+        )
+
+    def _growing_answers(self) -> str | None:
+        """Growth of linear memories whose targets are their own answers.
+
+        Without erase the inner product adds M(v) to M(k) at every write. With the target at the fresh weights, a write
+        multiplies what the key holds by 1 + rate (v·k - n), n = 1 for the squared error and 1 for the erase term.
+        """
+        if self.objective == "dot" and self.erase == "none" and any(self.generated_targets):
+            return (
+                "objective dot with erase none and targets that a memory generates itself: every write adds to what "
+                "the next one is made of; use targets: values and targets_generators: values, or erase: both"
+            )
+        if self.gradient != "self_referential":
+            return None
+        terms = (self.objective == "l2") + (self.erase != "none")
+        limit = 2 / (terms + 1)
+        if max(self.rates) <= limit:
+            return None
+        return (
+            f"gradient self_referential with objective {self.objective}, erase {self.erase} and rates {self.rates}: a "
+            f"write turns what its key holds into as little as 1 - {terms + 1} x rate times that, below -1 for rates "
+            f"above {limit:.4g}; use rates up to {limit:.4g}"
+        )
+
+    def _growing_borders(self) -> str | None:
+        """Growth because all writes of a chunk take the same error off.
+
+        C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
+        term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
+        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
+        """
         if self.objective != "l2" or self.gradient != "border":
             return None
-        if self.momentum == "sum" and self.depth == 1 and self.erase == "none" and self.alignment > 1:
-            return (
-                "momentum sum with linear memories, erase none and chunks of several tokens: the share of the sum that "
-                "is kept is learned, and near 1 it grows at every rate; use momentum: mean, or erase: both"
-            )
         for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
             if self.erase == "both" or (self.erase == "input" and not since_border):
                 continue

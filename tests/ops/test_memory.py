@@ -377,7 +377,68 @@ def test_a_running_mean_is_stable_at_every_share_where_writes_alone_are(options,
         assert "use momentum: mean" in replace(rule, momentum="sum").unbounded()
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 1, "objective": "dot"}, {"depth": 1, "gradient": "fresh"}])
+@pytest.mark.parametrize("momentum", ["sum", "mean"])
+def test_a_mean_is_stable_beside_the_erase_term_where_a_sum_grows(momentum):
+    rule = make_rule(16, depth=1, adapt=("memory",), rates=(1.0,), momentum=momentum)
+    assert (rule.unbounded() is None) == (momentum == "mean")
+    assert make_rule(16, erase="none", rate_memory=0.1, rate_generators=0.1, momentum=momentum).unbounded() is None
+    found = _written_again_and_again(rule, share=0.9, tokens=2048)
+    assert (found > 1e3) == (momentum == "sum")
+
+
+@pytest.mark.parametrize(
+    ("rate", "options"),
+    [
+        (2 / 3, {"gradient": "self_referential"}),
+        (1.0, {"gradient": "self_referential", "erase": "none"}),
+        (1.0, {"gradient": "self_referential", "objective": "dot"}),
+    ],
+)
+def test_how_much_own_answers_as_fresh_targets_may_write(rate, options):
+    """A key and the value opposite to it, at the limit and beyond."""
+    at, beyond = (make_rule(4, depth=1, adapt=("memory",), rates=(factor * rate,), **options) for factor in (0.99, 1.2))
+    assert at.unbounded() is None
+    assert f"use rates up to {rate:.4g}" in beyond.unbounded()
+    assert _written_again_and_again(at, opposite=True) < 50
+    assert _written_again_and_again(beyond, opposite=True) > 1e3
+
+
+@pytest.mark.parametrize("targets", ["generated", "values"])
+def test_inner_products_with_own_answers_need_the_erase_term(targets):
+    given = {"objective": "dot", "depth": 1, "adapt": ("memory",), "rates": (0.5,), "targets": targets}
+    rule = make_rule(4, erase="none", targets_generators="values", **given)
+    assert (rule.unbounded() is None) == (targets == "values")
+    assert (_written_again_and_again(rule) > 1e4) == (targets == "generated")
+    assert make_rule(4, erase="both", **given).unbounded() is None
+
+
+def _written_again_and_again(rule, *, share=0.5, tokens=400, opposite=False):
+    """Largest norm of a layer's distance after one key was written at the largest rate, hardly fading."""
+    problem = Problem(rule, batch=1, tokens=tokens, heads=1, width=8)
+    inputs, start, readout, _ = problem.arguments()
+    if rule.depth == 1:
+        start = MemoryWeights(torch.eye(8).expand_as(start.inner).to(start.inner), start.outer)
+    inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
+    inputs = inputs._replace(
+        value=-inputs.key if opposite else inputs.value + inputs.key,
+        rate=torch.full_like(inputs.rate, 50.0),
+        decay=torch.full_like(inputs.decay, 9.0),
+        momentum=torch.full_like(inputs.rate, math.log(share / (1 - share))) if rule.momentum else None,
+    )
+    state = zero_state(start, 1, momentum=bool(rule.momentum))
+    with torch.no_grad():
+        out = memory_chunked.self_modify(inputs, start, readout, state, rule=rule, position=0, resets=None)
+    return max(tensor.norm().nan_to_num(math.inf, math.inf).item() for tensor in out.state.current)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"depth": 1, "objective": "dot", "targets": "values", "targets_generators": "values"},
+        {"depth": 1, "gradient": "fresh"},
+    ],
+)
 def test_erase_the_inner_product_and_fresh_gradients_need_no_such_bound(options):
     erase = {"erase": "none"} if options else {}
     assert make_rule(64, **erase, **options).unbounded() is None

@@ -120,7 +120,7 @@ def _memory_switches(plain: dict[str, Any]) -> Iterator[Switch | Finding]:
         if settings["momentum"]:
             yield Switch("momentum off", lambda document: of(document).update(momentum=False))
         else:  # which the C lacks
-            yield Switch("momentum on", lambda document: of(document).update(momentum="sum", backend="torch"))
+            yield Switch("momentum on", lambda document: of(document).update(momentum="mean", backend="torch"))
     else:
         reason = f"gradient {settings['gradient']} is not known before the chunk, which momentum needs"
         yield does_not_apply("change of logits, momentum", reason)
