@@ -56,7 +56,8 @@ def row(preset: str, audit: AuditFile) -> str:
     counts = [sum(each.state == state for each in audit.rows) for state in ("passed", "missed", "does not apply")]
     worst = max(audit.rows, key=closeness)
     value = worst.reason if worst.value is None else f"{worst.value:.2g}"
-    commit = (audit.identity.commit or "-")[:7]
+    stamp = audit.identity.commit or "-"
+    commit = stamp[:7] + (", with changes" if stamp.endswith("-dirty") else "")
     figure = f"{worst.check}: {worst.figure}"
     return line([f"`{preset}`", *map(str, counts), figure, value, limit(worst), commit])
 

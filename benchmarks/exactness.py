@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' p
 
 from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, supports, worst
 
+from nested_lm.commit import current_commit
 from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
 
 EQUATIONS = {
@@ -89,7 +90,13 @@ def main() -> None:
     text = table(rows)
     print(text)
     if arguments.out is not None:
-        content = {"tokens": arguments.tokens, "chunk": arguments.chunk, "torch": torch.__version__, "rows": rows}
+        content = {
+            "commit": current_commit(),
+            "tokens": arguments.tokens,
+            "chunk": arguments.chunk,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
         arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.table is not None:
         arguments.table.write_text(text)

@@ -25,11 +25,12 @@ def settings(
     rates=(0.3, 0.2),
     **changes,
 ):
-    """Two layers; of three levels the middle one is not written in context."""
+    """Two layers; of three levels the middle one is not written in context. rule: of both others, or one for each."""
+    rules = rule if isinstance(rule, tuple) else (rule, rule)
     levels = [
-        {"period_tokens": 64, "expansion": 1.5, "in_context": writes(4, rates[0], rule)},
+        {"period_tokens": 64, "expansion": 1.5, "in_context": writes(4, rates[0], rules[0])},
         {"period_tokens": 128, "expansion": 1.0},
-        {"period_tokens": 256, "expansion": 2.0, "in_context": writes(8, rates[1], rule)},
+        {"period_tokens": 256, "expansion": 2.0, "in_context": writes(8, rates[1], rules[1])},
     ]
     return {
         "vocab_size": 23,

@@ -16,6 +16,8 @@ VARIANTS = {
     "nested": settings(wiring="nested"),
     "independent": settings(wiring="independent"),
     "layer_levels": layer_levels(),
+    "a rule each": settings("self_modifying", rule=({"kind": "gd"}, {"kind": "momentum", "inertia": 0.8})),
+    "nested, a rule each": settings(wiring="nested", rule=({"kind": "momentum", "inertia": 0.8}, {"kind": "gd"})),
 }
 
 

@@ -10,7 +10,7 @@ from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
 from tests.nn.test_model import HOPE, build, tokens
 from tests.ops.memory_problems import Problem, make_rule
 
-PAPER = {"momentum": "sum"}  # an option that the C lacks
+PAPER = {"momentum": "mean"}  # an option that the C lacks
 
 needs_compiler = pytest.mark.skipif(cpu_library.compiler() is None, reason="there is no C compiler")
 

@@ -92,6 +92,20 @@ def test_accumulation_is_one_step_on_all_rows():
     assert_same(one_step(), one_step(in_parts))
 
 
+def test_mixed_precision_rounds_products_and_not_the_sums():
+    """The layer answers in bfloat16; its rows are added up, and the system is solved, in float32."""
+
+    def mixed(model, x, y):
+        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, a, b)
+            loss.backward()
+
+    for found, expected in zip(one_step(mixed), one_step(), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_rows_once(use_reentrant):
     def recomputed(model, x, y):
