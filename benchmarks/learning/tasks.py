@@ -253,7 +253,7 @@ TOKEN_TASKS = (
         parity,
         (40, 40),
         (40, 100, 160, 320),
-        400,
+        1200,
     ),
     TokenTask(
         "aa_star",
@@ -308,7 +308,7 @@ TOKEN_TASKS = (
         reassigned,
         (40, 40),
         (40, 80),
-        600,
+        1500,
         stale=stale_answer,
     ),
     TokenTask(
