@@ -103,7 +103,7 @@ def hope(size: Sizes, chunk: int, **options: Any) -> dict[str, Any]:
 
 
 def one_memory(size: Sizes, chunk: int) -> dict[str, Any]:
-    """Mixer of configs/model/titans_lmm_*: one memory, values as targets, no erase, momentum."""
+    """Titans' memory as printed: values as targets, no erase, a running sum of writes (the presets have a mean)."""
     options = {"adapt": ["memory"], "targets": "values", "erase": "none", "momentum": "sum"}
     return hope(size, chunk, **options, rates={"memory": 1.6 / chunk}, rate_init=0.5)
 

@@ -43,7 +43,7 @@ class WriteRule:
     momentum: whether gradients pass through a running `sum` of writes with its own decay m = mu m + b (Titans eq. 10),
         or through a running `mean`, m = mu m + (1 - mu) b, the same with (1 - mu) as a part of its rate; False:
         they do not. A sum multiplies the rate by up to 1 / (1 - mu), so that no rate is safe at every share mu that
-        training may find; a mean is stable at each mu below 1 where writes without momentum are.
+        training may find; a mean is stable at each constant mu below 1 where writes without momentum are.
     read: whether a token reads the memory after (`inclusive`) or before (`exclusive`) its own write, or at the last
         `border` (the literal eq. 90).
     normalise: layer normalisation of the second layer's output inside a memory.
@@ -180,9 +180,9 @@ class WriteRule:
     def _growing_momentum(self) -> str | None:
         """Growth through a running sum whose gradients are of a border some tokens ago.
 
-        For linear memories without erase it begins where the share that is kept passes about 1 - rate x chunk / 2, and
-        the share is learned. Two-layer memories without erase, as in Titans, are held by damping: they stay finite
-        (docs/footguns.md has the figures).
+        For linear memories without erase and long chunks it begins where the share that is kept passes about
+        1 - rate x chunk / 2, for short ones later, and the share is learned. Two-layer memories without erase, as in
+        Titans, are held by damping: they stay finite (docs/footguns.md has the figures).
         """
         held = self.objective == "dot" or self.alignment == 1 or (self.depth == 2 and self.erase == "none")
         if self.momentum != "sum" or held:
@@ -193,46 +193,61 @@ class WriteRule:
         )
 
     def _growing_answers(self) -> str | None:
-        """Growth of linear memories whose targets are their own answers.
+        """Growth of linear memories whose targets are their own answers, M(v) to a value opposite to the key.
 
-        Without erase the inner product adds M(v) to M(k) at every write. With the target at the fresh weights, a write
-        multiplies what the key holds by 1 + rate (v·k - n), n = 1 for the squared error and 1 for the erase term.
+        Without erase the inner product adds M(v) to M(k) at every write. With the squared error a chunk of C writes at
+        rate r multiplies what the key holds by a factor that must not fall below -1, at any rates up to the largest:
+
+        * gradient at the border: 1 - 2 C r without erase; 3 (1 - r)^C - 2 with erase since the start, 2 (1 - r)^C - 1
+          with erase since the border;
+        * at the fresh weights, a write multiplies by 1 - 2 r without erase and by 1 - 3 r with it.
         """
-        if self.objective == "dot" and self.erase == "none" and any(self.generated_targets):
-            return (
-                "objective dot with erase none and targets that a memory generates itself: every write adds to what "
-                "the next one is made of; use targets: values and targets_generators: values, or erase: both"
-            )
-        if self.gradient != "self_referential":
+        if self.depth == 2:
             return None
-        terms = (self.objective == "l2") + (self.erase != "none")
-        limit = 2 / (terms + 1)
-        if max(self.rates) <= limit:
-            return None
-        return (
-            f"gradient self_referential with objective {self.objective}, erase {self.erase} and rates {self.rates}: a "
-            f"write turns what its key holds into as little as 1 - {terms + 1} x rate times that, below -1 for rates "
-            f"above {limit:.4g}; use rates up to {limit:.4g}"
-        )
+        own = [(self.targets_generators == "generated", rate, self.chunk_generators) for rate in self.rates[:-1]]
+        own += [(self.targets == "generated", self.rates[-1], self.chunk)]
+        for (generated, rate, chunk), since_border in zip(own, self.since_border, strict=True):
+            limit = self._limit_of_own_answers(chunk, since_border=since_border)
+            if generated and rate > limit:
+                return (
+                    f"depth 1, objective {self.objective}, gradient {self.gradient} and erase {self.erase} with rate "
+                    f"{rate:g} and targets that a memory generates itself: writes of a value opposite to the key make "
+                    f"what it holds grow; use rates up to {limit:.4g}, or targets: values (and targets_generators)"
+                )
+        return None
+
+    def _limit_of_own_answers(self, chunk: int, *, since_border: bool) -> float:
+        """Largest rate at which a linear memory that is taught its own answers is stable."""
+        erases = self.erase != "none"
+        if self.objective == "dot":
+            return 1.0 if erases else 0.0
+        if self.gradient != "border":
+            return 2 / 3 if erases else 1.0
+        if not erases:
+            return 1 / chunk
+        return 1.0 if since_border else 1 - 3 ** (-1 / chunk)
 
     def _growing_borders(self) -> str | None:
         """Growth because all writes of a chunk take the same error off.
 
         C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
         term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
-        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself.
+        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself. The share of a mean
+        may change from token to token: when a chunk at share 0 is followed by one at share 1, linear memories are
+        stable up to half of that, while damping holds two-layer ones.
         """
         if self.objective != "l2" or self.gradient != "border":
             return None
+        most = ONE_BORDER / 2 if self.momentum and self.depth == 1 else ONE_BORDER
         for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
             if self.erase == "both" or (self.erase == "input" and not since_border):
                 continue
             chunk = self.chunk if name == "memory" else self.chunk_generators
-            if chunk * rate > ONE_BORDER:
+            if chunk * rate > most:
                 return (
                     f"erase {self.erase} with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at "
                     f"one border turn what it held into 1 - {chunk * rate:g} times that, and grow without bound; use "
-                    f"rates up to {ONE_BORDER / chunk:g}, chunks of up to {int(ONE_BORDER / rate)}, or erase: both"
+                    f"rates up to {most / chunk:g}, chunks of up to {int(most / rate)}, or erase: both"
                 )
         return None
 

@@ -106,7 +106,10 @@ SIZES = [  # batch, tokens, heads, width, hidden, chunk, generators' chunk, posi
 ]
 
 
-@pytest.mark.parametrize("name", ["adapt all six", "Hope", "momentum, erase none, all six", "Titans, mean"])
+SOME = ["adapt all six", "adapt memory only", "Hope", "momentum, erase none, all six", "Titans, mean"]
+
+
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_sizes_around_those_of_the_vectors_equal_reference(size, name):
     batch, tokens, heads, width, hidden, chunk, generators, position = size

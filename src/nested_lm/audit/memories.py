@@ -22,7 +22,7 @@ from nested_lm.audit.probe import (
     worst_difference,
 )
 from nested_lm.audit.subject import TOKEN_SEED, Subject
-from nested_lm.nn.branched_cache import AttentionState
+from nested_lm.nn.attention_cache import AttentionState
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import map_tensors
 from nested_lm.ops import memory_reference

@@ -5,12 +5,12 @@ K head width, D model width.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.mixers import FullAttention
-from nested_lm.nn.branched_cache import AttentionState, BranchedState, attend_in_branches, branched
+from nested_lm.nn.attention_cache import AttentionState, BranchedState, attend_in_branches, branched
 from nested_lm.nn.layers import StepContext, rotate
 from nested_lm.nn.window import attend_in_window
 
@@ -60,28 +60,40 @@ class Attention(nn.Module):
         documents = context.documents
         if documents is None:
             documents = torch.zeros(batch, tokens, dtype=torch.long, device=x.device)
+        mixed, state = self._attend(q, k, v, documents, context, state)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
+
+    def _attend(
+        self,
+        q: Float[Tensor, "B H T K"],
+        k: Float[Tensor, "B G T K"],
+        v: Float[Tensor, "B G T K"],
+        documents: Int[Tensor, "B T"],
+        context: StepContext,
+        state: AttentionState | BranchedState,
+    ) -> tuple[Float[Tensor, "B H T K"], AttentionState | BranchedState]:
+        """Attend over the cache and the new tokens. Returns the answers and the cache of later calls."""
+        tokens = q.shape[2]
         if self.window is None and context.documents is None:
             state = branched(state, tokens)
+            if isinstance(state, BranchedState):
+                state = BranchedState(state.trunk, state.own.extended(k, v, documents))
+                return attend_in_branches(q, state), state
         elif isinstance(state, BranchedState):
             state = state.whole()
-        if isinstance(state, BranchedState):
-            state = BranchedState(state.trunk, state.own.extended(k, v, documents))
-            mixed = attend_in_branches(q, state)
-            return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
         state = state.extended(k, v, documents)
-        if self.window is None:
-            mixed = functional.scaled_dot_product_attention(
-                q,
-                state.keys,
-                state.values,
-                enable_gqa=self.key_heads < self.num_heads,
-                **self._mask(context, state, tokens),
-            )
-        else:
+        if self.window is not None:
             seen = None if context.documents is None else state.documents
             mixed = attend_in_window(q, state.keys, state.values, seen, window=self.window)
-            state = last_tokens(state, self.window)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape)), state, {}
+            return mixed, last_tokens(state, self.window)
+        mixed = functional.scaled_dot_product_attention(
+            q,
+            state.keys,
+            state.values,
+            enable_gqa=self.key_heads < self.num_heads,
+            **self._mask(context, state, tokens),
+        )
+        return mixed, state
 
     @staticmethod
     def _mask(context: StepContext, state: AttentionState, tokens: int) -> dict[str, Tensor | bool]:

@@ -73,27 +73,27 @@ class StreamState:
     def select(self, rows: Tensor) -> "StreamState":
         """Take rows by index, in order and with repeats: fork one stream into several, or reorder a batch.
 
-        Rows that are views of one, as those of a fork of one stream are, stay that: nothing is copied.
+        Rows of one stream are views of it, and stay that when they are taken again: nothing is copied, and no state may
+        be written in place. Changing type or device, and `clone`, make copies of them.
+
+        Raises:
+            IndexError: a row that is not there.
         """
         return self.map(lambda tensor: _rows(tensor, rows))
 
     def num_bytes(self) -> int:
-        """Memory the state holds."""
+        """Memory of all streams, each counted by itself, also where forks share what they have read."""
         tensors = iterate_tensors((self.layers, self.in_context))
-        return sum((t[:1] if _is_one_row(t) else t).numel() * t.element_size() for t in tensors)
-
-
-def _is_one_row(tensor: Tensor) -> bool:
-    """Whether all rows are the same memory."""
-    return tensor.shape[0] == 1 or (tensor.stride(0) == 0 and tensor.numel() > 0)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Take rows by index, without a copy when they are one."""
-    if not _is_one_row(tensor):
+    streams = tensor.shape[0]
+    if streams != 1 and (tensor.stride(0) != 0 or not tensor.numel()):
         return tensor.index_select(0, rows.to(tensor.device))
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tensor.shape[0]:
-        raise IndexError(f"rows {rows.tolist()} of a state of {tensor.shape[0]} streams")
+    if any(not 0 <= row < streams for row in rows.tolist()):
+        raise IndexError(f"rows {rows.tolist()} of a state of {streams} streams; allowed are 0 to {streams - 1}")
     return tensor[:1].expand(len(rows), *tensor.shape[1:])
 
 

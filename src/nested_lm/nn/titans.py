@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from nested_lm.config.baselines import TitansMAG, TitansMAL, TitansSection
 from nested_lm.nn.attention import last_tokens
-from nested_lm.nn.branched_cache import AttentionState
+from nested_lm.nn.attention_cache import AttentionState
 from nested_lm.nn.layers import RMSNorm, StepContext, rotate
 from nested_lm.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nested_lm.nn.window import Persistent, attend_in_window
@@ -76,11 +76,7 @@ class PersistentAttention(nn.Module):
         documents = context.documents
         if documents is None:
             documents = torch.zeros(batch, tokens, dtype=torch.long, device=x.device)
-        cache = AttentionState(
-            torch.cat([cache.keys.to(key.dtype), self.rotated(key, context.position)], dim=2),
-            torch.cat([cache.values.to(value.dtype), value], dim=2),
-            torch.cat([cache.documents, documents], dim=1),
-        )
+        cache = cache.extended(self.rotated(key, context.position), value, documents)
         mixed = attend_in_window(
             self.rotated(query, context.position),
             cache.keys,

@@ -6,7 +6,7 @@ the one before. No pickle, no names of code.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from nested_lm import __version__
 from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import CheckpointError, NumericsError
+from nested_lm.nn.attention_cache import BranchedState
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.nonfinite import first_nonfinite
 from nested_lm.nn.state import StreamState
@@ -75,7 +76,8 @@ def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryH
             f"  Nothing was written to {path}. The checkpoint has diverged, or the stream drove a memory out of range: "
             "use an earlier checkpoint, or start a new memory."
         )
-    flat = flatten(state.detach())
+    layers = tuple(layer.whole() if isinstance(layer, BranchedState) else layer for layer in state.layers)
+    flat = flatten(replace(state, layers=layers).detach())
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in flat.tensors.items()}
     header = MemoryHeader(
         model=model,

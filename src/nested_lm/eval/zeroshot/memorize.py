@@ -19,7 +19,7 @@ from nested_lm.errors import ConfigError
 from nested_lm.eval.niah.reading import reading_mode
 from nested_lm.eval.zeroshot.sequences import Document, nonfinite
 from nested_lm.eval.zeroshot.settings import Memorize
-from nested_lm.nn.branched_cache import AttentionState
+from nested_lm.nn.attention_cache import AttentionState, BranchedState
 from nested_lm.nn.delta_net import DeltaNetState
 from nested_lm.nn.generation import segment_room
 from nested_lm.nn.linear_attention import LinearAttentionState
@@ -180,7 +180,7 @@ def _merge(before: Any, after: Any, choose: Callable[[Tensor, Tensor], Tensor]) 
         return map_tensors(after, lambda new: choose(next(old), new))
     if isinstance(after, DeltaNetState | LinearAttentionState):
         return after._replace(matrix=choose(before.matrix, after.matrix))
-    if isinstance(after, tuple) and not isinstance(after, AttentionState):
+    if isinstance(after, tuple) and not isinstance(after, AttentionState | BranchedState):
         items = [_merge(a, b, choose) for a, b in zip(before, after, strict=True)]
         return type(after)(*items) if hasattr(after, "_fields") else tuple(items)
     return after

@@ -35,7 +35,7 @@ static void spread_momentum(Work *w)
     memcpy(w->to_end, w->spread + (C - 1) * Cp, (size_t)C * sizeof(REAL));
 }
 
-/* Gradients of logs from those of their ratios; `g` is used up. */
+/* Gradients of logs from those of their ratios. */
 static void ratios_backward(long C, long Cp, const REAL *ratios, const REAL *g, REAL *g_logs)
 {
     EACH(t, C) EACH(i, t + 1)

@@ -1,7 +1,7 @@
-"""Attention of streams that were forked from one: what they have in common is kept, and met, once.
+"""What attention remembers: keys and values of every token, once for streams that were forked from one.
 
-Shapes: B streams, T tokens of this call, S cached tokens of a stream's own, U tokens they have in common, H heads of
-queries, G heads of keys and values, K head width.
+Shapes: B streams, T tokens of a call, S cached tokens, U of them in the trunk of a fork, H heads of queries, G heads of
+keys and values, K head width.
 """
 
 from typing import NamedTuple
@@ -36,8 +36,8 @@ class AttentionState(NamedTuple):
 class BranchedState(NamedTuple):
     """The cache of forked streams.
 
-    trunk: what all rows have read before the fork, one document; the rows are views of one.
-    own: what each has read since.
+    trunk: U tokens that all rows have read before the fork, of one document; the rows are views of one.
+    own: S - U tokens that each has read since.
     """
 
     trunk: AttentionState
@@ -54,16 +54,20 @@ class BranchedState(NamedTuple):
 
 
 def branched(state: AttentionState | BranchedState, tokens: int) -> AttentionState | BranchedState:
-    """Keep apart what the rows of a fork have in common, where that is most of what they are about to read.
+    """Keep apart what the rows of a fork have in common, as long as it is longer than the rows' own tokens together.
 
-    tokens: of the next call. Below that, one call over the tokens of all branches would cost more than it saves.
+    Queries of all rows meet the keys of all rows, see `attend_in_branches`: with more of those, rows with a copy of the
+    trunk each are faster.
+
+    tokens: of each row in the next call, which read one document.
     """
-    if isinstance(state, BranchedState):
-        return state
-    rows, _, cached, _ = state.keys.shape
-    if rows == 1 or cached < rows * tokens or state.keys.stride(0) != 0:
-        return state
-    return BranchedState(state, AttentionState(state.keys[:, :, :0], state.values[:, :, :0], state.documents[:, :0]))
+    if isinstance(state, AttentionState):
+        if state.keys.shape[0] == 1 or state.keys.stride(0) != 0:
+            return state
+        none = AttentionState(state.keys[:, :, :0], state.values[:, :, :0], state.documents[:, :0])
+        state = BranchedState(state, none)
+    rows, _, own, _ = state.own.keys.shape
+    return state if rows * (own + tokens) <= state.trunk.keys.shape[2] else state.whole()
 
 
 def attend_in_branches(query: Float[Tensor, "B H T K"], state: BranchedState) -> Float[Tensor, "B H T K"]:
@@ -75,21 +79,21 @@ def attend_in_branches(query: Float[Tensor, "B H T K"], state: BranchedState) ->
     """
     rows, heads, tokens, width = query.shape
     trunk, own = state
-    shared, cached = trunk.keys.shape[2], own.keys.shape[2]
+    dtype, in_trunk, in_branch = own.keys.dtype, trunk.keys.shape[2], own.keys.shape[2]
 
     def in_one_row(x: Float[Tensor, "B X L K"]) -> Float[Tensor, "1 X BL K"]:
         return x.transpose(0, 1).flatten(1, 2)[None]
 
-    position = torch.arange(cached, device=query.device)
-    causal = position[cached - tokens :, None] >= position  # (T, S)
-    mask = torch.zeros(rows, tokens, rows, cached, dtype=torch.bool, device=query.device)
+    position = torch.arange(in_branch, device=query.device)
+    causal = position[in_branch - tokens :, None] >= position  # (T, S - U)
+    mask = torch.zeros(rows, tokens, rows, in_branch, dtype=torch.bool, device=query.device)
     index = torch.arange(rows, device=query.device)
     mask[index, :, index] = causal
     mixed = functional.scaled_dot_product_attention(
         in_one_row(query),
-        torch.cat([trunk.keys[:1], in_one_row(own.keys)], dim=2),
-        torch.cat([trunk.values[:1], in_one_row(own.values)], dim=2),
-        attn_mask=functional.pad(mask.view(rows * tokens, rows * cached), (shared, 0), value=True),
+        torch.cat([trunk.keys[:1].to(dtype), in_one_row(own.keys)], dim=2),
+        torch.cat([trunk.values[:1].to(dtype), in_one_row(own.values)], dim=2),
+        attn_mask=functional.pad(mask.view(rows * tokens, rows * in_branch), (in_trunk, 0), value=True),
         enable_gqa=own.keys.shape[1] < heads,
     )
     return mixed.view(heads, rows, tokens, width).transpose(0, 1)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.branched_cache import BranchedState
+from nested_lm.nn.attention_cache import BranchedState
 from nested_lm.nn.model import LanguageModel
+from nested_lm.streaming.file import load_memory, save_memory
+from nested_lm.streaming.identity import identify
 
 VOCAB = 23
 
@@ -55,7 +57,7 @@ def test_forks_of_forks_predict_what_copies_do(mixer):
     if all(is_branched):
         cache = start.layers[0].keys
         assert state.layers[0].trunk.keys.data_ptr() == cache.data_ptr(), "the trunk was copied"
-        assert state.num_bytes() < start.num_bytes() + 6 * model(drawn(1, 11)).state.num_bytes()
+        assert state.num_bytes() == copied(state).num_bytes(), "each stream counts by itself"
 
 
 @torch.no_grad()
@@ -82,6 +84,44 @@ def test_a_branch_that_begins_a_document_forgets_the_trunk():
     follow = drawn(2, 4, seed=6)
     torch.testing.assert_close(
         model(follow, state=found.state).logits, model(follow, state=expected.state).logits, rtol=0, atol=1e-12
+    )
+
+
+@torch.no_grad()
+def test_branches_that_outgrow_the_trunk_get_copies_of_it():
+    model = build()
+    forked = model(drawn(1, 40)).state.select(torch.zeros(4, dtype=torch.long))
+    first, second = drawn(4, 6, seed=7), drawn(4, 5, seed=8)
+    branches = model(first, state=forked).state
+    assert isinstance(branches.layers[0], BranchedState)
+    found = model(second, state=branches)
+    assert not isinstance(found.state.layers[0], BranchedState)
+    expected = model(second, state=model(first, state=copied(forked)).state)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_trunk_of_another_precision_is_read_as_a_copy_of_it_is():
+    model = build()
+    forked = model(drawn(1, 40)).state.select(torch.zeros(2, dtype=torch.long))
+    lower = model.to(torch.bfloat16)
+    found = lower(drawn(2, 5, seed=9), state=forked)
+    expected = lower(drawn(2, 5, seed=9), state=copied(forked))
+    assert isinstance(found.state.layers[0], BranchedState)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_a_branch_is_stored_like_any_stream(tmp_path):
+    model = build()
+    identity = identify(model, tokenizer_hash="t", label="l")
+    forked = model(drawn(1, 40)).state.select(torch.zeros(2, dtype=torch.long))
+    branches = model(drawn(2, 5, seed=9), state=forked).state
+    save_memory(tmp_path / "both.memory", branches, identity)
+    loaded = load_memory(tmp_path / "both.memory", model, identity)
+    follow = drawn(2, 4, seed=3)
+    torch.testing.assert_close(
+        model(follow, state=loaded).logits, model(follow, state=branches).logits, rtol=0, atol=1e-12
     )
 
 
