@@ -1,6 +1,7 @@
-"""Audits of the demo presets: `python -m benchmarks.audits --out eval/audit --page docs/audit.md` writes the table.
+"""Audits of the demo presets: `python -m benchmarks.audits --out FOLDER --page docs/audit.md` writes the table.
 
-Half an hour on one core. A preset whose figures are there already is not audited again; `--again` does.
+Minutes on one core. A preset whose figures are there already is not audited again; `--again` does. Figures that are to
+be published are written outside the checkout and copied to eval/audit, or its commit would count as changed.
 """
 
 import argparse
