@@ -14,6 +14,10 @@ MEMORIES = ("k", "eta", "alpha", "v", "q", "memory")
 ONE_BORDER = 2.0
 """Largest product of rate and chunk at which writes without the erase term are stable."""
 
+INPUT_ALONE = 6.4
+"""The same when only the first of two layers erases and the target is the memory's own answer: the largest product that
+was measured to be bounded (docs/footguns.md)."""
+
 
 @dataclass(frozen=True)
 class WriteRule:
@@ -240,9 +244,18 @@ class WriteRule:
             return None
         most = ONE_BORDER / 2 if self.momentum and self.depth == 1 else ONE_BORDER
         for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
-            if self.erase == "both" or (self.erase == "input" and not since_border):
-                continue
             chunk = self.chunk if name == "memory" else self.chunk_generators
+            if self.erase == "both":
+                continue
+            if self.erase == "input" and not since_border:
+                own = self.targets if name == "memory" else self.targets_generators
+                if self.depth == 2 and own == "generated" and chunk * rate > INPUT_ALONE:
+                    return (
+                        f"erase input with rate {rate:g} and chunk {chunk} of {name}, whose target is its own answer: "
+                        f"its second layer erases nothing and grows; use rates up to {INPUT_ALONE / chunk:g}, "
+                        "targets: values, or erase: both"
+                    )
+                continue
             if chunk * rate > most:
                 return (
                     f"erase {self.erase} with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at "
