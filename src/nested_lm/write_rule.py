@@ -208,14 +208,13 @@ class WriteRule:
         """
         if self.depth == 2:
             return None
-        own = [(self.targets_generators == "generated", rate, self.chunk_generators) for rate in self.rates[:-1]]
-        own += [(self.targets == "generated", self.rates[-1], self.chunk)]
-        for (generated, rate, chunk), since_border in zip(own, self.since_border, strict=True):
+        memories = zip(self.adapt, self.rates, self.chunks, self.generated_targets, self.since_border, strict=True)
+        for name, rate, chunk, generated, since_border in memories:
             limit = self._limit_of_own_answers(chunk, since_border=since_border)
             if generated and rate > limit:
                 return (
                     f"depth 1, objective {self.objective}, gradient {self.gradient} and erase {self.erase} with rate "
-                    f"{rate:g} and targets that a memory generates itself: writes of a value opposite to the key make "
+                    f"{rate:g} of {name}, whose target is its own answer: writes of a value opposite to the key make "
                     f"what it holds grow; use rates up to {limit:.4g}, or targets: values (and targets_generators)"
                 )
         return None
@@ -240,16 +239,13 @@ class WriteRule:
         may change from token to token: when a chunk at share 0 is followed by one at share 1, linear memories are
         stable up to half of that, while damping holds two-layer ones.
         """
-        if self.objective != "l2" or self.gradient != "border":
+        if self.objective != "l2" or self.gradient != "border" or self.erase == "both":
             return None
         most = ONE_BORDER / 2 if self.momentum and self.depth == 1 else ONE_BORDER
-        for name, rate, since_border in zip(self.adapt, self.rates, self.since_border, strict=True):
-            chunk = self.chunk if name == "memory" else self.chunk_generators
-            if self.erase == "both":
-                continue
+        memories = zip(self.adapt, self.rates, self.chunks, self.generated_targets, self.since_border, strict=True)
+        for name, rate, chunk, generated, since_border in memories:
             if self.erase == "input" and not since_border:
-                own = self.targets if name == "memory" else self.targets_generators
-                if self.depth == 2 and own == "generated" and chunk * rate > INPUT_ALONE:
+                if self.depth == 2 and generated and chunk * rate > INPUT_ALONE:
                     return (
                         f"erase input with rate {rate:g} and chunk {chunk} of {name}, whose target is its own answer: "
                         f"its second layer erases nothing and grows; use rates up to {INPUT_ALONE / chunk:g}, "
@@ -268,6 +264,11 @@ class WriteRule:
     def alignment(self) -> int:
         """Tokens between two moments that are a border of every memory: where a document may start."""
         return max(self.chunk, self.chunk_generators)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of each memory, tokens between two of its borders."""
+        return (self.chunk_generators,) * (len(self.adapt) - 1) + (self.chunk,)
 
     @property
     def since_border(self) -> tuple[bool, ...]:
