@@ -5,6 +5,7 @@ Pure: the configuration checks itself with it, the operations follow it.
 Source: arXiv 2512.24695 eqs. 83-93; arXiv 2501.00663 eq. 10.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,13 +103,15 @@ class WriteRule:
         doubled = exact and self.objective == "l2" and self.erase != "none"
         above = [rate for rate, since in zip(self.rates, self.since_border, strict=False) if doubled and not since]
         limit = 1.0 if above and max(above) > 1.0 else 2.0
+        useful = min([limit, *self._limits_of_own_answers().values()])
         grows = not self.unit_values and any(self.generated_targets) and not self.normalise
         return (
             (
                 max(self.rates, default=0.0) > limit,
                 f"rates {self.rates}: above {limit:g} a single write overshoots"
                 + (" (gradient and erase term both take the old content off)" if limit == 1.0 else "")
-                + f"; use rates up to {limit:g}"
+                + f"; use rates up to {useful:.4g}"
+                + (f" (up to {limit:g} where the targets are values)" if useful < limit else "")
                 + (", or erase_since: border" if limit == 1.0 and self.gradient == "border" else ""),
             ),
             (
@@ -173,13 +176,22 @@ class WriteRule:
     def unbounded(self) -> str | None:
         """Say which memory grows without bound when one key is written again and again; None when none does.
 
-        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read. Writes
-        that are not damped (`damp`) have no bound either once training has made a two-layer memory steep; that is for
-        ablations, and not refused.
+        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
 
         Source: spec 11.6; measured in docs/stability_journal.md.
         """
-        return self._growing_momentum() or self._growing_answers() or self._growing_borders()
+        return (
+            self._growing_undamped() or self._growing_momentum() or self._growing_answers() or self._growing_borders()
+        )
+
+    def _growing_undamped(self) -> str | None:
+        """Growth of two-layer memories once training has made their second layer steep."""
+        if self.damp or self.depth == 1:
+            return None
+        return (
+            "damp false with two-layer memories: training makes their second layers steep, and an undamped write then "
+            "overshoots at every useful rate; use damp: true, or depth: 1"
+        )
 
     def _growing_momentum(self) -> str | None:
         """Growth through a running sum whose gradients are of a border some tokens ago.
@@ -206,18 +218,27 @@ class WriteRule:
           with erase since the border;
         * at the fresh weights, a write multiplies by 1 - 2 r without erase and by 1 - 3 r with it.
         """
-        if self.depth == 2:
-            return None
-        memories = zip(self.adapt, self.rates, self.chunks, self.generated_targets, self.since_border, strict=True)
-        for name, rate, chunk, generated, since_border in memories:
-            limit = self._limit_of_own_answers(chunk, since_border=since_border)
-            if generated and rate > limit:
+        limits = self._limits_of_own_answers()
+        for name, rate in zip(self.adapt, self.rates, strict=True):
+            if rate > limits.get(name, math.inf):
                 return (
                     f"depth 1, objective {self.objective}, gradient {self.gradient} and erase {self.erase} with rate "
                     f"{rate:g} of {name}, whose target is its own answer: writes of a value opposite to the key make "
-                    f"what it holds grow; use rates up to {limit:.4g}, or targets: values (and targets_generators)"
+                    f"what it holds grow; use rates up to {limits[name]:.4g}, or targets: values (and "
+                    "targets_generators)"
                 )
         return None
+
+    def _limits_of_own_answers(self) -> dict[str, float]:
+        """Largest stable rate of each linear memory that is taught its own answers, by name."""
+        if self.depth == 2:
+            return {}
+        memories = zip(self.adapt, self.chunks, self.generated_targets, self.since_border, strict=True)
+        return {
+            name: self._limit_of_own_answers(chunk, since_border=since_border)
+            for name, chunk, generated, since_border in memories
+            if generated
+        }
 
     def _limit_of_own_answers(self, chunk: int, *, since_border: bool) -> float:
         """Largest rate at which a linear memory that is taught its own answers is stable."""

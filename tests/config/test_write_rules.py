@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from nested_lm.config.load import config_hash
-from nested_lm.config.mixers import SelfModifying
+from nested_lm.config.mixers import STORED, SelfModifying
 
 TITANS = {"kind": "self_modifying", "num_heads": 2, "adapt": ("memory",), "targets": "values", "erase": "none"}
 TITANS |= {"rates": {"memory": 0.1}}
@@ -33,6 +33,17 @@ def test_other_words_for_a_momentum_are_refused(said):
         ({"depth": 1, "targets": "generated", "rates": {"memory": 0.1}}, "use rates up to 0.0625"),
         ({"depth": 1, "targets": "generated", "gradient": "self_referential", "erase": "both"}, None),
         ({"depth": 1, "targets": "generated", "objective": "dot"}, "use rates up to 0, or targets: values"),
+        ({"damp": False}, "use damp: true, or depth: 1"),
+        (
+            {
+                "depth": 1,
+                "targets": "generated",
+                "gradient": "self_referential",
+                "erase": "both",
+                "rates": {"memory": 1.5},
+            },
+            "use rates up to 0.6667 (up to 1 where the targets are values)",
+        ),
     ],
 )
 def test_rules_that_grow_are_refused_with_the_repair(given, repair):
@@ -42,3 +53,8 @@ def test_rules_that_grow_are_refused_with_the_repair(given, repair):
     with pytest.raises(ValidationError) as error:
         SelfModifying.model_validate(TITANS | given)
     assert repair in str(error.value)
+
+
+def test_stored_runs_with_rules_that_grow_are_still_read():
+    given = TITANS | {"damp": False}
+    assert not SelfModifying.model_validate(given, context={STORED: True}).rule().damp

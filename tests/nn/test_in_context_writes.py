@@ -1,5 +1,7 @@
 """Clock B in detail: which tokens a level learns from and when, inner optimizers, second order, lifetimes, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,11 +50,11 @@ def toy(periods, size, *, lifetime="document", wiring="sequential"):
         table = sum(distance.inner + 0 * distance.outer for distance in fast[0].values())
         logits = one_hot(ids, size).double() @ table.transpose(1, 2)
         packed = state.packed or (resets is not None and bool(resets.any()))
-        return ModelOutput(logits, StreamState((), state.position + ids.shape[1], packed), {})
+        return ModelOutput(logits, replace(state, position=state.position + ids.shape[1], packed=packed), {})
 
     def read(ids, resets=None, state=None):
         if state is None:
-            state = StreamState((), 0, False, writer.initial_state(len(ids), (), torch.device("cpu")))
+            state = StreamState((), 0, False, None, writer.initial_state(len(ids), (), torch.device("cpu")))
         return writer.read(predict, ids, resets, state)
 
     return read
@@ -333,7 +335,7 @@ class TestRefusals:
     def test_the_state_of_a_model_without_fast_copies(self):
         model, ids = build(settings()), tokens(1, 5)
         state = plain_model(model_settings(model), model.state_dict())(ids).state
-        with pytest.raises(ValueError, match=r"no fast copies.*begin with model.initial_state"):
+        with pytest.raises(ValueError, match=r"channel.levels\[0\].in_context"):
             model(ids, state=state)
 
     def test_inference_mode(self):

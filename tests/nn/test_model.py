@@ -1,12 +1,14 @@
 """The language model: streams, packing, isolation, initialisation, roles. In float64 where equality is claimed."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.sizing import count_parameters
@@ -39,6 +41,32 @@ def build(settings, dtype=torch.float64, seed=0, **kwargs):
 
 def tokens(*shape, seed=0):
     return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"width": 24}, "width is 12 there and 24 here"),
+        ({"mixer": HOPE["mixer"] | {"chunk": 8}}, "mixer.chunk is 4 there and 8 here"),
+        (TRANSFORMER, 'mixer.kind is "self_modifying" there and "attention" here'),
+    ],
+)
+def test_a_state_of_another_model_is_refused_by_name_and_hash(given, said):
+    model, other, ids = build(HOPE), build(HOPE | given), tokens(1, 5)
+    state = model(ids).state
+    with pytest.raises(ValueError, match="Go on with the model that made it") as error:
+        other(ids, state=state)
+    assert said in str(error.value)
+    assert config_hash(model.config) in str(error.value)
+    assert config_hash(other.config) in str(error.value)
+
+
+def test_a_state_goes_on_in_a_copy_of_its_model_and_with_another_backend():
+    model, ids = build(HOPE), tokens(1, 5)
+    state = model(ids).state
+    expected = model(ids, state=state).logits
+    assert torch.equal(deepcopy(model)(ids, state=state).logits, expected)
+    assert relative(build(HOPE_IN_TORCH)(ids, state=state).logits, expected) < LIMIT
 
 
 def relative(found, expected):

@@ -65,7 +65,7 @@ def test_the_memory_that_overflows_is_named(memory):
     huge[1, 0, index] = 3e38
     layer = state.layers[1]
     broken = layer._replace(memory=layer.memory._replace(current=layer.memory.current._replace(inner=huge)))
-    state = type(state)((state.layers[0], broken), state.position, state.packed, state.in_context)
+    state = dataclasses.replace(state, layers=(state.layers[0], broken))
     found = locate_nonfinite(model, tokens(2, 12), state=state)
     assert (found.layer, found.row, found.part) == (1, 1, "mixer")
     assert memory in found.memories

@@ -117,12 +117,12 @@ class TestRoundTrip:
         assert not any(tensor.requires_grad for tensor in all_tensors(loaded))
 
     def test_numbers_and_other_leaves(self):
-        state = StreamState((((torch.ones(1, 2), 3, 0.1, True, "x"), None),), position=0, packed=False)
+        state = StreamState((((torch.ones(1, 2), 3, 0.1, True, "x"), None),), position=0, packed=False, model=None)
         flat = flatten(state)
-        template = StreamState((((torch.zeros(1, 2), 0, 0.0, False, ""), None),), position=0, packed=False)
+        template = StreamState((((torch.zeros(1, 2), 0, 0.0, False, ""), None),), position=0, packed=False, model=None)
         assert rebuild(template, flat.tensors, json.loads(json.dumps(flat.values))) == state
         with pytest.raises(TypeError, match=r"layers\.0 is a list; a state holds"):
-            flatten(StreamState(([],), position=0, packed=False))
+            flatten(StreamState(([],), position=0, packed=False, model=None))
 
     def test_header(self, saved):
         model, identity, state, path = saved

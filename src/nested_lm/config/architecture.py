@@ -1,9 +1,12 @@
 """Whether the weights of one model compute the same function in another."""
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from nested_lm.config.channels import ContinuumMemory
+from nested_lm.config.load import identifying
 from nested_lm.config.model import ModelConfig
 
 # Clocks and starting values: what a model computes before anything is written does not depend on them. And `backend`,
@@ -26,6 +29,22 @@ def architecture_differences(there: ModelConfig, here: ModelConfig) -> list[str]
         for path in sorted(set(theirs) | set(ours))
         if theirs.get(path, absent) != ours.get(path, absent) and not free.fullmatch(path)
     ]
+
+
+def settings_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Name the first few settings that differ between two models, without `backend`."""
+    theirs, ours = flat(identifying(there)), flat(identifying(here))
+    found = [
+        f"{path} is {_shown(theirs, path)} there and {_shown(ours, path)} here"
+        for path in dict.fromkeys([*theirs, *ours])
+        if _shown(theirs, path) != _shown(ours, path)
+    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _shown(leaves: Mapping[str, Any], path: str) -> str:
+    return json.dumps(leaves[path]) if path in leaves else "absent"
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -111,7 +111,7 @@ class SelfModifying(MixerSection):
     normalise: bool = False  # layer normalisation inside a two-layer memory
     unit_values: bool = True  # scale values to unit length
     gates: Literal["head", "token"] = "head"  # one rate and retention for each head, or one for all heads of a token
-    damp: bool = True  # damp writes that would overshoot
+    damp: bool = True  # damp writes of two-layer memories that would overshoot; false has no bound: stored runs only
     rates: WriteRates = WriteRates()
     rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1  # how far the sigmoid of the rate is cut off at 0 and 1
     rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] | None = None

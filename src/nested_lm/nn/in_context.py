@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, n tokens since the last border, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -160,13 +160,8 @@ class InContextWriter:
         """Predict the token after each token, writing at every border on the way.
 
         Raises:
-            ValueError: a document starts inside a segment, or the state has no fast copies.
+            ValueError: a document starts inside a segment.
         """
-        if state.in_context is None:
-            raise ValueError(
-                "this state has no fast copies: it was made by a model whose levels are not written in context; "
-                "begin with model.initial_state(batch_size)"
-            )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "levels that are written in context need gradients of their own, which torch.inference_mode() "
@@ -232,9 +227,9 @@ class _Reading:
         self.writer, self.predict = writer, predict
         self.is_trained = torch.is_grad_enabled()
         self.is_second_order = self.is_trained and writer.settings.meta_gradient == "second_order"
-        self.now = StreamState(state.layers, state.position, state.packed)
+        self.now = replace(state, in_context=None)
         self.levels, self.window, self.starts = memory.levels, memory.window, memory.starts
-        self.border = StreamState(memory.border, state.position - memory.window.shape[1], state.packed)
+        self.border = replace(self.now, layers=memory.border, position=state.position - memory.window.shape[1])
         rows = memory.window.shape[0]
         # Without a second document every row has the same age, which needs no look at the device.
         is_uniform = not restarts and not state.packed
@@ -288,7 +283,7 @@ class _Reading:
             stats[f"in_context/level{level.level}"] = torch.stack(squares).sum(0).sqrt().mean()
         ages = torch.tensor(self.ages, device=logits.device)
         memory = InContextState(self.levels, self.border.layers, self.window, self.starts, ages)
-        return ModelOutput(logits, StreamState(self.now.layers, self.now.position, self.now.packed, memory), stats)
+        return ModelOutput(logits, replace(self.now, in_context=memory), stats)
 
     def _resets(self, tokens: int) -> Bool[Tensor, "B n"] | None:
         """Document starts of the first tokens of the segment."""

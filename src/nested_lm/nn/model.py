@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
         layers = tuple(block.mixer.initial_state(batch_size) for block in self.blocks)
-        state = StreamState(layers, position=0, packed=False)
+        state = StreamState(layers, position=0, packed=False, model=self.config)
         if self.writer is None:
             return state
         return replace(state, in_context=self.writer.initial_state(batch_size, layers, self.embedding.weight.device))
@@ -104,9 +104,11 @@ class LanguageModel(nn.Module):
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
 
         Raises:
-            ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen.
+            ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
+                the state is of a model with another configuration.
         """
         state = self.initial_state(tokens.shape[0]) if state is None else state
+        state.check_model(self.config)
         if state.frozen and resets is not None:
             raise ValueError("a document cannot start in a frozen state, whose memories keep what they hold")
         last = predictions == "last"

@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nested_lm.config.architecture import settings_difference
+from nested_lm.config.load import config_hash
+from nested_lm.config.model import ModelConfig
+
 Tree = TypeVar("Tree")
 
 
@@ -43,6 +47,7 @@ class StreamState:
     layers: one entry a block: fast weights and convolution tails, or keys and values of attention.
     position: tokens read since the streams began; the same for every row.
     packed: some row has begun a new document since position 0, so attention must mask older documents.
+    model: configuration of the model that reads the streams; no other may go on with them.
     in_context: fast copies of the levels that are written while the model reads, a tree like `layers`; None without.
     frozen: fast weights are read and no longer written. Convolution tails and attention caches go on.
     """
@@ -50,8 +55,27 @@ class StreamState:
     layers: tuple[Any, ...]
     position: int
     packed: bool
+    model: ModelConfig
     in_context: Any = None
     frozen: bool = False
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Refuse the state of another model.
+
+        Configurations are compared, without `backend`. Weights are not: training changes them while streams go on.
+        Memory files compare them (`streaming.identity`).
+
+        Raises:
+            ValueError: with the hashes of both, and the settings in which they differ.
+        """
+        if self.model is config or config_hash(self.model) == config_hash(config):
+            return
+        there, here = (model.model_dump(mode="json") for model in (self.model, config))
+        raise ValueError(
+            f"a state of a model with configuration {config_hash(self.model)} was given to one with "
+            f"{config_hash(config)}: {settings_difference(there, here)}\n"
+            "  Go on with the model that made it, or read the stream again with this one."
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
         """Apply a function to every tensor."""

@@ -10,7 +10,8 @@ import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
-from nested_lm.config.load import config_hash, identifying
+from nested_lm.config.architecture import settings_difference
+from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 
@@ -63,7 +64,7 @@ def difference(stored: ModelIdentity, present: ModelIdentity) -> str | None:
     if present.config_hash not in (stored.config_hash, _hash_of(stored.settings)):
         return (
             f"its model has configuration {stored.config_hash}, this one {present.config_hash}: "
-            f"{_settings_difference(stored.settings, present.settings)}"
+            f"{settings_difference(stored.settings, present.settings)}"
         )
     if stored.tokenizer_hash != present.tokenizer_hash:
         return (
@@ -101,27 +102,3 @@ def _hash_of(settings: Mapping[str, Any]) -> str | None:
         return config_hash(ModelConfig.model_validate(settings))
     except ValidationError:
         return None
-
-
-def _settings_difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Name the first few settings that differ."""
-    one, other = dict(_leaves(identifying(stored), "")), dict(_leaves(identifying(present), ""))
-    found = [
-        f"{path} is {_shown(one, path)} there and {_shown(other, path)} here"
-        for path in dict.fromkeys([*one, *other])
-        if _shown(one, path) != _shown(other, path)
-    ]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return "; ".join(found[:3]) + more
-
-
-def _shown(leaves: Mapping[str, Any], path: str) -> str:
-    return json.dumps(leaves[path]) if path in leaves else "absent"
-
-
-def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        return [leaf for key, child in tree.items() for leaf in _leaves(child, f"{path}.{key}" if path else str(key))]
-    if isinstance(tree, list):
-        return [leaf for index, child in enumerate(tree) for leaf in _leaves(child, f"{path}.{index}")]
-    return [(path, tree)]

@@ -6,7 +6,7 @@ name code to run.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import xxhash
@@ -16,6 +16,9 @@ from nested_lm.nn.state import StreamState
 
 PLAIN = (bool, int, float, str)
 """Types of the values that are stored beside the tensors."""
+
+STORED = tuple(field.name for field in fields(StreamState) if field.name != "model")
+"""Fields that are stored. Which model a state belongs to, the header says, with more than its configuration."""
 
 Form = dict[str, str]
 """What stands at each path of a tree: the type of a node, or that and the number of dimensions of a tensor."""
@@ -31,14 +34,14 @@ class FlatTree:
 
 
 def flatten(state: StreamState) -> FlatTree:
-    """Take a state apart, all of its fields.
+    """Take a state apart.
 
     Raises:
         TypeError: a leaf of a type that cannot be stored.
     """
     flat = FlatTree({}, {}, {})
-    for field in fields(state):
-        for path, node in _walk(getattr(state, field.name), field.name):
+    for name in STORED:
+        for path, node in _walk(getattr(state, name), name):
             _note(path, node, flat)
     return flat
 
@@ -54,7 +57,7 @@ def rebuild(template: StreamState, tensors: Mapping[str, Tensor], values: Mappin
             return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
         return None if node is None else values[path]
 
-    return StreamState(**{field.name: build(field.name, getattr(template, field.name)) for field in fields(template)})
+    return replace(template, **{name: build(name, getattr(template, name)) for name in STORED})
 
 
 def first_difference(found: Form, expected: Form) -> tuple[str, str, str] | None:
