@@ -31,7 +31,7 @@ def test_run_folder_and_checkpoint_are_the_same_subject(trained):
     saved = read_tensors(newest, "model")
     built = by_run.build(dtype=torch.float32)
     assert all(torch.equal(saved[name], value) for name, value in built.state_dict().items())
-    names = ("reference", "causality", "split", "ablations", "clock_a")
+    names = ("reference", "causality", "split", "gradients", "ablations", "clock_a", "long_stream", "seeds", "resume")
     audit = run_audit(by_run, names, report=lambda line: None)
     assert audit.passed, [row for row in audit.rows if row.state == "missed"]
     assert audit.identity.step == 2

@@ -19,6 +19,7 @@ from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
 from nested_lm.ops.update_rules_momentum import GradientDescent
 from nested_lm.optim.clocked import ClockedOptimizer
+from nested_lm.optim.delta_gradient_descent import DeltaGradientDescent
 from tests.audit.conftest import MODELS
 
 needs_compiler = pytest.mark.skipif(cpu_library.compiler() is None, reason="there is no C compiler")
@@ -397,6 +398,17 @@ class TestOptimizers:
 
         monkeypatch.setattr(optimizers, "proximal_step_one_row", printed)
         assert missed("optimizers", make_subject("hope")) == ["DGD of one row against the argmin of eq. 56"]
+
+    def test_an_optimizer_that_forgets_a_backward_pass(self, make_subject, missed, monkeypatch):
+        original = DeltaGradientDescent._add
+
+        def add(self, layer, read):
+            self._forget()
+            original(self, layer, read)
+
+        monkeypatch.setattr(DeltaGradientDescent, "_add", add)
+        figure = "DGD as a torch optimizer against the argmin of eq. 56"
+        assert missed("optimizers", make_subject("hope")) == [figure]
 
     def test_another_m3(self, make_subject, missed, monkeypatch):
         from nested_lm.ops.update_rules_orthogonal import M3

@@ -78,6 +78,7 @@ RUNS = {
     "muon": {"model": HOPE, "optimizer": MUON, "recompute": "chunk", **SHORTER},
     "deep": {"model": HOPE, "optimizer": DEEP, **SHORTER},
     "levels": {"model": HOPE, "optimizer": LEVELS, **SHORTER},
+    "nested": {"model": HOPE | {"channel": HOPE["channel"] | {"wiring": "nested"}}, **SHORTER},
     "attention": {"model": TRANSFORMER, "recompute": "block", **SHORTER},
 }
 

@@ -3,9 +3,11 @@
 Shapes: O outputs, I inputs of one weight matrix.
 """
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from nested_lm.audit.finding import Finding, at_most, between
 from nested_lm.audit.probe import difference
@@ -13,6 +15,7 @@ from nested_lm.audit.subject import Subject
 from nested_lm.ops.update_rules_orthogonal import M3, QUINTIC, newton_schulz
 from nested_lm.ops.update_rules_proximal import proximal_step, proximal_step_one_row
 from nested_lm.optim import rule_optimizer
+from nested_lm.optim.delta_gradient_descent import DeltaGradientDescent
 
 EXACT = 1e-10
 """Relative, float64: a handful of products and one solve."""
@@ -22,8 +25,9 @@ def optimizers(_subject: Subject) -> list[Finding]:
     """DGD is the argmin of eq. 56, M3 in literal mode is Algorithm 1, Newton-Schulz brings singular values near 1."""
     low, high = _singular_values()
     return [
-        at_most("DGD of one row against the argmin of eq. 56", _dgd(one_row=True), EXACT),
-        at_most("DGD of many rows against the argmin of eq. 56", _dgd(one_row=False), EXACT),
+        at_most("DGD of one row against the argmin of eq. 56", _dgd(_one_row, rows=1), EXACT),
+        at_most("DGD of many rows against the argmin of eq. 56", _dgd(proximal_step, rows=7), EXACT),
+        at_most("DGD as a torch optimizer against the argmin of eq. 56", _dgd(_torch_optimizer, rows=7), EXACT),
         at_most("literal M3 against Algorithm 1 line by line, 12 steps", _m3(), EXACT),
         between("smallest singular value after Newton-Schulz", low, 0.65, 1.2),
         between("largest singular value after Newton-Schulz", high, 0.65, 1.2),
@@ -34,7 +38,32 @@ def _normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _dgd(*, one_row: bool) -> float:
+class _Step(Protocol):
+    """A step of DGD from old weights, with the rows read and the loss's gradient for their answers."""
+
+    def __call__(
+        self, old: Float[Tensor, "O I"], inputs: Float[Tensor, "T I"], errors: Float[Tensor, "T O"], /, *, rate: float
+    ) -> Float[Tensor, "O I"]: ...
+
+
+def _one_row(old: Tensor, inputs: Tensor, errors: Tensor, /, *, rate: float) -> Tensor:
+    return proximal_step_one_row(old, inputs[0], errors[0], rate=rate)
+
+
+def _torch_optimizer(old: Tensor, inputs: Tensor, errors: Tensor, /, *, rate: float) -> Tensor:
+    """The step of a linear layer, gradients accumulated over two backward passes."""
+    layer = nn.Linear(old.shape[1], old.shape[0], bias=False, dtype=old.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(old)
+    optimizer = DeltaGradientDescent([layer], lr=rate, reduction="sum")
+    half = len(inputs) // 2
+    for part in (slice(half), slice(half, None)):
+        (layer(inputs[part]) * errors[part]).sum().backward()
+    optimizer.step()
+    return layer.weight.detach()
+
+
+def _dgd(step: _Step, *, rows: int) -> float:
     """Worst distance from the minimum that conjugate stationarity gives: solve the normal equations row by row.
 
     argmin_W  1/2 sum |W x_t - u_t|^2 + 1/(2 rate) |W - W_0|^2 as a least-squares problem of stacked rows, solved by
@@ -42,7 +71,6 @@ def _dgd(*, one_row: bool) -> float:
     """
     worst = 0.0
     for seed, (rate, length) in enumerate([(0.05, 0.3), (0.7, 1.0), (5.0, 2.5), (0.7, 2.5)]):
-        rows = 1 if one_row else 7
         old, inputs, errors = (
             _normal(4, 6, seed=seed),
             _normal(rows, 6, seed=seed + 10),
@@ -52,11 +80,7 @@ def _dgd(*, one_row: bool) -> float:
         stacked = torch.cat([inputs, torch.eye(6, dtype=torch.float64) / rate**0.5])
         wanted = torch.cat([-errors, old.T / rate**0.5])
         expected = torch.linalg.lstsq(stacked, wanted).solution.T
-        if one_row:
-            found = proximal_step_one_row(old, inputs[0], errors[0], rate=rate)
-        else:
-            found = proximal_step(old, inputs, errors, rate=rate)
-        worst = max(worst, difference(found, expected))
+        worst = max(worst, difference(step(old, inputs, errors, rate=rate), expected))
     return worst
 
 
