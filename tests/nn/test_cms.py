@@ -1,9 +1,11 @@
 """The Continuum Memory System's chain (eq. 70): order, residuals, and what an erased level does."""
 
+import pytest
 import torch
 
 from nested_lm.config.channels import Level
 from nested_lm.nn.cms import ContinuumMemory
+from nested_lm.nn.layers import squared_relu
 
 
 def chain():
@@ -60,3 +62,29 @@ def test_any_number_of_levels_is_a_longer_chain():
     for level in memory.levels:
         expected = expected + mlp(level, expected)
     torch.testing.assert_close(memory(x, {}), expected)
+
+
+class TestSquaredReLU:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_value_and_gradient_are_those_of_the_two_operations(self, dtype):
+        x = torch.randn(64, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        x[0], x[1] = 0.0, 1e-30  # at the corner, and where the square of a float32 is 0
+        x.requires_grad_()
+        found, expected = squared_relu(x), torch.relu(x).square()
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-6 if dtype == torch.float32 else 1e-15, atol=1e-19)
+
+    def test_derivatives_of_both_orders(self):
+        x = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        assert torch.autograd.gradcheck(squared_relu, (x,))
+        assert torch.autograd.gradgradcheck(squared_relu, (x,))
+        corner = torch.zeros(3, requires_grad=True)
+        (gradient,) = torch.autograd.grad(squared_relu(corner).sum(), corner, create_graph=True)
+        assert torch.equal(torch.autograd.grad(gradient.sum(), corner)[0], torch.zeros(3))
+
+    def test_only_the_result_is_kept(self):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+            squared_relu(torch.randn(6, 5, requires_grad=True))
+        assert kept == [(6, 5)]

@@ -51,7 +51,7 @@ def forward_only(predict: Callable[[], object]) -> Callable[[], None]:
 
 def language_model_job(module: nn.Module, predict: Callable[[Tensor], Tensor], data: Tensor) -> Job:
     """A whole training step: forward, loss, backward, clipping, AdamW. data: token ids, shape (batch, tokens + 1)."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def call() -> None:
         logits = predict(data[:, :-1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nested_lm.config.channels import Level
 from nested_lm.nn.fast_linear import FastLinear, MLPDistance
-from nested_lm.nn.layers import RMSNorm
+from nested_lm.nn.layers import RMSNorm, squared_relu
 
 
 class LevelMLP(nn.Module):
@@ -27,7 +27,7 @@ class LevelMLP(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], distance: MLPDistance | None = None) -> Float[Tensor, "B T D"]:
         """Apply to every token, with each sequence's own weights where a distance is given."""
         inner, outer = distance or (None, None)
-        return self.out(torch.relu(self.inner(self.norm(x), inner)).square(), outer)
+        return self.out(squared_relu(self.inner(self.norm(x), inner)), outer)
 
     def learned(self) -> tuple[Tensor, Tensor]:
         """Weights of both layers, without any distance."""
