@@ -84,11 +84,6 @@ class TestTorchrun:
             plan_steps(with_runner({"kind": "torchrun", "processes": 2}))
 
 
-def test_ray_is_refused_by_name_with_what_to_use():
-    with pytest.raises(ValueError, match=r"runner ray is not built(?s:.*)hydra/launcher=ray(?s:.*)runner slurm"):
-        with_runner({"kind": "ray"})
-
-
 class TestJobs:
     """The queue on submitit's local executor, which runs jobs as processes of this machine."""
 

@@ -35,7 +35,7 @@ def _time(config: CampaignConfig, trainings: Sequence[tuple[str, RunConfig]], st
     speed, runs = config.speed, len(trainings)
     if speed is None:
         return "unknown: the preset states no speed (speed: {tokens_per_s: ..., run_seconds: ..., measured_on: ...})"
-    parallel = 1 if config.runner.kind == "ray" else min(config.runner.parallel, runs + len(stated))
+    parallel = min(config.runner.parallel, runs + len(stated))
     speeds = [speed.by_preset.get(preset, speed.tokens_per_s) for preset, _ in trainings]
     training = sum(_tokens(run) / own for (_, run), own in zip(trainings, speeds, strict=True))
     seconds = (training + runs * speed.run_seconds + sum(stated)) / parallel

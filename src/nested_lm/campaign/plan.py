@@ -64,7 +64,10 @@ def run_campaign(
         _say_left_out(config, say)
         runner = open_runner(config, folder, lock)
         campaign = _Campaign(config, steps, prefix=prefix, runner=runner, relay=relay, say=say)
-        campaign.run()
+        try:
+            campaign.run()
+        finally:
+            runner.close()
     if relay.received is not None:
         raise CampaignInterruptedError(
             f"campaign {config.name!r} was interrupted by {relay.received.name}; nothing saved is lost\n"

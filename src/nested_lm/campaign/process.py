@@ -13,6 +13,12 @@ from typing import IO, NamedTuple, Protocol
 
 from nested_lm.errors import CampaignError
 
+LOST = 255
+"""Exit code in the ledger of a step of a cluster that ended without saying how."""
+
+SAVE_S = 600.0
+"""A training asked to stop finishes its step and writes a checkpoint."""
+
 _ECHO_S = 0.5  # `timeout` and service managers signal a process and its group: the echo is not a second wish
 
 
@@ -144,6 +150,30 @@ class Child:
     def stop(self, number: signal.Signals) -> None:
         """Send it a signal; it polls first, so a child that has ended meanwhile is not signalled."""
         self._child.send_signal(number)
+
+
+def wait_for(child: subprocess.Popen[bytes], *, timeout_s: float | None = None) -> int | None:
+    """Exit code of a child; None when it still runs after the time. Polls: a signal handler may wait for it as well."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while (code := child.poll()) is None:
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
+    return code
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Ask a child to save and stop; kill it when it does not within `SAVE_S`, or when the wait is interrupted."""
+    if child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        ended = wait_for(child, timeout_s=SAVE_S) is not None
+    except BaseException:
+        child.kill()
+        raise
+    if not ended:
+        child.kill()
 
 
 def _copy(source: IO[bytes], log: Path) -> None:

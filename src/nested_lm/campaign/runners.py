@@ -1,4 +1,4 @@
-"""Where steps run: as processes of this machine, shared by torchrun's processes, or as Slurm jobs."""
+"""Where steps run: as processes of this machine, shared by torchrun's processes, as Slurm jobs or as Ray tasks."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Protocol
 from nested_lm.campaign.lock import CampaignLock
 from nested_lm.campaign.process import Child, Running
 from nested_lm.campaign.steps import PlannedStep
-from nested_lm.config.campaign import CampaignConfig, Local, Slurm, Torchrun
+from nested_lm.config.campaign import CampaignConfig, Local, Ray, Slurm, Torchrun
 
 
 class Runner(Protocol):
@@ -22,6 +22,9 @@ class Runner(Protocol):
 
     def ended(self, step: PlannedStep) -> None:
         """Forget a step whose end is in the ledger."""
+
+    def close(self) -> None:
+        """Give back what it holds. Nothing of its own runs any more, unless it outlives the campaign."""
 
 
 class LocalRunner:
@@ -51,6 +54,9 @@ class LocalRunner:
         """Take the process out of the lock."""
         self._lock.forget_step(step.id)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class SlurmRunner:
     """Steps are Slurm jobs; reports, which take seconds and read what the jobs wrote, are local processes."""
@@ -77,19 +83,49 @@ class SlurmRunner:
         else:
             self._queue.forget(step.id)
 
+    def close(self) -> None:
+        """Jobs stay in the queue."""
+
+
+class RayRunner:
+    """Steps are Ray tasks, which end with the campaign; reports are local processes, as with Slurm."""
+
+    outlives = False
+
+    def __init__(self, config: Ray, folder: Path, lock: CampaignLock) -> None:
+        from nested_lm.campaign.ray_tasks import Tasks
+
+        self.parallel = config.parallel
+        self._here = LocalRunner(Local(kind="local"), folder, lock)
+        self._tasks = Tasks(config, folder)
+
+    def start(self, step: PlannedStep, command: Sequence[str]) -> Running:
+        """Hand the step to Ray."""
+        return self._here.start(step, command) if step.kind == "report" else self._tasks.start(step.id, command)
+
+    def ended(self, step: PlannedStep) -> None:
+        """Tasks leave nothing behind."""
+        if step.kind == "report":
+            self._here.ended(step)
+
+    def close(self) -> None:
+        """Leave Ray, or end it where the campaign started it."""
+        self._tasks.close()
+
 
 def open_runner(config: CampaignConfig, folder: Path, lock: CampaignLock) -> Runner:
     """The runner of a campaign. Raises ConfigError when it needs a package that is not installed."""
     if isinstance(config.runner, Slurm):
         return SlurmRunner(config.runner, folder, lock)
-    assert isinstance(config.runner, Local | Torchrun)  # Ray is refused when the preset is read
+    if isinstance(config.runner, Ray):
+        return RayRunner(config.runner, folder, lock)
     return LocalRunner(config.runner, folder, lock)
 
 
 def command_of(step: PlannedStep, prefix: Sequence[str], config: CampaignConfig) -> tuple[str, ...]:
     """The whole command line of a step; a training that several processes share is started by torchrun."""
     command = (*prefix, *step.arguments)
-    if step.kind != "train" or config.runner.kind == "ray" or config.runner.processes == 1:
+    if step.kind != "train" or config.runner.processes == 1:
         return command
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.runner.processes}")
     return (sys.executable, *launcher, "--no-python", *command)

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_lm.campaign.process import Outcome
+from nested_lm.campaign.process import LOST, Outcome, end, wait_for
 from nested_lm.config.campaign import Slurm
 from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import CampaignError, ConfigError
-
-_LOST = 255  # exit code in the ledger of a job that ended without saying how
-_SAVE_S = 600.0  # a training asked to stop finishes its step and writes a checkpoint
 
 
 class StepJob:
@@ -36,9 +33,10 @@ class StepJob:
                 self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
             try:
-                return _wait(self._child)
+                wait_for(self._child)
             finally:
                 self._end()
+            return self._child.returncode
 
     def checkpoint(self) -> Any:
         """Let the command save, and say what to submit again."""
@@ -48,21 +46,8 @@ class StepJob:
         return DelayedSubmission(StepJob(self._command, self._folder, self._log))
 
     def _end(self) -> None:
-        if self._child is None or self._child.poll() is not None:
-            return
-        self._child.terminate()
-        if _wait(self._child, timeout_s=_SAVE_S) is None:
-            self._child.kill()
-
-
-def _wait(child: subprocess.Popen[bytes], *, timeout_s: float | None = None) -> int | None:
-    """Exit code of a child; None when it still runs after the time. Polls: a signal handler may wait for it as well."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while (code := child.poll()) is None:
-        if deadline is not None and time.monotonic() > deadline:
-            return None
-        time.sleep(0.2)
-    return code
+        if self._child is not None:
+            end(self._child)
 
 
 class Job:
@@ -120,7 +105,11 @@ class JobQueue:
                 f"runner slurm cannot submit jobs from this machine: {error}\n"
                 "  Start the campaign on a login node, or use runner local: runner={kind: local}"
             ) from error
-        wanted = {"slurm_partition": config.partition, "slurm_account": config.account, "slurm_qos": config.qos}
+        wanted: dict[str, object] = {
+            "slurm_partition": config.partition,
+            "slurm_account": config.account,
+            "slurm_qos": config.qos,
+        }
         wanted |= {"mem_gb": config.memory_gb, "gpus_per_node": config.gpus or None}
         self._executor.update_parameters(
             timeout_min=config.timeout_minutes,
@@ -163,9 +152,10 @@ class JobQueue:
 
     def _read(self, step: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path(step).read_text())
+            record: dict[str, Any] = json.loads(self._path(step).read_text())
         except FileNotFoundError:
             return None
+        return record
 
     def _write(self, step: str, record: dict[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +169,7 @@ def _exit_code(job: Any) -> int:
     try:
         return int(job.result())
     except (FailedJobError, UncompletedJobError):
-        return _LOST
+        return LOST
 
 
 def _await_end(job: Any, step: str, *, timeout_s: float = 120.0) -> None:

@@ -307,7 +307,7 @@ def _refuse_shared_folders(config: CampaignConfig, planned: dict[str, PlannedSte
 
 def _refuse_copies(config: CampaignConfig, planned: dict[str, PlannedStep]) -> None:
     """Refuse torchrun for a run that would not share its work: each process would train all of it."""
-    if config.runner.kind == "ray" or config.runner.processes == 1:
+    if config.runner.processes == 1:
         return
     for step in planned.values():
         if step.run is not None and step.run.train.strategy == "single":

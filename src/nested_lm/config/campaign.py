@@ -149,17 +149,14 @@ class Slurm(Section):
 
 
 class Ray(Section):
-    """Not built."""
+    """Steps are Ray tasks on one node each."""
 
     kind: Literal["ray"]
-
-    @model_validator(mode="after")
-    def _refuse(self) -> "Ray":
-        raise ValueError(
-            "runner ray is not built: no maintained launcher starts, stops and finds again the processes of a campaign "
-            "on Ray, as submitit does on Slurm. For a sweep over one preset install hydra-ray-launcher and use "
-            "`nested-lm train PRESET -m hydra/launcher=ray`; for a campaign use runner slurm, or runner local on a node"
-        )
+    parallel: Count = 1  # tasks at a time, also those that wait for a node
+    address: str | None = None  # host:port of a cluster; auto: the one this machine is in; null: a Ray of our own here
+    processes: Count = 1  # that share one training, started by torchrun
+    cpus_per_step: Count = 1
+    gpus_per_step: Annotated[float, Field(ge=0)] = 0  # a share of one lets several steps use it
 
 
 Runner = Annotated[Local | Torchrun | Slurm | Ray, Field(discriminator="kind")]
