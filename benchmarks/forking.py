@@ -3,20 +3,26 @@
 Both ways score the same documents of the same model, one after the other in turns, so that other work on the machine
 meets both. The shares are medians over the turns; the scores of both ways must agree.
 
-    python benchmarks/forking.py RUN_OR_CHECKPOINT DATA_DIR [--tasks ...] [--limit 400] [--turns 5] [--out FILE]
+    python -m benchmarks.forking RUN_OR_CHECKPOINT DATA_DIR [--tasks ...] [--limit 400] [--turns 5] [--out FILE]
+
+What is published lies in `benchmarks/results/forking.json`.
 """
 
 import argparse
+import datetime
 import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nested_lm.checkpoint import find_checkpoint
+from benchmarks.streaming import hardware
+from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint
 from nested_lm.cli_arguments import Device, open_checkpoint
 from nested_lm.commit import current_commit
+from nested_lm.data.atomic import write_atomically
 from nested_lm.eval.zeroshot.data_folder import verified_files
 from nested_lm.eval.zeroshot.harness import build_requests, open_tasks
 from nested_lm.eval.zeroshot.sequences import Document, ModelScorer
@@ -24,6 +30,7 @@ from nested_lm.eval.zeroshot.tasks import choose_tasks
 
 TOLERANCE = 1e-4  # of a score in nats, relative: float32, other batches
 ROWS = 32
+THREADS = 1
 
 
 def documents_of(task, loaded, limit: int | None) -> list[Document]:
@@ -65,6 +72,22 @@ def compare(model, documents: list[Document], turns: int) -> dict:
     }
 
 
+def stamped(loaded: LoadedCheckpoint, options: argparse.Namespace, tasks: dict[str, Any]) -> dict[str, Any]:
+    """The measurement with what it was made with: code, machine, checkpoint and options."""
+    identity = loaded.identity
+    return {
+        "what": "zero-shot documents scored with and without sharing what sequences begin with; float32, wall seconds",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "commit": current_commit(),
+        "hardware": hardware() | {"threads": THREADS},
+        "model": {field: identity[field] for field in ("name", "run_id", "parameters")} | {"step": loaded.step},
+        "max_length": loaded.config.train.context_length,
+        "limit": options.limit,
+        "turns": options.turns,
+        "tasks": tasks,
+    }
+
+
 def main() -> None:
     """Measure and print one line a task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +98,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     loaded = open_checkpoint(find_checkpoint(options.source, report=print), Device.cpu)
     names = choose_tasks(options.tasks)
     found = {}
@@ -90,8 +113,8 @@ def main() -> None:
                 flush=True,
             )
     if options.out is not None:
-        what = {"model": loaded.identity["name"], "commit": current_commit(), "turns": options.turns, "tasks": found}
-        options.out.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps(stamped(loaded, options, found), indent=1) + "\n"
+        write_atomically(options.out, content.encode())
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def zeroshot(
         str | None, typer.Option(help="Tells the result from another of the same run, such as memorize.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Result file; eval/zeroshot_NAME.json by default.")
+        Path | None, typer.Option(metavar="FILE", help="Result file; eval/zeroshot_NAME[_LABEL].json by default.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU when there is one.")] = Device.auto,
 ) -> None:
@@ -59,7 +59,7 @@ def zeroshot(
 
     path = find_checkpoint(source, report=functools.partial(typer.echo, err=True))
     loaded = open_checkpoint(path, device)
-    target = output or default_output(loaded.identity["name"])
+    target = output or default_output(loaded.identity["name"], label)
     evaluate_zeroshot(loaded, path, settings, data_dir=data_dir, output=target, report=typer.echo, label=label)
 
 

@@ -57,6 +57,7 @@ def test_a_result_edited_by_hand_is_refused(written, change):
 
 
 def test_refusal_of_an_edit_shows_both_digests_and_the_way_out(written):
+    (written.parent.parent / "checkpoints").mkdir()
     before = json.loads(written.read_text())["digest"]
     rewrite(written, lambda d: d["identity"].update(tokens=1), digest=False)
     now = content_digest(json.loads(written.read_text()))
@@ -64,7 +65,40 @@ def test_refusal_of_an_edit_shows_both_digests_and_the_way_out(written):
         load_result(written)
     assert before in str(caught.value)
     assert now in str(caught.value)
-    assert f"nested-lm eval {written.parent.parent}" in str(caught.value)
+    assert f"`nested-lm eval {written.parent.parent}`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "task", "command"),
+    [
+        ("results/passkey.json", "passkey", "eval {run}"),
+        ("results/continual.json", "continual", "eval {run}"),
+        ("results/niah_long.json", "niah_long", "eval niah {run} --label long"),
+        ("results/step-4/babilong.json", "babilong", "eval babilong {run}/checkpoints/step-4"),
+        ("results/regret.json", "regret", "eval continual {run}"),
+        ("results/class_incremental.json", "class_incremental", "eval continual {run}"),
+        ("results/a.json", "zeroshot_memorize", "eval zeroshot {run} --label memorize --output {run}/results/a.json"),
+        ("elsewhere/books.json", "books", "eval books RUN --output {run}/elsewhere/books.json"),
+        ("elsewhere/lesion.json", "lesion", "eval continual RUN --output-dir {run}/elsewhere"),
+    ],
+)
+def test_the_way_out_names_the_verb_that_measured(tmp_path, place, task, command):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema_version": 1, "task": task, "digest": "0"}))
+    with pytest.raises(ReportError) as caught:
+        load_result(path)
+    assert f"`nested-lm {command.format(run=tmp_path)}`" in str(caught.value)
+
+
+def test_published_evidence_is_restored_and_not_measured_again(written):
+    rewrite(written, lambda d: d.update(wall_seconds=9.0), digest=False)
+    with pytest.raises(ReportError) as caught:
+        load_result(written)
+    assert "holds no checkpoints" in str(caught.value)
+    assert f"`git checkout -- {written}`" in str(caught.value)
+    assert "nested-lm eval" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.results import load_result
 from nested_lm.eval.zeroshot import tasks
 from nested_lm.eval.zeroshot.compare import compare, comparison_lines
-from nested_lm.eval.zeroshot.data_folder import MANIFEST, make_data_folder, read_manifest, verified_files
+from nested_lm.eval.zeroshot.data_folder import (
+    MANIFEST,
+    digest_of_documents,
+    make_data_folder,
+    read_manifest,
+    verified_files,
+)
 from nested_lm.eval.zeroshot.harness import check_task_files, hash_of_files, require_harness
-from nested_lm.eval.zeroshot.run import evaluate_zeroshot
+from nested_lm.eval.zeroshot.run import default_output, evaluate_zeroshot
 from nested_lm.eval.zeroshot.settings import Memorize, ZeroShotSettings
 from tests.eval.zeroshot_oracle import log_likelihood, rolling_log_likelihood
 
@@ -38,6 +45,22 @@ ROWS = {
         {"question": "is the army a navy", "passage": "the army and the navy of the states", "label": 0, "idx": 8},
     ],
 }
+
+HELLASWAG = [
+    {
+        "ind": 3,
+        "activity_label": "Sailing",
+        "ctx_a": "The navy [title] sails.",
+        "ctx_b": "it",
+        "ctx": "The navy [title] sails. it",
+        "endings": ["keeps the peace [substeps] of the union.", "is an army.", "in the states", "shall"],
+        "source_id": "x",
+        "split": "val",
+        "split_type": "indomain",
+        "label": "0",
+    }
+]
+"""As published: the harness makes query and choices of it."""
 
 
 def write_rows(folder, rows=ROWS):
@@ -75,7 +98,7 @@ def tokenizer(data_config):
 def measure(tokenizer, make_model, data_config, folder, tmp_path):
     """Score a small model on the folder; returns the path of the result, and what was said in `measure.said`."""
 
-    def run(kind="self_modifying", *, name="tiny", change=None, **settings):
+    def run(kind="self_modifying", *, name="tiny", change=None, label=None, data_dir=folder, text=None, **settings):
         checkpoint = tmp_path / name / "checkpoints" / "step-00000004"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / CHECKPOINT_MANIFEST).write_text("{}")
@@ -89,7 +112,7 @@ def measure(tokenizer, make_model, data_config, folder, tmp_path):
             "seed": 1,
             "parameters": 1000,
         }
-        config = load_run("hope/demo", [f"data.output_dir={data_config.output_dir}"])
+        config = load_run("hope/demo", [f"data.output_dir={text or data_config.output_dir}"])
         model = make_model(kind)
         if change is not None:
             change(model)
@@ -100,9 +123,10 @@ def measure(tokenizer, make_model, data_config, folder, tmp_path):
             loaded,
             checkpoint,
             ZeroShotSettings(**(fields | settings)),
-            data_dir=folder,
+            data_dir=data_dir,
             output=tmp_path / name / "results" / "zeroshot.json",
             report=run.said.append,
+            label=label,
         )
 
     return run
@@ -154,6 +178,80 @@ def test_a_result_of_the_same_checkpoint_is_kept_and_another_runs_is_never_repla
     with pytest.raises(ConfigError, match="holds the scores of run tiny-1, this is other-1"):
         measure(tasks=("piqa",), name="other")
     assert (other / "zeroshot.json").read_bytes() == before
+
+
+def test_labels_keep_results_apart(measure, tmp_path):
+    assert default_output("hope") == Path("eval/zeroshot_hope.json")
+    assert default_output("hope", "memorize") == Path("eval/zeroshot_hope_memorize.json")
+    with pytest.raises(ConfigError, match="small letters and digits only"):
+        default_output("hope", "a/b")
+    path = measure(tasks=("piqa",))
+    assert load_result(measure(tasks=("piqa",), label="again")).task == "zeroshot_again"
+    assert measure.said[0] == f"measured again: {path} is of another task, and will be replaced"
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_hub_gives_the_same_scores_as_a_folder_made_from_it(measure, monkeypatch, tmp_path):
+    import datasets
+
+    published = {task.dataset: (task, ROWS.get(name, HELLASWAG)) for name, task in tasks.TASKS.items()}
+
+    read_files = datasets.load_dataset
+
+    def load_dataset(path, name=None, split=None, **others):
+        if path == "json":
+            return read_files(path, name, split=split, **others)
+        task, rows = published[path]
+        assert name == task.subset
+        found = datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part in ("train", task.split)})
+        return found if split is None else found[split]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    chosen = ("wikitext", "piqa", "hellaswag", "boolq")
+    hub = load_result(measure(name="hub", tasks=chosen, data_dir=None))
+    made = make_data_folder(tmp_path / "made", chosen, source=None, report=lambda line: None).parent
+    folder = load_result(measure(name="folder", tasks=chosen, data_dir=made))
+    assert hub.metrics.data["piqa"].source == "hub baber/piqa"
+    assert hub.metrics.data["piqa"].file is None
+    assert folder.metrics.data["boolq"].source == "data folder, from hub aps/super_glue boolq validation"
+    assert hub.settings["documents"] == folder.settings["documents"]
+    for one, other in zip(hub.metrics.arms[0].tasks, folder.metrics.arms[0].tasks, strict=True):
+        assert (one.task, one.values) == (other.task, other.values)
+
+
+def test_a_training_text_that_is_missing_is_found_out_before_anything_is_read(measure, monkeypatch, tmp_path):
+    monkeypatch.setattr("nested_lm.eval.zeroshot.run._encode", None)
+    with pytest.raises(
+        DataError, match=r"nowhere holds no finished data set(?s:.*)leave this floor out with --no-bigram"
+    ):
+        measure(tasks=("piqa",), text=tmp_path / "nowhere")
+    assert results(tmp_path) == []
+    monkeypatch.undo()
+    result = load_result(measure(tasks=("piqa",), text=tmp_path / "nowhere", bigram_tokens=None))
+    assert (result.metrics.bigram_tokens, result.metrics.floors["piqa"].bigram) == (None, None)
+
+
+def test_the_terminal_shows_standard_errors_and_copies_that_are_not_known(measure, monkeypatch, folder):
+    known = digest_of_documents(tasks.TASKS["boolq"], ROWS["boolq"])
+    monkeypatch.setitem(tasks.TASKS, "boolq", replace(tasks.TASKS["boolq"], known_copy=known))
+    result = load_result(measure(tasks=("piqa", "boolq")))
+    assert [result.metrics.data[name].known_copy for name in ("piqa", "boolq")] == [False, True]
+    assert "not a known copy of the documents: piqa" in measure.said
+    (errors,) = (line.split() for line in measure.said if line.startswith("  std. error"))
+    assert errors[2:] == [f"{100 * entry.standard_errors['acc']:.2f}" for entry in result.metrics.arms[0].tasks]
+
+
+def test_copies_are_known_by_the_fields_their_task_uses_and_by_their_order(monkeypatch, tmp_path):
+    task = tasks.TASKS["boolq"]
+    turned = [dict(reversed(row.items())) | {"idx": 0} for row in ROWS["boolq"]]
+    known = digest_of_documents(task, ROWS["boolq"])
+    assert known.startswith("20ceb9de2fd78ab1")  # another way to digest would know no copy
+    assert digest_of_documents(task, turned) == known
+    assert digest_of_documents(task, reversed(turned)) != known
+    monkeypatch.setitem(tasks.TASKS, "boolq", replace(task, known_copy=known))
+    lines = []
+    make_data_folder(tmp_path / "data", ("boolq", "piqa"), source=write_rows(tmp_path / "rows"), report=lines.append)
+    assert ["not a known copy" in line for line in lines] == [False, True]
 
 
 def test_a_changed_task_file_is_refused_and_nothing_is_written(measure, monkeypatch, tmp_path):
@@ -254,7 +352,7 @@ class TestDataFolder:
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
         assert one == two
         assert set(one) == {MANIFEST, "piqa.jsonl.gz", "boolq.jsonl.gz"}
-        assert lines[0] == "piqa: 3 documents of the 1,838 published, licence AFL-3.0"
+        assert lines[0] == "piqa: 3 documents of the 1,838 published, not a known copy, licence AFL-3.0"
         assert list(read_manifest(tmp_path / "one").tasks) == ["piqa", "boolq"]
 
     def test_what_is_wrong_is_named_and_leaves_the_folder_as_it_was(self, folder, tmp_path):

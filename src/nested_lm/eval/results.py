@@ -21,6 +21,22 @@ _EQUAL_RESULT = ("task", "task_version")
 
 _ABSENT = "absent"
 
+_VERBS = {
+    "niah": "niah",
+    "babilong": "babilong",
+    "books": "books",
+    "zeroshot": "zeroshot",
+    "regret": "continual",
+    "carried": "continual",
+    "lesion": "continual",
+    "events": "continual",
+    "retention": "continual",
+    "class_incremental": "continual",
+    "changing_facts": "continual",
+    "invented_languages": "continual",
+}
+"""The verb of `nested-lm eval` that measures a kind of result; other kinds are measured by `nested-lm eval RUN`."""
+
 _OWN_SETTINGS = {"zeroshot": ("memorize",), "regret": ("oracle",)}
 """Settings, by task, that a row has for itself: tables name them. Arms that only one result has are beside the others,
 and every arm has an oracle of its own kind."""
@@ -74,7 +90,7 @@ def load_result(path: Path) -> ResultFile:
     Raises ReportError when it is missing, is not JSON, was changed after it was written, was written by
     another schema version or does not fit the schema.
     """
-    again = f"Run `nested-lm eval {path.parent.parent}` to write it again."
+    again = _way_out(path, path.stem)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -83,6 +99,7 @@ def load_result(path: Path) -> ResultFile:
         raise ReportError(f"{path} is not a JSON file: {error}\n  {again}") from error
     if not isinstance(document, dict):
         raise ReportError(f"{path}: expected a JSON object, found {type(document).__name__}\n  {again}")
+    again = _way_out(path, str(document.get("task", path.stem)))
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ReportError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}\n  {again}")
@@ -99,6 +116,36 @@ def load_result(path: Path) -> ResultFile:
         raise ReportError(
             f"{path} does not fit the result schema ({error.error_count()} problems):\n{found}\n  {again}"
         ) from error
+
+
+def _way_out(path: Path, task: str) -> str:
+    """How to have a result file whole again: measure it again, or restore it where it is published evidence.
+
+    Results lie in RUN/results, those of a checkpoint named by itself in RUN/results/CHECKPOINT; other places are named
+    on the command line.
+    """
+    kind = next((kind for kind in _VERBS if task == kind or task.startswith(f"{kind}_")), "")
+    verb = _VERBS.get(kind, "")
+    results = next((folder for folder in path.parents[:2] if folder.name == "results"), None)
+    if results is not None and not (results.parent / "checkpoints").is_dir():
+        return (
+            f"{results.parent} holds no checkpoints to measure it again from. Restore the file with "
+            f"`git checkout -- {path}`, or publish its campaign again with `nested-lm report CAMPAIGN_DIR --publish`."
+        )
+    words = ["nested-lm", "eval", *([verb] if verb else [])]
+    if results is None:
+        words.append("RUN")
+    elif path.parent == results:
+        words.append(str(results.parent))
+    else:
+        words.append(str(results.parent / "checkpoints" / path.parent.name))
+    if verb in ("niah", "zeroshot") and task != kind:
+        words += ["--label", task.removeprefix(f"{kind}_")]
+    if verb == "zeroshot" or (results is None and verb in ("niah", "babilong", "books")):
+        words += ["--output", str(path)]
+    elif results is None and verb == "continual":
+        words += ["--output-dir", str(path.parent)]
+    return f"Run `{' '.join(words)}` with the options it was measured with to write it again."
 
 
 def _check_digest(path: Path, document: dict[str, Any], again: str) -> None:

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,28 @@ def make_data_folder(
         manifest = DataManifest(version=1, tasks={key: entries[key] for key in TASKS if key in entries})
         write_atomically(path, (manifest.model_dump_json(indent=1) + "\n").encode())
         of = "" if len(documents) == task.documents else f" of the {task.documents:,} published"
-        report(f"{name}: {len(documents):,} documents{of}, licence {task.licence}")
+        known = "" if digest_of_documents(task, documents) == task.known_copy else ", not a known copy"
+        report(f"{name}: {len(documents):,} documents{of}{known}, licence {task.licence}")
     return path
+
+
+def digest_of_documents(task: ZeroShotTask, documents: Iterable[Mapping[str, Any]]) -> str:
+    """sha256 of the fields that a task uses, one line of canonical JSON a document, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        fields = {field: document.get(field) for field in task.fields}
+        line = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def is_known_copy(task: ZeroShotTask, path: Path) -> bool:
+    """Whether a file of a data folder holds the documents that this project was measured with.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return digest_of_documents(task, _read(path)) == task.known_copy
 
 
 def read_manifest(folder: Path) -> DataManifest:

@@ -22,6 +22,8 @@ class TaskData(Section):
 
     source: the hub, or a data folder; file: sha256 of the file there. documents: xxh3_128 of all prompts, choices and
     targets in order: two results with the same one answered the same questions. published: documents of the split.
+    known_copy: whether the data folder holds the documents that this project was measured with; null: not from a
+    folder, or not compared.
     """
 
     task_version: str
@@ -32,6 +34,7 @@ class TaskData(Section):
     documents: str
     published: Count
     licence: str
+    known_copy: bool | None = None
 
 
 class Floors(Section):

@@ -1,17 +1,17 @@
 """Zero-shot tasks on one checkpoint: plain and with memorised texts, floors beside, one result file."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nested_lm import __version__
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import ConfigError, NumericsError, ReportError
+from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.progress import Progress
@@ -19,10 +19,10 @@ from nested_lm.eval.niah.run import UNKNOWN_DATA
 from nested_lm.eval.results import labelled, load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 from nested_lm.eval.zeroshot.bigram import BigramScorer, count_bigrams
-from nested_lm.eval.zeroshot.data_folder import read_manifest, verified_files
+from nested_lm.eval.zeroshot.data_folder import is_known_copy, read_manifest, verified_files
 from nested_lm.eval.zeroshot.harness import build_requests, open_tasks
 from nested_lm.eval.zeroshot.memorize import MemorizedStarts, check_memorize
-from nested_lm.eval.zeroshot.metrics import Arm, Code, Floors, TaskData, TaskScores, ZeroShotMetrics
+from nested_lm.eval.zeroshot.metrics import Arm, Code, TaskData, TaskScores, ZeroShotMetrics
 from nested_lm.eval.zeroshot.sequences import ModelScorer, Scorer
 from nested_lm.eval.zeroshot.settings import Memorize, ZeroShotSettings
 from nested_lm.eval.zeroshot.summary import (
@@ -47,24 +47,34 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 
 
-def default_output(name: str) -> Path:
-    """Where the scores of a model go. name: of the run."""
-    return Path("eval") / f"zeroshot_{name}.json"
+def default_output(name: str, label: str | None = None) -> Path:
+    """Where the scores of a model go. name: of the run. label: sets the result apart from another of the same run.
+
+    Raises:
+        ConfigError: the label is none.
+    """
+    return Path("eval") / f"{labelled(f'zeroshot_{name}', label)}.json"
 
 
 @dataclass
-class _Asked:
-    """One task: its documents, and its requests as sequences of tokens."""
+class _Questions:
+    """One task and its documents."""
 
     task: "Task"
     by_document: "list[list[Instance]]"
-    requests: "Requests | RollingRequests"
     data: TaskData
 
     @property
     def is_rolling(self) -> bool:
         """Whether whole texts are scored: there is no question after the text."""
         return self.task.OUTPUT_TYPE == "loglikelihood_rolling"
+
+
+@dataclass
+class _Asked(_Questions):
+    """One task with its requests as sequences of tokens."""
+
+    requests: "Requests | RollingRequests"
 
     def answered(self, scorer: Scorer) -> Answered:
         """Score all documents."""
@@ -93,7 +103,7 @@ def evaluate_zeroshot(
     Raises:
         ConfigError: settings that the model cannot have, no harness, an output that is another run's, or a label that
             is none.
-        DataError: changed task files or data.
+        DataError: changed task files or data, or no training text for the bigram floor.
         CheckpointError: the data set for the bigram floor has another tokenizer.
         NumericsError: a score is not finite. Nothing is written.
     """
@@ -103,22 +113,24 @@ def evaluate_zeroshot(
     started = time.perf_counter()
     files = None if data_dir is None else verified_files(data_dir, settings.tasks)
     with open_tasks(settings.tasks, files) as tasks:
-        asked = _ask(tasks, loaded, settings, data_dir)
-        fields = {
+        questions = _ask(tasks, settings, data_dir, files)
+        fields: dict[str, Any] = {
+            "task": task,
             "task_version": VERSION,
             "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
-            "settings": _result_settings(loaded, settings, asked),
+            "settings": _result_settings(loaded, settings, questions),
             "checkpoint": mark_checkpoint(checkpoint),
         }
         if _is_current(output, fields, report):
             return output
+        bigram = _count_bigrams(loaded, settings)  # what is missing there is found out before the long part
+        asked = _encode(questions, loaded, settings)
         try:
-            metrics = _measure(loaded, settings, asked, report)
+            metrics = _measure(loaded, settings, asked, bigram, report)
         except NumericsError as error:
             raise NumericsError(f"zero-shot tasks on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task=task,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -134,26 +146,45 @@ def evaluate_zeroshot(
     return output
 
 
+class _Bigram(NamedTuple):
+    """The bigram of the training text, and the tokens it was counted on."""
+
+    scorer: BigramScorer
+    tokens: int
+
+
+def _count_bigrams(loaded: LoadedCheckpoint, settings: ZeroShotSettings) -> _Bigram | None:
+    """Count the bigrams of the run's training text; None where that floor is left out.
+
+    Raises:
+        CheckpointError: the data set has another tokenizer.
+        DataError: there is no such data set.
+    """
+    if settings.bigram_tokens is None:
+        return None
+    folder = Path(loaded.config.data.output_dir)
+    try:
+        training = TokenDataset.open(folder, "train")
+    except DataError as error:
+        raise DataError(
+            f"{error}\n  The bigram floor is counted on the run's training text there: run from the folder that "
+            f"{folder} is below, or leave this floor out with --no-bigram."
+        ) from error
+    counts, counted = count_bigrams(training, tokenizer_hash=loaded.tokenizer.hash, max_tokens=settings.bigram_tokens)
+    return _Bigram(BigramScorer(counts), counted)
+
+
 def max_length(loaded: LoadedCheckpoint, settings: ZeroShotSettings) -> int:
     """Tokens read of a document at the most."""
     return settings.max_length or loaded.config.train.context_length
 
 
 def _ask(
-    tasks: "dict[str, Task]",
-    loaded: LoadedCheckpoint,
-    settings: ZeroShotSettings,
-    data_dir: Path | None,
-) -> dict[str, _Asked]:
-    """Build the requests of every task and turn them into tokens."""
-    from nested_lm.eval.zeroshot.language_model import HarnessModel
-
-    # Turns requests into tokens; what scores them is chosen arm by arm.
-    encoder = HarnessModel(
-        loaded.tokenizer, ModelScorer(loaded.model, batch_rows=1), max_length=max_length(loaded, settings)
-    )
+    tasks: "dict[str, Task]", settings: ZeroShotSettings, data_dir: Path | None, files: Mapping[str, Path] | None
+) -> dict[str, _Questions]:
+    """Build the requests of every task. files: of the data folder, verified; None: the hub."""
     manifest = None if data_dir is None else read_manifest(data_dir)
-    asked = {}
+    found = {}
     for name, task in tasks.items():
         build_requests(task, settings.limit)
         by_document = group_requests(task)
@@ -167,22 +198,44 @@ def _ask(
             documents=hash_documents(task, by_document),
             published=known.documents,
             licence=known.licence,
+            known_copy=None if files is None else is_known_copy(known, files[name]),
         )
-        rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
-        requests = encoder.rolling_requests(task.instances) if rolling else encoder.requests(task.instances)
-        asked[name] = _Asked(task, by_document, requests, data)
-    return asked
+        found[name] = _Questions(task, by_document, data)
+    return found
 
 
-def _result_settings(loaded: LoadedCheckpoint, settings: ZeroShotSettings, asked: dict[str, _Asked]) -> dict[str, Any]:
+def _encode(
+    questions: Mapping[str, _Questions], loaded: LoadedCheckpoint, settings: ZeroShotSettings
+) -> dict[str, _Asked]:
+    """Turn the requests of every task into tokens."""
+    from nested_lm.eval.zeroshot.language_model import HarnessModel
+
+    # Turns requests into tokens; what scores them is chosen arm by arm.
+    encoder = HarnessModel(
+        loaded.tokenizer, ModelScorer(loaded.model, batch_rows=1), max_length=max_length(loaded, settings)
+    )
+    return {
+        name: _Asked(
+            entry.task,
+            entry.by_document,
+            entry.data,
+            (encoder.rolling_requests if entry.is_rolling else encoder.requests)(entry.task.instances),
+        )
+        for name, entry in questions.items()
+    }
+
+
+def _result_settings(
+    loaded: LoadedCheckpoint, settings: ZeroShotSettings, questions: Mapping[str, _Questions]
+) -> dict[str, Any]:
     """What two results must share to be compared: limits of the machine are not part of it."""
     fields = settings.model_dump(mode="json", exclude={"batch_rows"})
     return fields | {
         "max_length": max_length(loaded, settings),
         "harness": HARNESS_VERSION,
         "start_token": True,
-        "task_files": {name: entry.data.task_files for name, entry in asked.items()},
-        "documents": {name: entry.data.documents for name, entry in asked.items()},
+        "task_files": {name: entry.data.task_files for name, entry in questions.items()},
+        "documents": {name: entry.data.documents for name, entry in questions.items()},
     }
 
 
@@ -215,10 +268,19 @@ def _is_current(path: Path, fields: dict[str, Any], report: Callable[[str], None
 
 
 def _measure(
-    loaded: LoadedCheckpoint, settings: ZeroShotSettings, asked: dict[str, _Asked], report: Callable[[str], None]
+    loaded: LoadedCheckpoint,
+    settings: ZeroShotSettings,
+    asked: dict[str, _Asked],
+    bigram: _Bigram | None,
+    report: Callable[[str], None],
 ) -> ZeroShotMetrics:
     bootstrap = Bootstrap(samples=settings.bootstrap_samples)
-    floors, counted = _floors(loaded, settings, asked)
+    floors = {
+        name: floors_of(
+            entry.task, entry.by_document, None if bigram is None else entry.answered(bigram.scorer).aggregate()
+        )
+        for name, entry in asked.items()
+    }
     variants: list[Memorize | None] = [None, *settings.memorize]
     progress = Progress(_planned(loaded, settings, asked, variants), report)
     arms: list[Arm] = []
@@ -230,25 +292,9 @@ def _measure(
         code=Code(version=__version__, commit=current_commit(), harness=HARNESS_VERSION),
         data={name: entry.data for name, entry in asked.items()},
         floors=floors,
-        bigram_tokens=counted,
+        bigram_tokens=None if bigram is None else bigram.tokens,
         arms=tuple(arms),
     )
-
-
-def _floors(
-    loaded: LoadedCheckpoint, settings: ZeroShotSettings, asked: dict[str, _Asked]
-) -> tuple[dict[str, Floors], int | None]:
-    """Floors of every task, and the tokens that the bigram was counted on."""
-    if settings.bigram_tokens is None:
-        return {name: floors_of(entry.task, entry.by_document, None) for name, entry in asked.items()}, None
-    training = TokenDataset.open(Path(loaded.config.data.output_dir), "train")
-    counts, counted = count_bigrams(training, tokenizer_hash=loaded.tokenizer.hash, max_tokens=settings.bigram_tokens)
-    scorer = BigramScorer(counts)
-    found = {
-        name: floors_of(entry.task, entry.by_document, entry.answered(scorer).aggregate())
-        for name, entry in asked.items()
-    }
-    return found, counted
 
 
 def _scorer(

@@ -40,16 +40,19 @@ def table_lines(result: ResultFile) -> list[str]:
 
 
 def _arm_rows(model: str, arm: Arm, columns: Sequence[str]) -> list[list[str]]:
-    """Scores, their intervals, and what memorising gains."""
+    """Scores, their intervals and standard errors, and what memorising gains."""
     scores = {entry.task: entry for entry in arm.tasks}
-    found = [
-        (scores[column.split("/")[0]].metrics[column.split("/")[1]] if column.split("/")[0] in scores else None)
-        for column in columns
-    ]
+    found: list[Interval | None] = []
+    errors: list[float | None] = []
+    for column in columns:
+        task, metric = column.split("/")
+        found.append(scores[task].metrics[metric] if task in scores else None)
+        errors.append(scores[task].standard_errors.get(metric) if task in scores else None)
     name = model if arm.memorize is None else f"  {arm.name}"
     rows = [
         [name, *(_value(column, value) for column, value in zip(columns, found, strict=True)), _average(arm.average)],
         ["  95 %", *(_range(column, value) for column, value in zip(columns, found, strict=True)), ""],
+        ["  std. error", *(_error(column, value) for column, value in zip(columns, errors, strict=True)), ""],
     ]
     if arm.memorize is not None:
         gains = []
@@ -83,22 +86,34 @@ def _paper_row(row: PaperRow, columns: Sequence[str]) -> list[str]:
 
 
 def _notes(result: ResultFile, metrics: ZeroShotMetrics) -> list[str]:
-    plain = metrics.arms[0]
-    short = [
-        f"{entry.task} {entry.documents:,} of {metrics.data[entry.task].published:,}"
-        for entry in plain.tasks
-        if entry.documents != metrics.data[entry.task].published
-    ]
-    cut = [f"{entry.task} {entry.cut:,}" for entry in plain.tasks if entry.cut]
     sources = sorted({row.source for row in nearest_rows(result.identity.parameters)})
-    lines = [
-        f"accuracies in percent, n: by length of the answer; 0 shots, at most {result.settings['max_length']:,} tokens "
-        f"of a document (perplexities depend on it), lm-eval {metrics.code.harness}",
+    return [
+        f"accuracies in percent, n: by length of the answer; 0 shots, lm-eval {metrics.code.harness}",
         "papers' rows as printed, without seeds or intervals, of other sizes, data and tokenizers: "
         + "; ".join(sources),
+        *reading_notes(result),
     ]
-    lines += [f"not all documents: {', '.join(short)}"] if short else []
+
+
+def reading_notes(result: ResultFile) -> list[str]:
+    """What was read of the documents, and which they were: lengths, cuts, missing documents, unknown copies."""
+    metrics, limit = result.metrics, result.settings["limit"]
+    assert isinstance(metrics, ZeroShotMetrics)
+    tasks = metrics.arms[0].tasks
+    cut = [f"{entry.task} {entry.cut:,} of {entry.documents:,}" for entry in tasks if entry.cut]
+    first, missing = [], []
+    for entry in tasks:
+        published = metrics.data[entry.task].published
+        if entry.documents < published and entry.documents == limit:
+            first.append(f"{entry.task} the first {limit:,} of {published:,}")
+        elif entry.documents != published:
+            missing.append(f"{entry.task} {entry.documents:,} of {published:,}")
+    unknown = [name for name, data in metrics.data.items() if data.known_copy is False]
+    lines = [f"at most {result.settings['max_length']:,} tokens of a document are read; perplexities depend on it"]
     lines += [f"documents cut at their beginning: {', '.join(cut)}"] if cut else []
+    lines += [f"--limit took the beginning of each task, not a sample: {', '.join(first)}"] if first else []
+    lines += [f"not all documents: {', '.join(missing)}"] if missing else []
+    lines += [f"not a known copy of the documents: {', '.join(unknown)}"] if unknown else []
     return lines
 
 
@@ -116,6 +131,13 @@ def _number(column: str, value: float) -> str:
     if column.endswith(("acc", "acc_norm")):
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if column.endswith("bits_per_byte") else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _error(column: str, value: float | None) -> str:
+    """A standard error in the units of its score."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if column.endswith(("acc", "acc_norm")) else f"{value:.3f}"
 
 
 def _gain(column: str, interval: Interval) -> str:

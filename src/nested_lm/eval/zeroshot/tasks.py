@@ -20,6 +20,7 @@ class ZeroShotTask:
 
     files: its task file below `lm_eval/tasks`, then what it includes and calls. sha256: of them, by `hash_of_files`.
     dataset, subset, split: on the Hugging Face hub. documents: of that split, as published.
+    known_copy: `digest_of_documents` of the copy that this project was measured with.
     printed: metrics of the papers' tables, first the one the task is judged by.
     fields: of a document. other_stems: file names that are understood when a data folder is made.
     """
@@ -31,6 +32,7 @@ class ZeroShotTask:
     subset: str | None
     split: Literal["validation", "test"]
     documents: int
+    known_copy: str
     printed: tuple[Metric, ...]
     fields: tuple[str, ...]
     licence: str
@@ -48,6 +50,7 @@ _TASKS = (
         "wikitext-2-raw-v1",
         "test",
         62,
+        "f267595c529dc14affc176ca05948014d5b035ee8421c4528bfc778bcd7c2b50",
         ("word_perplexity", "bits_per_byte"),
         ("page",),
         "CC BY-SA 3.0",
@@ -61,6 +64,7 @@ _TASKS = (
         "default",
         "test",
         5153,
+        "05ae9755847286957976eca1a513750eeb542019e97af8837baa488483398d78",
         ("perplexity", "acc"),
         ("text",),
         "MIT",
@@ -74,6 +78,7 @@ _TASKS = (
         None,
         "validation",
         1838,
+        "256cd78377a0090efcbc05662c15821c9b60f98a708bf48115d0d9af80c67313",
         ("acc",),
         ("goal", "sol1", "sol2", "label"),
         "AFL-3.0",
@@ -86,6 +91,7 @@ _TASKS = (
         None,
         "validation",
         10042,
+        "5ffd26fe94bc16e9443a395e80bcd21193d9fff0746e104c23485dc7378a6a7c",
         ("acc_norm",),
         ("query", "choices", "label"),
         "MIT",
@@ -99,6 +105,7 @@ _TASKS = (
         "winogrande_xl",
         "validation",
         1267,
+        "b8e68e02d5a6bfba442cdcefc974833ca56986d02ab807ed05227cd927b3eebb",
         ("acc",),
         ("sentence", "option1", "option2", "answer"),
         "CC BY",
@@ -111,6 +118,7 @@ _TASKS = (
         "ARC-Easy",
         "test",
         2376,
+        "72c9c73164bdd3ae09308d42e1699248dfa4f887c0bfe58cf158afcf092f3d67",
         ("acc",),
         _ARC_FIELDS,
         "CC BY-SA 4.0",
@@ -123,6 +131,7 @@ _TASKS = (
         "ARC-Challenge",
         "test",
         1172,
+        "27b6a48a80b36e987fbd5d7adda3b18279a6d169e49748435998739cde490604",
         ("acc_norm",),
         _ARC_FIELDS,
         "CC BY-SA 4.0",
@@ -135,6 +144,7 @@ _TASKS = (
         None,
         "validation",
         1954,
+        "4e39612f1d7596b0a7d27ce0009e2562b22e6ed7edf3684ea3db89ac580fbc14",
         ("acc",),
         ("context", "question", "answerA", "answerB", "answerC", "label"),
         "CC BY 4.0",
@@ -148,6 +158,7 @@ _TASKS = (
         "boolq",
         "validation",
         3270,
+        "8b4e2455903036e07e5f880f4d41d25597a3c3b5160b1e1ee788bd44acf4d22e",
         ("acc",),
         ("question", "passage", "label"),
         "CC BY-SA 3.0",
@@ -160,6 +171,7 @@ _TASKS = (
         None,
         "validation",
         1221,
+        "a635c718f415db17bd7b00dc44b2369993444bb43967fd26dab88da1a259cc49",
         ("acc",),
         _ARC_FIELDS,
         "MIT",
@@ -173,6 +185,7 @@ _TASKS = (
         "main",
         "test",
         500,
+        "d558cc5b6cf7d453dfd6f82ac13fd9fc4c1285ded7956340fd5637669ced4795",
         ("acc_norm",),
         ("question_stem", "choices", "answerKey"),
         "Apache-2.0",
