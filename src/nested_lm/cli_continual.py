@@ -38,7 +38,10 @@ def continual(
     epochs: Annotated[int, typer.Option(min=2, help="How often that world is told.")] = 4,
     lesson_sentences: Annotated[int, typer.Option(min=1, help="Sentences that teach a language.")] = 64,
     test_sentences: Annotated[int, typer.Option(min=1, help="Sentences to translate.")] = 20,
-    pieces: Annotated[str, typer.Option(help="Contexts scored of each held-out document, or all.")] = "6",
+    pieces: Annotated[
+        str | None,
+        typer.Option(help="Contexts scored of each held-out document, or all; as many as the run's own by default."),
+    ] = None,
     set_back_to: Annotated[str, typer.Option(help="Border that lesions set a level back to.")] = "period-0",
     permutations: Annotated[int, typer.Option(min=100, help="Of the permutation tests.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same questions and permutations.")] = 0,
@@ -54,6 +57,8 @@ def continual(
 ) -> None:
     """Continual learning: forgetting, regret, lesions, ticks of the levels; classes, facts and languages by reading."""
     names = None if tasks is None else _names(tasks, "--tasks")
+    if compare is not None and len(sources) < 2:
+        raise ConfigError("--compare puts runs side by side; name two or more")
     from pydantic import ValidationError
 
     from nested_lm.eval.continual.settings import ContinualSettings
@@ -68,13 +73,14 @@ def continual(
         "epochs": epochs,
         "lesson_sentences": lesson_sentences,
         "test_sentences": test_sentences,
-        "pieces_per_document": _count(pieces, "--pieces"),
         "set_back_to": set_back_to,
         "permutations": permutations,
         "seed": seed,
         "batch_size": batch_size,
         "max_state_mib": max_state_mib,
     }
+    if pieces is not None:
+        given["pieces_per_document"] = _count(pieces, "--pieces")
     try:
         settings = ContinualSettings(**given)
     except ValidationError as error:

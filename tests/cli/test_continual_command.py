@@ -49,6 +49,7 @@ def test_by_default_tasks_are_chosen_by_the_run(seen):
     assert invoke("a").exit_code == 0
     assert seen["tasks"] is None
     assert "compared" not in seen
+    assert "pieces_per_document" not in seen["settings"].model_fields_set  # each run says how many
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_by_default_tasks_are_chosen_by_the_run(seen):
         (("--shots", "some"), "--shots: 'some' is neither a number of at least 1 nor `all`"),
         (("--tests-per-class", "0"), "--tests-per-class: '0' is neither"),
         (("--class-sets", "mnist"), "--class-sets: Input should be"),
+        (("--compare", "x.json"), "--compare puts runs side by side; name two or more"),
         (("--tasks", ","), "--tasks ',' names nothing"),
         (("--set-back-to", "start"), "--set-back-to: String should match pattern"),
     ],

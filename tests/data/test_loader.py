@@ -225,7 +225,9 @@ class TestPeriods:
             [n for _, n in filled] + [9], periods=[i for i, _ in filled] + [None], num_periods=len(lengths)
         )
         if len(filled) < groups:
-            with pytest.raises(DataError, match=f"documents in {len(filled)} chronological periods"):
+            with pytest.raises(
+                DataError, match=r"has a date;|one chronological period;|lie in . chronological periods, "
+            ):
                 period_plan(dataset, groups)
             return
         plan = period_plan(dataset, groups)

@@ -97,6 +97,31 @@ def test_summary_reports_bits_per_byte_and_nats_per_token():
     assert width < metrics.accuracy.high - metrics.accuracy.low
 
 
+def test_mean_forgetting_has_the_interval_that_resampling_all_segments_gives():
+    """From the stored cells alone, against the draws themselves."""
+    rng = np.random.default_rng(0)
+    documents, drawn = 30, []
+    noise = rng.normal(0.0, 0.3, size=(4, 3, documents))
+    nats = [(row[:, None] + noise[t]) * 100 * np.log(2) for t, row in enumerate(LOSSES)]
+    metrics = summary(nats, documents=documents)
+    found = chronological.mean_forgetting(metrics)
+    assert found.value == pytest.approx(np.mean([cell.value for cell in metrics.forgetting[-1][:-1]]))
+    assert found.n == 2 * documents
+    for s in range(3):
+        chosen = np.random.default_rng(s).integers(documents, size=(4000, documents))
+        drawn.append(np.stack([LOSSES[t, s] + noise[t, s][chosen].mean(axis=1) for t in range(4)], axis=1))
+    lost = continual.forgetting(np.stack(drawn, axis=2))[:, -1, :-1].mean(axis=1)
+    # A percentile of 200 draws in the one, of 4000 in the other: a fifth of the distance is their noise.
+    below, above = found.value - found.low, found.high - found.value
+    assert below == pytest.approx(found.value - np.percentile(lost, 2.5), rel=0.2)
+    assert above == pytest.approx(np.percentile(lost, 97.5) - found.value, rel=0.2)
+
+
+def test_mean_forgetting_of_single_documents_has_no_interval():
+    found = chronological.mean_forgetting(summary([row[:, None] * 100 for row in LOSSES], documents=1))
+    assert (found.low, found.high, found.n) == (None, None, 2)
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     nats = [np.full((2, 4), 5.0) for _ in range(3)]
     nats[1][0, 2] = np.nan

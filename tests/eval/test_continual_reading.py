@@ -17,6 +17,7 @@ from nested_lm.eval.continual.bag_of_words import NearestClassMean
 from nested_lm.eval.continual.choices import read_stream, score_choices
 from nested_lm.eval.continual.class_sets import ClassSet, read_class_set, shuffled_groups
 from nested_lm.eval.continual.settings import ContinualSettings
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.nn.state import iterate_tensors
 
 SETTINGS = ContinualSettings(bootstrap_samples=100)
@@ -242,7 +243,10 @@ class TestClassIncremental:
     def test_a_whole_stream(self, make_model, tokenizer):
         data = make_set()
         settings = SETTINGS.model_copy(update={"tests_per_class": 1, "random_orders": 1, "shots": (1,)})
-        found = class_incremental.measure(make_model("self_modifying"), tokenizer, [data], settings)
+        progress = Progress(0, print)
+        found = class_incremental.measure(make_model("self_modifying"), tokenizer, [data], settings, progress)
+        assert progress.done == progress.total > 2 * (given_tokens := found.streams[0].tokens_read)
+        assert given_tokens == found.streams[1].tokens_read
         given, random_order = found.streams
         assert (given.order, random_order.order) == ("given", "random 1")
         assert [len(row) for row in given.model.matrix] == [1, 2, 3]
@@ -338,7 +342,9 @@ class TestLanguages:
     def test_both_languages_at_four_moments(self, make_model, tokenizer):
         pytest.importorskip("sacrebleu")
         settings = SETTINGS.model_copy(update={"lesson_sentences": 2, "test_sentences": 2})
-        found = languages.measure(make_model("self_modifying"), tokenizer, settings)
+        progress = Progress(0, print)
+        found = languages.measure(make_model("self_modifying"), tokenizer, settings, progress)
+        assert progress.done == progress.total > 2 * found.tokens_read
         assert found.a.kept.value == pytest.approx(found.a.first_then_other.chrf.value - found.a.alone.chrf.value)
         assert found.b.unread.nats.value != found.b.alone.nats.value
         assert found.a.first_then_other.nats.value != found.a.other_then_this.nats.value

@@ -1,6 +1,7 @@
 """`nested-lm eval continual` on tiny trained runs: every task, its files, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,8 @@ from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.step_log import ProbeLog
 from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.results import load_result
-from tests.eval.continual_runs import LEVELS, PERIODS, STEP_TOKENS, STEPS, trained
+from nested_lm.eval.runner import evaluate_run
+from tests.eval.continual_runs import LEVELS, PERIODS, STEP_TOKENS, STEPS, config_of, trained
 
 SETTINGS = ContinualSettings(
     bootstrap_samples=100,
@@ -206,7 +208,8 @@ class TestWhatRuns:
         names, lines = [], []
         monkeypatch.setattr(Subject, "publish", lambda self, task, **options: names.append(task))
         evaluate(runs["hope"], tasks=None, report=lines.append)
-        assert names == ["carried", "lesion", "events", "retention", "changing_facts", "invented_languages"]
+        on_the_run = ["continual", "carried", "lesion", "events", "retention"]
+        assert names == [*on_the_run, "changing_facts", "invented_languages"]
         assert lines[:2] == ["regret: left out, no --oracle", "classes: left out, no --class-data"]
 
     def test_a_result_of_the_same_checkpoint_and_settings_is_kept(self, runs, tmp_path):
@@ -215,6 +218,47 @@ class TestWhatRuns:
             settings = SETTINGS.model_copy(update={"seed": seed})
             evaluate(runs["hope"], tasks=("facts",), settings=settings, output_dir=tmp_path, report=lines.append)
         assert ["kept" in line for line in lines] == [False, True, False]
+
+    @pytest.mark.parametrize(("task", "name"), [("facts", "changing_facts"), ("carried", "carried")])
+    def test_long_tasks_say_how_far_they_are_and_how_fast_they_were(self, runs, tmp_path, monkeypatch, task, name):
+        monkeypatch.setattr("nested_lm.eval.niah.progress._EVERY_S", 0.0)
+        lines = []
+        evaluate(runs["hope"], tasks=(task,), output_dir=tmp_path, report=lines.append)
+        assert re.fullmatch(name + r": \d+% of [\d,]+ tokens, [\d,]+ tokens/s, .* left", lines[0])
+        assert lines[-2].startswith(f"{name}: 100% of ")
+        assert re.match(name + r": [\d.]+ s, [\d,]+ tokens, [\d,]+ tokens/s, ", lines[-1])
+
+    def test_the_matrix_obeys_the_options(self, runs, tmp_path):
+        fewer = ContinualSettings(pieces_per_document=1, bootstrap_samples=100, batch_size=3)
+        own, other = (
+            load_result(evaluate(runs["hope"], tasks=("stream",), output_dir=tmp_path / str(place), settings=given)[0])
+            for place, given in enumerate((SETTINGS, fewer))
+        )
+        assert own.settings["pieces_per_document"] == 6
+        assert other.settings["pieces_per_document"] == 1
+        assert other.metrics.segments[0].tokens < own.metrics.segments[0].tokens
+
+    def test_the_matrix_is_the_result_of_the_plain_evaluation(self, runs, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(runs["hope"], copy)
+        shutil.rmtree(copy / "results", ignore_errors=True)
+        (path,) = evaluate_run(copy, ("continual",), report=lambda line: None)
+        plain, lines = load_result(path), []
+        evaluate(copy, tasks=("stream",), report=lines.append)
+        assert "continual: kept" in lines[0]
+        path.unlink()
+        evaluate(copy, tasks=("stream",))
+        again = load_result(path)
+        assert (again.settings, again.checkpoint, again.identity) == (plain.settings, plain.checkpoint, plain.identity)
+        assert again.metrics.accuracy.value == pytest.approx(plain.metrics.accuracy.value, abs=1e-6)
+
+    def test_pieces_are_those_of_the_run_unless_given(self, tmp_path, tiny_data):
+        config = config_of(tiny_data.config, tmp_path)
+        own = config.eval.model_copy(
+            update={"continual": config.eval.continual.model_copy(update={"pieces_per_document": 4})}
+        )
+        assert ContinualSettings(seed=1).of_run(own) == ContinualSettings(seed=1, pieces_per_document=4)
+        assert ContinualSettings(pieces_per_document=None).of_run(own).pieces_per_document is None
 
     def test_a_checkpoint_has_results_of_its_own(self, runs):
         border = list_checkpoints(runs["hope"] / "checkpoints")[1]

@@ -22,6 +22,7 @@ from nested_lm.train.state import seed_everything
 from nested_lm.train.step import GradientComputer
 from nested_lm.train.strategy import Strategy
 from nested_lm.train.strategy_fsdp import FullyShard
+from nested_lm.train.stream import TrainingStream
 from nested_lm.train.trainer import Trainer, TrainSummary, train
 
 
@@ -35,7 +36,8 @@ def run_job(job: dict, strategy: Strategy) -> TrainSummary:
     model.to(getattr(torch, job["dtype"]))
     size = sum(parameter.numel() for parameter in model.parameters())
     identity = strategy.lead(lambda: open_run_folder(config, dataset, resume="auto", device="cpu", parameters=size))
-    trainer = Trainer(config, model, dataset, strategy, identity=identity)
+    stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
+    trainer = Trainer(config, model, stream, dataset, strategy, identity=identity)
     stop = StopRequest()
     is_last = strategy.rank == strategy.world_size - 1
     event, losses = Recorder.event, GradientComputer.losses

@@ -1,5 +1,6 @@
 """Orders of a chronological stream, replay, elastic weights and the probe."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -47,10 +48,27 @@ class TestOrders:
         assert all(len(found) == 4 for found in years)  # each share has text of every time
         assert dealt != [group.documents(training, seed=2) for group in groups]
 
-    def test_too_few_dated_periods_are_refused(self, training):
-        training.documents = [row for row in training.documents if row.period == 0]
-        with pytest.raises(DataError, match="documents in 1 chronological periods, 2 are asked for"):
-            reading_groups(training, 2, order="shuffled")
+    @pytest.mark.parametrize(
+        ("kept", "message"),
+        [
+            ((), "^no document of .* has a date;"),
+            ((0,), "one chronological period; a chronological stream needs at least 2"),
+            ((0, 1), "lie in 2 chronological periods, 3 are asked for\n  Lower train.stream.periods to at most 2"),
+        ],
+    )
+    def test_too_few_dated_periods_are_refused_before_anything_is_written(
+        self, training, make_config, monkeypatch, kept, message
+    ):
+        training.documents = [
+            dataclasses.replace(row, period=row.period if row.period in kept else None) for row in training.documents
+        ]
+        with pytest.raises(DataError, match=message):
+            reading_groups(training, PERIODS, order="shuffled")
+        monkeypatch.setattr(TokenDataset, "open", lambda folder, split: training)
+        config = make_config(**chronological())
+        with pytest.raises(DataError, match=message):
+            train(config)
+        assert not Path(config.output_dir).exists()
 
     def test_a_period_is_read_once_at_most(self, make_config):
         with pytest.raises(DataError, match=r"would be read more than once.*\n.*Lower train.budget_tokens to at most"):

@@ -194,7 +194,7 @@ def period_plan(dataset: TokenDataset, periods: int) -> list[tuple[int, ...]]:
 
     The sum of squared token counts is the least possible. Each run has documents; undated ones are in none.
 
-    Raises: DataError when fewer periods than that have documents.
+    Raises: DataError when no document has a date, or fewer periods than that have documents.
     """
     tokens = np.zeros(len(dataset.periods), dtype=np.int64)
     for row in dataset.documents:
@@ -202,12 +202,7 @@ def period_plan(dataset: TokenDataset, periods: int) -> list[tuple[int, ...]]:
             tokens[row.period] += row.tokens
     count, filled = len(tokens), int((tokens > 0).sum())
     if filled < periods:
-        raise DataError(
-            f"{dataset.folder}: the {dataset.split} split has documents in {filled} chronological periods, "
-            f"{periods} are asked for\n"
-            "  Lower train.stream.periods, or build the data with shorter segments (period_years) or with "
-            "dates (source.date_field)."
-        )
+        raise DataError(_too_few_periods(dataset, filled, periods))
     before = np.concatenate([[0.0], np.cumsum(tokens, dtype=np.float64)])
     best = np.full((periods + 1, count + 1), np.inf)  # best[g, e]: first e periods in g runs
     cut = np.zeros((periods + 1, count + 1), dtype=np.int64)
@@ -225,6 +220,27 @@ def period_plan(dataset: TokenDataset, periods: int) -> list[tuple[int, ...]]:
         plan.append(tuple(range(start, end)))
         end = start
     return plan[::-1]
+
+
+def _too_few_periods(dataset: TokenDataset, filled: int, asked: int) -> str:
+    """What is wrong with the dates of a data set, and what to do; `filled` periods have documents."""
+    mixed = "or read it mixed (train.stream.kind=shuffled ~train.stream.periods)."
+    if not filled:
+        return (
+            f"no document of {dataset.folder} ({dataset.split} split) has a date; a chronological stream reads period "
+            "after period\n"
+            f"  Build the data with dates (source.date_field), {mixed}"
+        )
+    found = f"{dataset.folder}: all dated documents of the {dataset.split} split lie in"
+    if filled == 1:
+        return (
+            f"{found} one chronological period; a chronological stream needs at least 2\n"
+            f"  Build the data with shorter segments (period_years), {mixed}"
+        )
+    return (
+        f"{found} {filled} chronological periods, {asked} are asked for\n"
+        f"  Lower train.stream.periods to at most {filled}, or build the data with shorter segments (period_years)."
+    )
 
 
 def _packed(pieces: Pieces, numbers: np.ndarray, align: int) -> list[list[Placed]]:

@@ -267,20 +267,16 @@ def _measure_continual(evaluation: _Evaluation) -> Metrics:
         context_length=evaluation.reading.context_length,
         max_pieces=max_pieces,
     )
-    nats, tokens, trained = [], [], []
-    for path in _borders(evaluation):
-        loaded = load_model(path, device=evaluation.device, tokenizer_hash=training.tokenizer_hash)
-        scored, tokens = chronological.score_segments(
+    return chronological.matrix_over(
+        (
+            load_model(path, device=evaluation.device, tokenizer_hash=training.tokenizer_hash)
+            for path in _borders(evaluation)
+        ),
+        lambda loaded: chronological.score_segments(
             loaded.model, splits, segments, reading=evaluation.reading, max_pieces=max_pieces
-        )
-        nats.append(scored)
-        trained.append(loaded.tokens)
-    return chronological.summarise(
-        nats,
-        tokens,
+        ),
         segments,
-        trained_tokens=trained[1:],
-        bootstrap=evaluation.bootstrap,
+        evaluation.bootstrap,
     )
 
 

@@ -109,9 +109,11 @@ def train(
         start = None
         if config.train.init_from is not None and not list_checkpoints(Path(config.output_dir) / CHECKPOINTS):
             start = load_start(model, config, dataset)
+        # Before the run folder: data that cannot be read so must not leave a run that another stream then clashes with.
+        stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
         about = {"device": str(strategy.device), "parameters": size, "start": start}
         identity = strategy.lead(lambda: open_run_folder(config, dataset, resume=resume, **about))
-        trainer = Trainer(config, model, dataset, strategy, identity=identity)
+        trainer = Trainer(config, model, stream, dataset, strategy, identity=identity)
         return trainer.run(stop, evaluators, console=console or Console(quiet=strategy.rank > 0))
 
 
@@ -126,6 +128,7 @@ class Trainer:
         self,
         config: RunConfig,
         model: LanguageModel,
+        stream: TrainingStream,
         dataset: TokenDataset,
         strategy: Strategy,
         *,
@@ -135,7 +138,7 @@ class Trainer:
         self._config, self._settings, self._strategy, self._identity = config, settings, strategy, identity
         self._folder = Path(config.output_dir)
         wrapped = strategy.wrap(model)
-        self._state = _make_state(config, model, dataset, strategy)
+        self._state = _make_state(config, model, stream, strategy)
         called: nn.Module = torch.compile(wrapped) if settings.compile else wrapped
         parameters = self._state.optimizer.parameters
         self._gradients = GradientComputer(called, parameters, strategy, precision=settings.precision)
@@ -369,8 +372,8 @@ class Trainer:
         return TrainSummary(self._folder, progress.step, progress.tokens, stopped_by, self._keeper.newest)
 
 
-def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, strategy: Strategy) -> RunState:
-    """Build everything that changes while the run trains."""
+def _make_state(config: RunConfig, model: LanguageModel, stream: TrainingStream, strategy: Strategy) -> RunState:
+    """Build everything else that changes while the run trains."""
     settings = config.train
     parameters = dict(model.named_parameters())
     groups = plan_groups(parameters, model.parameter_roles(), settings.optimizer)
@@ -379,7 +382,6 @@ def _make_state(config: RunConfig, model: LanguageModel, dataset: TokenDataset, 
     optimizer = ClockedOptimizer(
         parameters, groups, clock, settings.optimizer, restarts=restarts, step_whole=strategy.step_whole
     )
-    stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
     norms = UpdateNorms(
         optimizer,
         every_steps=settings.logging.every_steps,

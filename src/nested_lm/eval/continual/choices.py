@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nested_lm.errors import CheckpointError, NumericsError
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.nn.generation import read_prompt
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
@@ -28,6 +29,7 @@ def score_choices(
     choices: Sequence[Int[np.ndarray, "m"]],
     *,
     batch_size: int,
+    progress: Progress | None = None,
 ) -> Float[np.ndarray, "contexts choices"]:
     """Mean nats a token of every answer after every context.
 
@@ -36,6 +38,7 @@ def score_choices(
     Args:
         state: of one stream; None for one that has read nothing.
         contexts, choices: token ids, at least one each.
+        progress: told of the tokens read, `choice_tokens` in all.
 
     Raises:
         NumericsError: a likelihood is not finite.
@@ -53,12 +56,19 @@ def score_choices(
         logits, after = read_prompt(model, tokens, state=forked)
         scores[rows] = _answers(model, logits.float().log_softmax(dim=-1), after, choices)
         begin += len(rows)
+        if progress is not None:
+            progress.add(choice_tokens([contexts[index] for index in rows], choices))
     if not np.isfinite(scores).all():
         raise NumericsError(
             f"{int((~np.isfinite(scores)).sum())} of {scores.size} likelihoods are not finite; the checkpoint has "
             "diverged, or what was read drove a memory out of range. Evaluate an earlier one"
         )
     return scores
+
+
+def choice_tokens(contexts: Sequence[np.ndarray], choices: Sequence[np.ndarray]) -> int:
+    """Tokens that `score_choices` reads: contexts, and after each all answers but their last token."""
+    return sum(map(len, contexts)) + len(contexts) * sum(len(choice) - 1 for choice in choices)
 
 
 def _answers(
@@ -97,6 +107,7 @@ def read_stream(
     *,
     start: int,
     max_state_mib: int,
+    progress: Progress | None = None,
 ) -> StreamState:
     """Read documents one after the other, each behind a start token, and return the state.
 
@@ -112,4 +123,6 @@ def read_stream(
             f"the state takes {after.num_bytes() / _MIB:,.0f} MiB after {after.position:,} tokens, the limit is "
             f"{max_state_mib:,} MiB. {grows}Read less, or raise the limit (--max-state-mib)"
         )
+    if progress is not None:
+        progress.add(len(tokens))
     return after

@@ -5,11 +5,13 @@ A run that reads periods in the order of time keeps a checkpoint at each border:
 S segments, t = 0..S and s = 1..S (column s - 1 of the arrays here). Lower is better.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.data.chronology import ReadingGroup
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.token_bytes import bytes_per_token
@@ -22,6 +24,8 @@ from nested_lm.eval.scoring import score_window, scored_bytes
 from nested_lm.nn.model import LanguageModel
 
 TASK_VERSION = "1"
+
+_COMBINED = "squares of segments' intervals added:"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,25 @@ def score_segments(
     return nats, tokens
 
 
+def matrix_over(
+    borders: Iterable[LoadedCheckpoint],
+    score: Callable[[LoadedCheckpoint], tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
+    segments: Sequence[SegmentDocuments],
+    bootstrap: Bootstrap,
+) -> ContinualMetrics:
+    """Score every checkpoint of the borders, in order, one in memory at a time.
+
+    score: nats and scored tokens, [s] arrays over the documents of segment s.
+    """
+    nats, trained = [], []
+    tokens: Sequence[np.ndarray] = ()
+    for loaded in borders:
+        scored, tokens = score(loaded)
+        nats.append(scored)
+        trained.append(loaded.tokens)
+    return summarise(nats, tokens, segments, trained_tokens=trained[1:], bootstrap=bootstrap)
+
+
 def summarise(
     nats: Sequence[Sequence[np.ndarray]],
     tokens: Sequence[np.ndarray],
@@ -164,6 +187,23 @@ def summarise(
         plasticity=interval(plasticity(value), plasticity(resampled), documents),
         accuracy=interval(accuracy(value), accuracy(resampled), documents),
     )
+
+
+def mean_forgetting(metrics: ContinualMetrics) -> Interval:
+    """Mean at the end over all segments but the last, which nothing followed, with an interval from theirs.
+
+    Segments have documents of their own, drawn apart from each other, so that the mean's distance to its limits is the
+    root of the summed squares of theirs, divided by their number; on both sides by itself.
+
+    Source: Zou and Donner, Statistics in Medicine 27 (2008), "method of variance estimates recovery".
+    """
+    cells = [cell for cell in metrics.forgetting[-1][:-1] if cell is not None]
+    value, n = float(np.mean([cell.value for cell in cells])), sum(cell.n for cell in cells)
+    known = [(cell.value, cell.low, cell.high) for cell in cells if cell.low is not None and cell.high is not None]
+    if len(known) < len(cells):
+        return Interval(value=value, low=None, high=None, n=n, method="none: a segment with one document")
+    below, above = (math.sqrt(sum((cell[0] - cell[side]) ** 2 for cell in known)) / len(known) for side in (1, 2))
+    return Interval(value=value, low=value - below, high=value + above, n=n, method=f"{_COMBINED} {cells[0].method}")
 
 
 def _matrix(

@@ -14,7 +14,7 @@ import numpy as np
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual.bag_of_words import NearestClassMean
-from nested_lm.eval.continual.choices import read_stream, score_choices
+from nested_lm.eval.continual.choices import choice_tokens, read_stream, score_choices
 from nested_lm.eval.continual.class_sets import ClassSet, Rows, shuffled_groups
 from nested_lm.eval.continual.matrix import (
     final_score,
@@ -26,6 +26,7 @@ from nested_lm.eval.continual.matrix import (
 from nested_lm.eval.continual.schema import ClassIncrementalMetrics, ClassStream, IncrementalScores
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.interval import Interval
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
@@ -81,29 +82,56 @@ def readable(label: str) -> str:
 class Learner:
     """A model that learns classes by reading; forks of its stream answer."""
 
-    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings) -> None:
-        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+    def __init__(
+        self, model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings, progress: Progress
+    ) -> None:
+        self._model, self._tokenizer, self._settings, self._progress = model, tokenizer, settings, progress
         self.state: StreamState | None = None
 
     def learn(self, examples: Rows) -> None:
         """Read examples."""
-        documents = [self._tokenizer.encode(f"Text: {text}\nLabel: {readable(label)}") for text, label in examples]
         self.state = read_stream(
             self._model,
             self.state,
-            documents,
+            self._documents(examples),
             start=self._tokenizer.start_of_text,
             max_state_mib=self._settings.max_state_mib,
+            progress=self._progress,
         )
 
     def classify(self, texts: Sequence[str], classes: Sequence[str]) -> list[str]:
         """Class of each text, of the given ones. Nothing is written."""
+        nats = score_choices(
+            self._model,
+            self.state,
+            *self._questions(texts, classes),
+            batch_size=self._settings.batch_size,
+            progress=self._progress,
+        )
+        return [classes[index] for index in nats.argmin(axis=1)]
+
+    def _documents(self, examples: Rows) -> list[np.ndarray]:
+        return [self._tokenizer.encode(f"Text: {text}\nLabel: {readable(label)}") for text, label in examples]
+
+    def _questions(self, texts: Sequence[str], classes: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What is read before each label, and the labels."""
         encode, start = self._tokenizer.encode, self._tokenizer.start_of_text
         contexts = [np.concatenate([[start], encode(f"Text: {text}\nLabel:")]) for text in texts]
         end = [self._tokenizer.end_of_text]
-        answers = [np.concatenate([encode(f" {readable(label)}"), end]) for label in classes]
-        nats = score_choices(self._model, self.state, contexts, answers, batch_size=self._settings.batch_size)
-        return [classes[index] for index in nats.argmin(axis=1)]
+        return contexts, [np.concatenate([encode(f" {readable(label)}"), end]) for label in classes]
+
+
+class Planner(Learner):
+    """Reads nothing, and adds what a learner would read to the total of the progress."""
+
+    def learn(self, examples: Rows) -> None:
+        """Count examples."""
+        self._progress.total += sum(len(document) + 1 for document in self._documents(examples))
+
+    def classify(self, texts: Sequence[str], classes: Sequence[str]) -> list[str]:
+        """Count questions; the answers mean nothing."""
+        self._progress.total += choice_tokens(*self._questions(texts, classes))
+        return [classes[0]] * len(texts)
 
 
 class Floor:
@@ -174,46 +202,68 @@ def _mean_of_tasks(values: Sequence[np.ndarray], bootstrap: Bootstrap) -> Interv
     return bootstrap.percentile(float(final_score(value)), final_score(drawn), tests)
 
 
-def measure_stream(
-    model: LanguageModel,
-    tokenizer: TextTokenizer,
-    data: ClassSet,
-    settings: ContinualSettings,
-    *,
-    shots: int | None,
-    order: int | None,
-) -> ClassStream:
-    """Run one stream through the model and through the floor.
+@dataclass(frozen=True)
+class Stream:
+    """One data set with a number of examples a class (None: all) and an order of its classes, cut into tasks.
 
-    order: seed of a random order of the classes; None takes the data set's own.
+    order: seed of a random order; None is the data set's own.
     """
-    groups = data.groups if order is None else shuffled_groups(data.groups, seed=order)
-    tasks = make_tasks(data, groups, shots=shots, tests_per_class=settings.tests_per_class, seed=settings.seed)
-    bootstrap = Bootstrap(settings.bootstrap_samples)
+
+    data: ClassSet
+    shots: int | None
+    order: int | None
+    tasks: list[Task]
+    mixed: Rows  # all examples, in the order in which they are read together
+
+    @classmethod
+    def of(cls, data: ClassSet, settings: ContinualSettings, *, shots: int | None, order: int | None) -> "Stream":
+        """Draw examples, tests and orders."""
+        groups = data.groups if order is None else shuffled_groups(data.groups, seed=order)
+        tasks = make_tasks(data, groups, shots=shots, tests_per_class=settings.tests_per_class, seed=settings.seed)
+        mixed = [row for task in tasks for row in task.examples]
+        random.Random(f"{settings.seed}/joint").shuffle(mixed)
+        return cls(data, shots, order, tasks, mixed)
+
+    @property
+    def order_name(self) -> str:
+        """How results call the order."""
+        return "given" if self.order is None else f"random {self.order}"
+
+
+def answer_all(make: Callable[[], Learner], stream: Stream) -> tuple[Learner, tuple[list[np.ndarray], ...]]:
+    """Learn task after task, everything mixed, and nothing, with a new learner each.
+
+    Returns: the first learner, and what was right: of each task after each task, then at the end of the other two.
+    """
+    learner, joint, unread = make(), make(), make()
+    right = run_stream(learner, stream.tasks)
+    classes = [label for task in stream.tasks for label in task.classes]
+    joint.learn(stream.mixed)
+    others = ([_right(other, task, classes) for task in stream.tasks] for other in (joint, unread))
+    return learner, (right, *others)
+
+
+def measure_stream(stream: Stream, make: Callable[[], Learner], settings: ContinualSettings) -> ClassStream:
+    """Run one stream through the model and through the floor."""
+    tasks, bootstrap = stream.tasks, Bootstrap(settings.bootstrap_samples)
     started = time.perf_counter()
-    learner = Learner(model, tokenizer, settings)
-    right = run_stream(learner, tasks)
+    learner, (right, joint, unread) = answer_all(make, stream)
     assert learner.state is not None
-    classes = [label for task in tasks for label in task.classes]
-    mixed = [row for task in tasks for row in task.examples]
-    random.Random(f"{settings.seed}/joint").shuffle(mixed)
-    joint, unread = Learner(model, tokenizer, settings), Learner(model, tokenizer, settings)
-    joint.learn(mixed)
     floor = run_stream(Floor(), tasks)
     above = [ours[:, -1] - floors[:, -1] for ours, floors in zip(right, floor, strict=True)]
     return ClassStream(
-        data=data.name,
-        content_hash=data.content_hash,
-        order="given" if order is None else f"random {order}",
-        shots=shots,
+        data=stream.data.name,
+        content_hash=stream.data.content_hash,
+        order=stream.order_name,
+        shots=stream.shots,
         tasks=tuple(task.classes for task in tasks),
         tests=sum(len(task.tests) for task in tasks),
         model=summarise(right, bootstrap),
         floor=summarise(floor, bootstrap),
         above_floor=_mean_of_tasks(above, bootstrap),
-        joint=_mean_of_tasks([_right(joint, task, classes) for task in tasks], bootstrap),
-        unread=_mean_of_tasks([_right(unread, task, classes) for task in tasks], bootstrap),
-        chance=1 / len(classes),
+        joint=_mean_of_tasks(joint, bootstrap),
+        unread=_mean_of_tasks(unread, bootstrap),
+        chance=1 / sum(len(task.classes) for task in tasks),
         tokens_read=learner.state.position,
         state_bytes=learner.state.num_bytes(),
         seconds=time.perf_counter() - started,
@@ -221,16 +271,24 @@ def measure_stream(
 
 
 def measure(
-    model: LanguageModel, tokenizer: TextTokenizer, sets: Sequence[ClassSet], settings: ContinualSettings
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    sets: Sequence[ClassSet],
+    settings: ContinualSettings,
+    progress: Progress,
 ) -> ClassIncrementalMetrics:
     """Every data set with every number of shots, in its own order and in random ones."""
-    orders = (None, *range(1, settings.random_orders + 1))
-    return ClassIncrementalMetrics(
-        kind="class_incremental",
-        streams=tuple(
-            measure_stream(model, tokenizer, data, settings, shots=shots, order=order)
-            for data in sets
-            for shots in settings.shots
-            for order in orders
-        ),
-    )
+    streams = [
+        Stream.of(data, settings, shots=shots, order=order)
+        for data in sets
+        for shots in settings.shots
+        for order in (None, *range(1, settings.random_orders + 1))
+    ]
+    for stream in streams:
+        answer_all(lambda: Planner(model, tokenizer, settings, progress), stream)
+    found = []
+    for stream in streams:
+        shots = "all" if stream.shots is None else stream.shots
+        progress.label = f"{stream.data.name}, {shots} a class, {stream.order_name} order"
+        found.append(measure_stream(stream, lambda: Learner(model, tokenizer, settings, progress), settings))
+    return ClassIncrementalMetrics(kind="class_incremental", streams=tuple(found))

@@ -14,6 +14,7 @@ from nested_lm.config.load import parse_run
 from nested_lm.config.section import Count, NonNegativeFloat, Section
 from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import ConfigError, ReportError
+from nested_lm.eval.continual.chronological import mean_forgetting
 from nested_lm.eval.continual.clocks import spearman
 from nested_lm.eval.continual.schema import CorrelationScore, RegretMetrics, RetentionMetrics
 from nested_lm.eval.continual.settings import ContinualSettings
@@ -113,12 +114,11 @@ def sweep_row(result: ResultFile, periods: tuple[int, ...], regret: object, rete
     """One run of a sweep. result: its matrix. regret, retention: metrics of other results; None: not measured."""
     metrics = result.metrics
     assert isinstance(metrics, ContinualMetrics)
-    last = [cell.value for cell in metrics.forgetting[-1][:-1] if cell is not None]
     return SweepRow(
         identity=result.identity,
         checkpoint_digest=result.checkpoint.digest,
         periods=periods,
-        forgetting=float(np.mean(last)),
+        forgetting=mean_forgetting(metrics).value,
         backward_transfer=metrics.backward_transfer,
         forward_transfer=metrics.forward_transfer,
         plasticity=metrics.plasticity,

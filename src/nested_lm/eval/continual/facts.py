@@ -14,11 +14,12 @@ import numpy as np
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.continual.choices import read_stream, score_choices
+from nested_lm.eval.continual.choices import choice_tokens, read_stream, score_choices
 from nested_lm.eval.continual.invented import make_words
 from nested_lm.eval.continual.schema import FactsEpoch, FactsMetrics
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.interval import Interval
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
@@ -106,28 +107,43 @@ def judge(
     )
 
 
-def measure(model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings) -> FactsMetrics:
+def measure(
+    model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings, progress: Progress
+) -> FactsMetrics:
     """Read the epochs one after the other into one stream, asking forks of it after each."""
     epochs = make_epochs(settings)
     facts = list(epochs[0].world)
     bootstrap = Bootstrap(settings.bootstrap_samples)
 
-    def asked(state: StreamState | None, question: str) -> np.ndarray:
-        contexts = [
+    told = [[tokenizer.encode(sentence) for sentence in epoch.sentences] for epoch in epochs]
+    answers = [tokenizer.encode(f" {value}.") for value in VALUES]
+    contexts = {
+        question: [
             np.concatenate(
                 [[tokenizer.start_of_text], tokenizer.encode(question.format(entity=entity, attribute=attribute))]
             )
             for entity, attribute in facts
         ]
-        answers = [tokenizer.encode(f" {value}.") for value in VALUES]
-        return score_choices(model, state, contexts, answers, batch_size=settings.batch_size)
+        for question in (ASKED, PARAPHRASE)
+    }
+    progress.total += sum(len(document) + 1 for documents in told for document in documents)
+    progress.total += (len(epochs) + 1) * sum(choice_tokens(each, answers) for each in contexts.values())
+
+    def asked(state: StreamState | None, question: str) -> np.ndarray:
+        return score_choices(
+            model, state, contexts[question], answers, batch_size=settings.batch_size, progress=progress
+        )
 
     unread = judge(asked(None, ASKED), asked(None, PARAPHRASE), epochs[0], facts, bootstrap).current
     state, found = None, []
-    for epoch in epochs:
-        documents = [tokenizer.encode(sentence) for sentence in epoch.sentences]
+    for epoch, documents in zip(epochs, told, strict=True):
         state = read_stream(
-            model, state, documents, start=tokenizer.start_of_text, max_state_mib=settings.max_state_mib
+            model,
+            state,
+            documents,
+            start=tokenizer.start_of_text,
+            max_state_mib=settings.max_state_mib,
+            progress=progress,
         )
         found.append(judge(asked(state, ASKED), asked(state, PARAPHRASE), epoch, facts, bootstrap))
     assert state is not None

@@ -7,7 +7,7 @@ A synthetic twin of the two-language task of arXiv 2512.24695 (after MTOB, arXiv
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -17,10 +17,11 @@ import torch
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.continual.choices import read_stream, score_choices
+from nested_lm.eval.continual.choices import choice_tokens, read_stream, score_choices
 from nested_lm.eval.continual.invented import make_words
 from nested_lm.eval.continual.schema import LanguageScores, LanguagesMetrics, TranslationScore
 from nested_lm.eval.continual.settings import ContinualSettings
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.nn.generation import generate
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
@@ -114,28 +115,45 @@ def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.nd
 class Translator:
     """Reads lessons into a stream; forks of it translate."""
 
-    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings) -> None:
-        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+    def __init__(
+        self, model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings, progress: Progress
+    ) -> None:
+        self._model, self._tokenizer, self._settings, self._progress = model, tokenizer, settings, progress
+
+    def planned(self, language: Language) -> int:
+        """Tokens of learning a language twice and translating it four times, each answer as long as it may be."""
+        lessons = sum(len(document) + 1 for document in self._lessons(language))
+        tests = sum(
+            choice_tokens([context], [answer]) + len(context) + 2 * len(answer)
+            for context, answer in self._tests(language)
+        )
+        return 2 * lessons + 4 * tests
 
     def learn(self, state: StreamState | None, language: Language) -> StreamState:
         """Read all lessons of a language."""
-        documents = [
+        start, limit = self._tokenizer.start_of_text, self._settings.max_state_mib
+        documents = self._lessons(language)
+        return read_stream(self._model, state, documents, start=start, max_state_mib=limit, progress=self._progress)
+
+    def _lessons(self, language: Language) -> list[np.ndarray]:
+        return [
             self._tokenizer.encode(f"Language {language.name}: {foreign}\nEnglish: {english}")
             for foreign, english in language.lessons
         ]
-        start, limit = self._tokenizer.start_of_text, self._settings.max_state_mib
-        return read_stream(self._model, state, documents, start=start, max_state_mib=limit)
 
-    def translate(self, state: StreamState | None, language: Language) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ChrF, exactness and nats a token of each test sentence. The state is not changed."""
-        contexts, written, nats = [], [], []
-        end = self._tokenizer.end_of_text
+    def _tests(self, language: Language) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What is read before each translation, and the translation."""
         for foreign, english in language.tests:
             prompt = self._tokenizer.encode(f"Language {language.name}: {foreign}\nEnglish:")
             context = np.concatenate([[self._tokenizer.start_of_text], prompt])
-            answer = np.concatenate([self._tokenizer.encode(f" {english}"), [end]])
-            contexts.append(context)
-            nats.append(score_choices(self._model, state, [context], [answer], batch_size=1)[0, 0])
+            yield context, np.concatenate([self._tokenizer.encode(f" {english}"), [self._tokenizer.end_of_text]])
+
+    def translate(self, state: StreamState | None, language: Language) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ChrF, exactness and nats a token of each test sentence. The state is not changed."""
+        written, nats = [], []
+        for context, answer in self._tests(language):
+            scores = score_choices(self._model, state, [context], [answer], batch_size=1, progress=self._progress)
+            nats.append(scores[0, 0])
             written.append(self._write(state, context, limit=2 * len(answer)))
         english = [pair[1] for pair in language.tests]
         exact = np.array([a == b for a, b in zip(written, english, strict=True)], dtype=np.float64)
@@ -158,16 +176,21 @@ class Translator:
             .tokens[0]
             .tolist()
         )
+        self._progress.total -= limit - len(drawn)  # it ended before it had to
+        self._progress.add(len(context) + len(drawn))
         kept = [token for token in drawn if token != self._tokenizer.end_of_text]
         return self._tokenizer.decode(kept).strip().split("\n")[0]
 
 
-def measure(model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings) -> LanguagesMetrics:
+def measure(
+    model: LanguageModel, tokenizer: TextTokenizer, settings: ContinualSettings, progress: Progress
+) -> LanguagesMetrics:
     """Learn A, B, A then B and B then A, each from a fresh stream, and translate both languages after each."""
     require_chrf()
     a, b = make_languages(settings)
     bootstrap = Bootstrap(settings.bootstrap_samples)
-    translator = Translator(model, tokenizer, settings)
+    translator = Translator(model, tokenizer, settings, progress)
+    progress.total += translator.planned(a) + translator.planned(b)
     after_a, after_b = translator.learn(None, a), translator.learn(None, b)
     both = {"A": translator.learn(after_a, b), "B": translator.learn(after_b, a)}  # by the first one
 

@@ -11,7 +11,7 @@ from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint, load_model
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.continual.chronological import SegmentDocuments, score_segments, segment_documents
+from nested_lm.eval.continual.chronological import SegmentDocuments, matrix_over, score_segments, segment_documents
 from nested_lm.eval.continual.clocks import centre_of_mass, spearman
 from nested_lm.eval.continual.matrix import accuracy, backward_transfer, regret
 from nested_lm.eval.continual.schema import (
@@ -27,6 +27,8 @@ from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.identity import identify, mark_checkpoint
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.language_modelling import BITS, Reading
+from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.schema import ContinualMetrics
 from nested_lm.eval.scoring import score_streaming
 from nested_lm.nn.model import LanguageModel
 
@@ -60,12 +62,18 @@ class HeldOut:
 
     def nats(self, loaded: LoadedCheckpoint, settings: ContinualSettings) -> list[np.ndarray]:
         """Nats of each document of each segment, read the way this checkpoint's run reads."""
+        return self.scores(loaded, settings)[0]
+
+    def scores(
+        self, loaded: LoadedCheckpoint, settings: ContinualSettings
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The same, and the tokens scored of each document."""
         reading = Reading(
             loaded.config.train.context_length, settings.batch_size, align=loaded.config.document_alignment
         )
         return score_segments(
             loaded.model, self.splits, self.segments, reading=reading, max_pieces=settings.pieces_per_document
-        )[0]
+        )
 
 
 def _columns(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
@@ -86,6 +94,17 @@ def _resampled(
         top, bottom = replace(bootstrap, seed=bootstrap.seed + s).resample(column, size)
         drawn.append(BITS * top / bottom[:, None])
     return value, np.stack(drawn, axis=2)
+
+
+def measure_matrix(subject: Subject, settings: ContinualSettings) -> ContinualMetrics:
+    """Score every border checkpoint on every segment."""
+    held_out = HeldOut.of(subject, settings)
+    borders = (
+        load_model(border, device=subject.device, tokenizer_hash=subject.identity.tokenizer_hash)
+        for border in subject.borders()
+    )
+    bootstrap = Bootstrap(settings.bootstrap_samples)
+    return matrix_over(borders, lambda loaded: held_out.scores(loaded, settings), held_out.segments, bootstrap)
 
 
 def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) -> RegretMetrics:
@@ -146,7 +165,7 @@ def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) 
     )
 
 
-def measure_carried(subject: Subject, settings: ContinualSettings) -> CarriedMetrics:
+def measure_carried(subject: Subject, settings: ContinualSettings, progress: Progress) -> CarriedMetrics:
     """Score every border checkpoint on whole documents, each read in one stream with the state carried.
 
     Raises:
@@ -158,10 +177,16 @@ def measure_carried(subject: Subject, settings: ContinualSettings) -> CarriedMet
             "in one stream; leave the task `carried` out"
         )
     held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
-    rows = []
-    for border in subject.borders():
+    rows, borders = [], subject.borders()
+    progress.total += len(borders) * sum(
+        split.documents[index].tokens
+        for segment in held_out.segments
+        for split, chosen in zip(held_out.splits, segment.indices, strict=True)
+        for index in chosen
+    )
+    for border in borders:
         model = load_model(border, device=subject.device).model
-        rows.append([_whole_documents(model, held_out, segment, settings) for segment in held_out.segments])
+        rows.append([_whole_documents(model, held_out, segment, settings, progress) for segment in held_out.segments])
     sizes = [
         np.concatenate(
             [
@@ -187,7 +212,11 @@ def measure_carried(subject: Subject, settings: ContinualSettings) -> CarriedMet
 
 
 def _whole_documents(
-    model: LanguageModel, held_out: HeldOut, segment: SegmentDocuments, settings: ContinualSettings
+    model: LanguageModel,
+    held_out: HeldOut,
+    segment: SegmentDocuments,
+    settings: ContinualSettings,
+    progress: Progress,
 ) -> np.ndarray:
     found = []
     for split, chosen in zip(held_out.splits, segment.indices, strict=True):
@@ -201,6 +230,7 @@ def _whole_documents(
                 boundary=split.boundary,
             )
             found.append(scores.nats)
+            progress.add(sum(map(len, texts)))
     return np.concatenate(found)
 
 

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nested_lm.checkpoint import find_checkpoint
 from nested_lm.config.train import Chronological
 from nested_lm.errors import ConfigError
-from nested_lm.eval.continual import class_incremental, facts, languages, over_periods, over_steps
+from nested_lm.eval.continual import chronological, class_incremental, facts, languages, over_periods, over_steps
 from nested_lm.eval.continual.borders import mark_borders
 from nested_lm.eval.continual.class_sets import read_class_set
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.identity import mark_checkpoint
-from nested_lm.eval.runner import evaluate_run
+from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.schema import Metrics
 
 TASKS = ("stream", "regret", "carried", "lesion", "events", "retention", "classes", "facts", "languages")
 """Names on the command line. `stream` writes continual.json; the others a file named as their metrics' kind."""
@@ -31,6 +32,24 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "languages": ("seed", "bootstrap_samples", "vocabulary", "lesson_sentences", "test_sentences"),
 }
 """Settings that a task's numbers depend on."""
+
+
+class _OnTheRun(NamedTuple):
+    """A task that looks at the run itself. reads_borders: its numbers come from all border checkpoints."""
+
+    version: str
+    reads_borders: bool
+    measure: Callable[[Subject, ContinualSettings, Progress], Metrics]
+
+
+_ON_THE_RUN = {
+    "carried": _OnTheRun(over_periods.CARRIED_VERSION, True, over_periods.measure_carried),
+    "lesion": _OnTheRun(over_periods.LESION_VERSION, True, lambda s, given, _: over_periods.measure_lesions(s, given)),
+    "events": _OnTheRun(over_steps.EVENTS_VERSION, False, lambda s, given, _: over_steps.measure_events(s, given)),
+    "retention": _OnTheRun(
+        over_steps.RETENTION_VERSION, False, lambda s, given, _: over_steps.measure_retention(s, given)
+    ),
+}
 
 
 def evaluate_continual(
@@ -68,8 +87,9 @@ def evaluate_continual(
     for source in sources:
         subject = Subject.open(source, device=device, results=output_dir, report=report)
         chosen = list(tasks) if tasks is not None else _possible(subject, oracle, class_data, report)
+        ours = settings.of_run(subject.config.eval)
         for name in chosen:
-            written.append(_run(subject, name, settings, oracle=oracle, class_data=class_data))
+            written.append(_run(subject, name, ours, oracle=oracle, class_data=class_data))
     return written
 
 
@@ -104,7 +124,7 @@ def _run(
 ) -> Path:
     """Measure one task and write its result."""
     if name == "stream":
-        return _stream(subject)
+        return _stream(subject, settings)
     model, tokenizer = subject.loaded.model, subject.loaded.tokenizer
     depends: dict[str, Any] = settings.model_dump(mode="json", include=set(_DEPENDS[name]))
     if name == "regret":
@@ -118,25 +138,18 @@ def _run(
             version=over_periods.REGRET_VERSION,
             settings=depends | {"oracle": mark_checkpoint(find_checkpoint(oracle, report=subject.report)).digest},
             mark=mark_borders(subject.borders()),
-            measure=lambda: over_periods.measure_regret(subject, settings, oracle),
+            measure=lambda _: over_periods.measure_regret(subject, settings, oracle),
         )
     if name in ("carried", "lesion"):
-        measure, version = {
-            "carried": (over_periods.measure_carried, over_periods.CARRIED_VERSION),
-            "lesion": (over_periods.measure_lesions, over_periods.LESION_VERSION),
-        }[name]
         depends |= {"order": subject.stream.order, "periods": subject.stream.periods}
-        mark = mark_borders(subject.borders())
+    if name in _ON_THE_RUN:
+        on_the_run = _ON_THE_RUN[name]
         return subject.publish(
-            name, version=version, settings=depends, mark=mark, measure=lambda: measure(subject, settings)
-        )
-    if name in ("events", "retention"):
-        measure, version = {
-            "events": (over_steps.measure_events, over_steps.EVENTS_VERSION),
-            "retention": (over_steps.measure_retention, over_steps.RETENTION_VERSION),
-        }[name]
-        return subject.publish(
-            name, version=version, settings=depends, mark=subject.mark, measure=lambda: measure(subject, settings)
+            name,
+            version=on_the_run.version,
+            settings=depends,
+            mark=mark_borders(subject.borders()) if on_the_run.reads_borders else subject.mark,
+            measure=lambda progress: on_the_run.measure(subject, settings, progress),
         )
     if name == "classes":
         if class_data is None:
@@ -147,7 +160,7 @@ def _run(
             version=class_incremental.VERSION,
             settings=depends | {"data": {data.name: data.content_hash for data in sets}},
             mark=subject.mark,
-            measure=lambda: class_incremental.measure(model, tokenizer, sets, settings),
+            measure=lambda progress: class_incremental.measure(model, tokenizer, sets, settings, progress),
         )
     if name == "facts":
         return subject.publish(
@@ -155,20 +168,31 @@ def _run(
             version=facts.VERSION,
             settings=depends,
             mark=subject.mark,
-            measure=lambda: facts.measure(model, tokenizer, settings),
+            measure=lambda progress: facts.measure(model, tokenizer, settings, progress),
         )
     return subject.publish(
         "invented_languages",
         version=languages.VERSION,
         settings=depends | {"sacrebleu": languages.require_chrf().__version__},
         mark=subject.mark,
-        measure=lambda: languages.measure(model, tokenizer, settings),
+        measure=lambda progress: languages.measure(model, tokenizer, settings, progress),
     )
 
 
-def _stream(subject: Subject) -> Path:
-    """The loss matrix of the run, as `nested-lm eval RUN` measures it."""
-    subject.groups()  # says what is missing before anything is loaded
-    if subject.run_dir is None:
-        raise ConfigError(f"{subject.path} lies in no run folder, and this task needs the run's border checkpoints")
-    return evaluate_run(subject.run_dir, ("continual",), report=subject.report)[0]
+def _stream(subject: Subject, settings: ContinualSettings) -> Path:
+    """The loss matrix of the run: the result that `nested-lm eval RUN` writes, unless the settings differ."""
+    samples = subject.config.eval.bootstrap_samples
+    chosen = settings.model_copy(update={"bootstrap_samples": samples})
+    return subject.publish(
+        "continual",
+        version=chronological.TASK_VERSION,
+        settings=subject.config.eval.continual.model_dump(mode="json")
+        | {
+            "pieces_per_document": settings.pieces_per_document,
+            "periods": subject.stream.periods,
+            "order": subject.stream.order,
+            "bootstrap_samples": samples,
+        },
+        mark=mark_borders(subject.borders()),
+        measure=lambda _: over_periods.measure_matrix(subject, chosen),
+    )

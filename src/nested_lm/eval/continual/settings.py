@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.section import Count, Section
 from nested_lm.eval.interval import Natural
 
@@ -15,7 +16,7 @@ class ContinualSettings(Section):
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     permutations: Annotated[int, Field(ge=100)] = 10_000
     batch_size: Count = 8
-    pieces_per_document: Count | None = 6  # training contexts scored of each document; null: all
+    pieces_per_document: Count | None = 6  # contexts scored of each document; null: all; the run's own unless set
     reading_documents: Count = 8  # longest held-out documents in which ticks of reading are studied
     max_state_mib: Count = 1024
     set_back_to: Annotated[str, Field(pattern=r"^period-\d+$")] = "period-0"  # of the lesions
@@ -32,3 +33,9 @@ class ContinualSettings(Section):
     vocabulary: Annotated[int, Field(ge=8)] = 24  # words of an invented language
     lesson_sentences: Count = 64
     test_sentences: Count = 20
+
+    def of_run(self, run: EvalConfig) -> "ContinualSettings":
+        """These, with what was not set as the run sets it for its matrix, so that both read the same text."""
+        if "pieces_per_document" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"pieces_per_document": run.continual.pieces_per_document})

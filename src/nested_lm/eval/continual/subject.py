@@ -25,6 +25,7 @@ from nested_lm.data.split import SplitName
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
+from nested_lm.eval.niah.progress import Progress
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 
@@ -140,9 +141,11 @@ class Subject:
         version: str,
         settings: Mapping[str, Any],
         mark: CheckpointMark,
-        measure: Callable[[], Metrics],
+        measure: Callable[[Progress], Metrics],
     ) -> Path:
         """Measure and write one result file; one of the same checkpoint and settings is kept.
+
+        measure: told where to add the tokens it will read to the total, and to count those it has read.
 
         Raises:
             NumericsError: a number is not finite; nothing is written.
@@ -152,7 +155,9 @@ class Subject:
             self.report(f"{task}: kept, {path} is of this checkpoint and these settings already")
             return path
         started = time.perf_counter()
-        metrics = finite_metrics(measure)
+        progress = Progress(0, self.report)
+        progress.label = task
+        metrics = finite_metrics(lambda: measure(progress))
         seconds = time.perf_counter() - started
         write_result(
             path,
@@ -170,7 +175,8 @@ class Subject:
                 wall_seconds=seconds,
             ),
         )
-        self.report(f"{task}: {seconds:.1f} s, {path}")
+        pace = f", {progress.done:,} tokens, {progress.done / seconds:,.0f} tokens/s" if progress.done else ""
+        self.report(f"{task}: {seconds:.1f} s{pace}, {path}")
         return path
 
     def _is_current(self, path: Path, version: str, settings: Mapping[str, Any], mark: CheckpointMark) -> bool:
