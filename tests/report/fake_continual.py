@@ -40,7 +40,7 @@ SCORES = IncrementalScores(
     forgetting=at(0.4),
     plasticity=at(0.8),
 )
-FLOOR = SCORES.model_copy(update={"matrix": ((1.0,), (0.9, 0.9))})
+FLOOR = SCORES.model_copy(update={"matrix": ((1.0,), (0.9, 0.9)), "forgetting": at(0.3)})
 READING = TranslationScore(chrf=at(20.5), exact=at(0.1), nats=at(3.0))
 TRANSLATED = LanguageScores(
     unread=READING, alone=READING, first_then_other=READING, other_then_this=READING, kept=at(-1.5)

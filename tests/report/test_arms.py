@@ -24,7 +24,8 @@ def test_arms_are_averaged_over_seeds_and_paired_by_seed(complete):
     (shown,) = seeds(replace(complete, runs=runs))
     assert shown.table.header == ("measure", *complete.arms())
     rows = {row[0].text: row[1:] for row in shown.table.rows}
-    assert len(rows) == 5
+    assert len(rows) == 6
+    assert "in order of time: forgetting" in rows
     first, second = rows["bits / byte, test"]
     assert first.detail.endswith("seeds 0, 1, 2")
     assert f"minus {complete.arms()[0]}: " in second.detail

@@ -43,6 +43,7 @@ def tables(tmp_path_factory):
         ("Fits of forgetting", "one free exponential", ("0.0300", "150 tokens; 2 curves")),
         ("Classes, one group after another", "accuracy", ("0.600", "0.500 to 0.700")),
         ("Classes, one group after another", "accuracy minus floor, paired", ("-0.300", "-0.400 to -0.200")),
+        ("Classes, one group after another", "forgetting of the floor", ("0.300", "0.200 to 0.400")),
         ("Classes, one group after another", "chance", ("0.250", "")),
         ("Facts that change", "stale rate", ("0.600", "0.500 to 0.700")),
         ("Facts that change", "chance", ("0.125", "stale 0.500")),
@@ -59,3 +60,11 @@ def test_every_kind_of_result_has_a_table():
     (union, _) = get_args(Metrics)
     kinds = {get_args(one.model_fields["kind"].annotation)[0] for one in get_args(union)}
     assert kinds == {*RENDERERS, *ON_THE_PAGE}
+
+
+def test_exact_translations_stand_beside_their_chrf(tables):
+    rows = [cells for cells in tables["Two languages, one after the other"] if cells[0][0] == "after this language"]
+    assert [cells[0][1] for cells in rows] == [
+        f"language {letter}, {score}" for letter in "AB" for score in ("chrF", "exact")
+    ]
+    assert [cells[1][0] for cells in rows] == ["20.500", "0.100"] * 2

@@ -14,18 +14,18 @@ from tests.report.test_plots_needles import of_books
 SAMPLES = 40
 
 
-def curve(kind, *, found, alone, frozen=None):
+def curve(kind, *, found, alone, frozen=None, guessed=0.0, stopped="memory ended", samples=SAMPLES):
     """One task at 2,048 tokens that is (not) solved with the text, and with the needle alone; 4,096 did not fit."""
     rows, controls = [], []
     asked = None if frozen is None else (2.0, frozen, 3)
-    for sample in range(SAMPLES):
+    for sample in range(samples):
         rows.append(Row(sample, 0.5, 1000, True, float(found), 0.5, found, 1, asked, "x"))
-        rows.append(Row(sample, None, None, False, 0.0, 5.0, False, 90, None, "no"))
+        rows.append(Row(sample, None, None, False, guessed, 5.0, False, 90, None, "no"))
         controls.append(ControlRow(sample, (0.1, alone, 1), (4.0, False, 80), asked))
     scores = summarise(Measured(rows, controls, 1024, 2048, 2048, 2.0), Bootstrap(samples=100))
     lengths = (
         NeedleLength(length=2048, scores=scores, stopped=None),
-        NeedleLength(length=4096, scores=None, stopped="memory ended"),
+        NeedleLength(length=4096, scores=None, stopped=stopped),
     )
     task = NeedleTask(
         task="s1", upstream="niah_single_1", haystack="noise", lengths=lengths, effective=effective_lengths(lengths)
@@ -65,20 +65,46 @@ def shown(complete):
 def test_scores_stand_beside_all_controls(shown):
     tables = shown(curve("niah", found=True, alone=True, frozen=False), curve("niah", found=False, alone=True))
     text, scores = tables["Needles"]
-    assert scores["s1, 2,048", ""][0] == ("1.00", "0.912 to 1.000; n = 40; match 1.00")
-    assert scores["s1, 4,096", ""][0] == ("stopped", "memory ended")
+    assert scores["s1, 2,048", ""][0] == ("1.00", "0.912 to 1.000; n = 40; match 1.00, 0.912 to 1.000")
+    assert scores["s1, 4,096", ""][0] == ("stopped", "memory ended at 4,096 tokens")
     assert "Every score of Transformer++ is 0; what is left" in text
     _, controls = tables["Needles: controls"]
-    detail = "0.000 to 0.088; {} nats"
-    assert controls["s1, 2,048", "no needle"][0] == ("0.00", detail.format("5.00"))
+    nothing = "exact 0 in 1 of 1 rows; 0.000 to 0.088 each; {0} to {0} nats"
+    both = nothing.replace("exact", "exact and match").format("5.00")
+    assert controls["all tasks and lengths", "no needle"][0] == ("0.00", both)
     assert controls["s1, 2,048", "needle only"][0] == ("1.00", "0.912 to 1.000; 0.10 nats")
-    assert controls["s1, 2,048", "reset"][0] == ("0.00", detail.format("4.00"))
-    assert controls["s1, 2,048", "frozen"] == [("0.00", detail.format("2.00")), ("-", "")]
-    assert controls["s1, 2,048", "unwritten"] == controls["s1, 2,048", "frozen"]
+    assert controls["all tasks and lengths", "reset"][0] == ("0.00", nothing.format("4.00"))
+    assert controls["all tasks and lengths", "frozen"] == [("0.00", nothing.format("2.00")), ("-", "")]
+    assert controls["all tasks and lengths", "unwritten"] == controls["all tasks and lengths", "frozen"]
+    assert ("s1, 2,048", "reset") not in controls
     assert "frozen: freezes the fast weights from the question on" in tables["Needles: controls"][0]
     assert tables["Needles: nats saved"][1]["s1, 2,048", ""][0] == ("+4.5000", "+4.5000 to +4.5000; with it 0.50")
     effective = tables["Needles: effective length"][1]
     assert effective["s1", "match at least 0.856"] == [("2,048", ""), ("none", "")]
+
+
+def test_what_is_found_without_the_needle_is_printed_row_for_row(shown):
+    leaky = curve("niah", found=True, alone=True, guessed=0.5)
+    _, controls = shown(leaky)["Needles: controls"]
+    assert controls["s1, 2,048", "no needle"][0] == (
+        "0.00",
+        "0.000 to 0.088; match 0.50, 0.352 to 0.648; 5.00 nats",
+    )
+    assert controls["s1, 4,096", "no needle"][0] == ("stopped", "memory ended at 4,096 tokens")
+
+
+def test_a_limit_that_was_set_is_not_called_the_end_of_memory(shown):
+    limited = curve(
+        "niah", found=True, alone=True, stopped="a state: 99 MiB while it is copied, and the limit is 64 MiB"
+    )
+    _, rows = shown(limited)["Needles"]
+    assert rows["s1, 4,096", ""][0] == ("stopped", "the limit of 64 MiB (--max-state-mib) was reached at 4,096 tokens")
+
+
+def test_few_samples_leave_an_effective_length_open(shown):
+    _, effective = shown(curve("niah", found=True, alone=True, samples=4))["Needles: effective length"]
+    assert effective["s1", "match at least 0.5"] == [("2,048", "")]
+    assert effective["s1", "match at least 0.856"] == [("not decidable with 4 samples", "")]
 
 
 def test_a_labelled_result_has_tables_of_its_own(complete):

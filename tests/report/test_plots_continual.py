@@ -2,12 +2,13 @@
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
 from nested_lm.report import plots_continual
 from nested_lm.report.collect import collect
-from tests.report.fake_continual import METRICS, write_continual
+from tests.report.fake_continual import METRICS, at, write_continual
 from tests.report.fake_runs import write_campaign
 
 pytest.importorskip("matplotlib")
@@ -34,7 +35,7 @@ def test_every_figure_is_drawn_the_same_way_twice(campaign):
     [
         (plots_continual.lesions, [">0.512<", ">-0.020<", "every 8.19 k", "p = 0.33"]),
         (plots_continual.events, ["p = 0.03, 9 ticks", "nothing to compare with"]),
-        (plots_continual.retention, ["the clocks fits better", ">1790-1850<"]),
+        (plots_continual.retention, ["the clocks fit better", ">1790-1850<"]),
         (plots_continual.classes, ["nearest class mean", "toy, 5 examples a class"]),
         (plots_continual.facts, [">stale<", ">updated<"]),
     ],
@@ -42,6 +43,31 @@ def test_every_figure_is_drawn_the_same_way_twice(campaign):
 def test_figures_say_their_numbers(campaign, plot, words):
     svg = plot(campaign).svg
     assert [word for word in words if word not in svg] == []
+
+
+def test_runs_that_forgot_nothing_are_named_and_not_drawn(campaign):
+    first, second = campaign.runs
+    result = first.results["continual"]
+    nothing = at(0.0, width=0.0)
+    cells = tuple(tuple(cell and nothing for cell in row) for row in result.metrics.forgetting)
+    metrics = result.metrics.model_copy(update={"forgetting": cells})
+    calm = replace(first, results={"continual": result.model_copy(update={"metrics": metrics})})
+    drawing = plots_continual.forgetting(replace(campaign, runs=(calm, second)))
+    assert f"nothing was forgotten at any border: {calm.arm}." in drawing.caption
+    assert f">{calm.arm}<" not in drawing.svg
+    assert f">{second.arm}<" in drawing.svg
+    both = plots_continual.forgetting(campaign)
+    assert "Not drawn" not in both.caption
+    assert f">{first.arm}<" in both.svg
+
+
+def test_a_long_label_takes_two_lines_and_each_arm_rows_of_its_own(campaign):
+    first, second = campaign.runs
+    longer = replace(second, config=first.config.model_copy(update={"name": "second-of-its-arm"}))
+    twins = replace(campaign, runs=(first, replace(longer, entry=first.entry), second))
+    svg = plots_continual.forgetting(twins).svg
+    assert ">second-of-its-arm<" in svg
+    assert ", second-of-its-arm<" not in svg
 
 
 def test_without_results_there_is_nothing_to_draw(tmp_path):

@@ -138,9 +138,62 @@ def test_no_figure_without_needles(complete):
 
 def test_lines_are_drawn_where_the_axis_shows_them(measured):
     svg = plots_needles.needle_distance(measured).svg
-    assert "level 0 2.05 k" in svg
-    assert "level 1 4.1 k" in svg
+    assert "level 0 2k" in svg
+    assert "level 1 4k" in svg
     assert "trained on 256" in svg
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(2048, "2k"), (524288, "512k"), (1 << 20, "1,024k"), (256, "256"), (5000, "5 k")]
+)
+def test_lengths_are_written_as_the_command_line_takes_them(tokens, words):
+    assert plots_needles.short_length(tokens) == words
+
+
+def with_metrics(campaign, run, found):
+    result = run.results["niah"].model_copy(update={"metrics": found})
+    return replace(campaign, runs=(replace(run, results={"niah": result}),))
+
+
+def test_a_cross_is_explained_by_what_ended_the_run(measured):
+    hope, transformer = measured.runs[:2]
+    assert "a length that was not read: there or before, memory ended." in plots_needles.needle_worth(measured).caption
+    assert "cross" not in plots_needles.needle_matches(replace(measured, runs=(hope,))).caption
+    found = transformer.results["niah"].metrics
+    (task,) = found.tasks
+    stop = NeedleLength(length=8192, scores=None, stopped="a state: 3,000 MiB, and the limit is 2,048 MiB")
+    task = task.model_copy(update={"lengths": (*task.lengths[:-1], stop)})
+    limited = with_metrics(measured, transformer, found.model_copy(update={"tasks": (task,)}))
+    caption = plots_needles.needle_matches(limited).caption
+    assert "before, the limit of 2,048 MiB (--max-state-mib) was reached." in caption
+    assert "memory ended" not in caption
+
+
+def test_needles_at_random_depths_have_a_figure_over_the_distance(measured):
+    run = measured.runs[0]
+    found = run.results["niah"].metrics
+    (task,) = found.tasks
+    lengths = tuple(
+        entry.model_copy(update={"scores": entry.scores.model_copy(update={"cells": ()})}) for entry in task.lengths
+    )
+    several = task.model_copy(update={"task": "mv", "lengths": lengths})
+    svg = plots_needles.needle_distance(with_metrics(measured, run, found.model_copy(update={"tasks": (several,)}))).svg
+    assert "mv: found" in svg
+    both = with_metrics(measured, run, found.model_copy(update={"tasks": (task, several)}))
+    assert "only in the figure over the distance or in tables: mv." in plots_needles.needle_matches(both).caption
+
+
+def test_points_of_one_text_are_hollow_and_not_joined(measured):
+    at = Bootstrap(samples=100).mean(np.array([4.0, 4.5, 5.0]))
+    one = at.model_copy(update={"low": None, "high": None, "n": 1})
+    with plots_needles.canvas(1, 1, height=3) as (_, axes):
+        plots_needles._draw_bins(axes[0][0], [(64, at), (128, at), (256, one), (512, one)], "#000000")
+        joined, alone = axes[0][0].lines
+    assert list(joined.get_xdata()) == [64, 128]
+    assert joined.get_linestyle() == "-"
+    assert list(alone.get_xdata()) == [256, 512]
+    assert alone.get_linestyle() == "None"
+    assert alone.get_markerfacecolor() == "white"
 
 
 def test_results_of_one_run_become_one_curve(measured):

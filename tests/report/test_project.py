@@ -25,6 +25,9 @@ def root(tmp_path_factory):
     (demo / "runs" / "hope" / "wandb.json").write_text('{"url": "https://wandb.ai/us/demo/runs/1"}')
     metrics = demo / "runs" / "transformer" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:50]))
+    record = demo / "runs" / "transformer" / "run.json"
+    commit = json.loads(record.read_text())["commit"]
+    record.write_text(record.read_text().replace(commit, f"{commit}-dirty"))
     publish(demo, root / "eval" / "demo")
     grid = write_grid(work / "grid", {"no-k": (0.1, 0.1, 0.1)}, (variant("no-k"),), missing=("no-k-seed3",))
     publish(grid, root / "eval" / "grid")
@@ -41,6 +44,15 @@ def test_the_documents_are_written(root):
     assert "no result of kind zeroshot has been published; it takes 300 M parameters" in text
     assert "the largest model with a result of kind ablations has 1.21 M parameters; it takes 1 B" in text
     assert "no-k" in (root / "reports/ablations.md").read_text()
+
+
+def test_the_short_part_has_every_suite_and_the_page_says_what_it_took(root):
+    text = (root / "docs/experiments_report.md").read_text()
+    short = text.split("## In short")[1].split("\n## ")[0]
+    assert "- demo: Hope beats Transformer" in short
+    assert "- demo: Periods in the order of time" in short
+    assert "Needles" not in short  # nobody measured them
+    assert "### Cost" in text
 
 
 def test_figures_that_are_named_exist(root):
@@ -64,6 +76,7 @@ def test_progress_says_state_and_link_of_every_run(root):
     text = (root / "docs/stage2_progress.md").read_text()
     assert "| hope-demo | finished | 737,280 | 3 | [curves](https://wandb.ai/us/demo/runs/1) |" in text
     assert "| transformer-demo | unfinished |" in text
+    assert "| c0ffee123456-dirty |" in text
     assert "| no-k-seed3 | not started |" in text
     assert "3 of 4 runs finished" in text
     assert "## artifacts" not in text

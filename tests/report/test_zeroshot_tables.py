@@ -58,7 +58,7 @@ def arm(name, share, names, memorize=None, plain=None):
     )
 
 
-def metrics(share, *, memorized=None):
+def metrics(share, *, memorized=None, known=None):
     names = ("wikitext", *AVERAGED)
     arms = [arm("plain", share, names)]
     if memorized is not None:
@@ -85,7 +85,12 @@ def tables(complete):
     """Hope near chance, with an arm that memorises; Transformer++ above every floor, without."""
     runs = [
         replace(
-            run, results={"zeroshot": run.results["passkey"].model_copy(update={"task": "zeroshot", "metrics": one})}
+            run,
+            results={
+                "zeroshot": run.results["passkey"].model_copy(
+                    update={"task": "zeroshot", "metrics": one, "settings": {"max_length": 256, "limit": None}}
+                )
+            },
         )
         for run, one in zip(complete.runs, (metrics(0.25, memorized=0.5), metrics(0.5)), strict=False)
     ]
@@ -117,6 +122,33 @@ def test_near_chance_is_said_of_the_arm_that_is(tables):
     assert "Transformer++: 8 of 8 accuracies above every floor" in text
     assert text.count("near chance") == 1
     assert "WikiText: Hope needs 1.771 bits per byte, 0.229 below the bigram's 2.000" in text
+
+
+def test_lengths_cuts_limits_and_unknown_copies_are_said(tables, complete):
+    text = tables["Zero-shot"][0]
+    assert "At most 256 tokens of a document are read; perplexities depend on it." in text
+    assert not any(word in text for word in ("--limit", "cut at", "Not all", "known copy"))
+    found = metrics(0.5)
+    plain = found.arms[0]
+    entries = tuple(entry.model_copy(update={"cut": 7}) if entry.task == "boolq" else entry for entry in plain.tasks)
+    data = found.data | {
+        "boolq": found.data["boolq"].model_copy(update={"published": 3270, "known_copy": True}),
+        "piqa": found.data["piqa"].model_copy(update={"known_copy": False}),
+        "wikitext": found.data["wikitext"].model_copy(update={"published": 62}),
+    }
+    changed = found.model_copy(update={"arms": (plain.model_copy(update={"tasks": entries}),), "data": data})
+    run = complete.runs[0]
+    result = run.results["passkey"].model_copy(
+        update={"task": "zeroshot", "metrics": changed, "settings": {"max_length": 64, "limit": COUNT}}
+    )
+    text = other_results(replace(complete, runs=(replace(run, results={"zeroshot": result}),)))[0].text
+    assert text.endswith(
+        "At most 64 tokens of a document are read; perplexities depend on it. "
+        "Documents cut at their beginning: boolq 7 of 400. "
+        "--limit took the beginning of each task, not a sample: boolq the first 400 of 3,270. "
+        "Not all documents: wikitext 2 of 62. "
+        "Not a known copy of the documents: piqa."
+    )
 
 
 def test_memorising_stands_beside_the_plain_score_and_only_where_it_was_measured(tables):

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from nested_lm.config.run import RunConfig
+from nested_lm.eval.continual.chronological import mean_forgetting
 from nested_lm.eval.continual.comparison import SweepRow, sweep_row, trends
 from nested_lm.eval.continual.settings import ContinualSettings
+from nested_lm.eval.interval import Interval
 from nested_lm.eval.schema import ContinualMetrics, LanguageModellingMetrics
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.seeds import over_seeds
@@ -22,7 +24,7 @@ def clock_sweep(campaign: Campaign) -> list[Shown]:
     shown = tuple(
         (
             Cell(campaign.label(run), ", ".join(f"{period:,}" for period in row.periods)),
-            Cell(f"{row.forgetting:.3f}"),
+            interval_cell(_forgetting(run)),
             interval_cell(row.accuracy),
             interval_cell(row.plasticity),
             interval_cell(row.backward_transfer, signed=True),
@@ -59,6 +61,12 @@ def _row(run: Run) -> SweepRow:
     return sweep_row(run.results["continual"], run.config.model.channel.periods, *others)
 
 
+def _forgetting(run: Run) -> Interval:
+    metrics = run.results["continual"].metrics
+    assert isinstance(metrics, ContinualMetrics)
+    return mean_forgetting(metrics)
+
+
 def _trends(rows: Sequence[SweepRow]) -> str:
     settings = ContinualSettings()
     sentences = []
@@ -80,6 +88,7 @@ def seeds(campaign: Campaign) -> list[Shown]:
         ("in order of time: plasticity", True, _continual(lambda m: m.plasticity.value)),
         ("in order of time: BWT", True, _continual(lambda m: m.backward_transfer.value)),
         ("in order of time: FWT", True, _continual(lambda m: m.forward_transfer.value)),
+        ("in order of time: forgetting", True, _continual(lambda m: mean_forgetting(m).value)),
     )
     arms = campaign.arms()
     rows = []

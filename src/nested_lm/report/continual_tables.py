@@ -18,6 +18,7 @@ from nested_lm.eval.continual.schema import (
     OtherRun,
     RegretMetrics,
     RetentionMetrics,
+    TranslationScore,
 )
 from nested_lm.eval.interval import Interval
 from nested_lm.report.collect import ARM_NAMES, Campaign, Run
@@ -174,6 +175,7 @@ def classes(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
         ("all classes read in mixed order", lambda s: interval_cell(s.joint)),
         ("nothing read", lambda s: interval_cell(s.unread)),
         ("forgetting", lambda s: interval_cell(s.model.forgetting)),
+        ("forgetting of the floor", lambda s: interval_cell(s.floor.forgetting)),
         ("chance", lambda s: Cell(f"{s.chance:.3f}")),
     )
     found = [
@@ -217,24 +219,29 @@ def _optional(interval: Interval | None) -> Cell:
 
 def languages(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]:
     """Two invented languages: translation of held-out sentences at four moments."""
-    moments: tuple[tuple[str, Callable[[LanguageScores], Interval]], ...] = (
-        ("nothing read", lambda s: s.unread.chrf),
-        ("after this language", lambda s: s.alone.chrf),
-        ("then the other one", lambda s: s.first_then_other.chrf),
-        ("as the second one", lambda s: s.other_then_this.chrf),
-        ("kept: then the other one, minus alone", lambda s: s.kept),
+    moments: tuple[tuple[str, Callable[[LanguageScores], TranslationScore]], ...] = (
+        ("nothing read", lambda s: s.unread),
+        ("after this language", lambda s: s.alone),
+        ("then the other one", lambda s: s.first_then_other),
+        ("as the second one", lambda s: s.other_then_this),
     )
     found = _metrics(runs, task, LanguagesMetrics)
-    rows = [
-        (Cell(moment, f"language {letter.upper()}"), *(interval_cell(score(getattr(m, letter))) for m in found))
-        for letter in ("a", "b")
-        for moment, score in moments
-    ]
-    rows.append((Cell("floor", "the sentence repeated, language A"), *(interval_cell(m.copy_chrf) for m in found)))
+    rows = []
+    for letter in ("a", "b"):
+        languages = [getattr(metrics, letter) for metrics in found]
+        name = f"language {letter.upper()}"
+        for moment, of in moments:
+            rows.append((Cell(moment, f"{name}, chrF"), *(interval_cell(of(one).chrf) for one in languages)))
+            rows.append((Cell(moment, f"{name}, exact"), *(interval_cell(of(one).exact) for one in languages)))
+        kept = (interval_cell(one.kept, signed=True) for one in languages)
+        rows.append((Cell("kept: then the other one, minus alone", f"{name}, chrF"), *kept))
+    repeated = Cell("floor", "the sentence repeated, language A, chrF")
+    rows.append((repeated, *(interval_cell(m.copy_chrf) for m in found)))
     text = (
-        "chrF (0 to 100) of held-out sentences translated into English after reading lessons, with frozen slow weights."
+        "Held-out sentences translated into English after reading lessons, with frozen slow weights: chrF (0 to 100), "
+        "and the share that is right word for word. The floor repeats the sentence untranslated."
     )
-    return [Shown("Two languages, one after the other", text, _table(campaign, runs, "chrF", rows))]
+    return [Shown("Two languages, one after the other", text, _table(campaign, runs, "measure", rows))]
 
 
 def _metrics(runs: Sequence[Run], task: str, kind: type[M]) -> list[M]:

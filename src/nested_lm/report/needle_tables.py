@@ -1,7 +1,9 @@
 """Tables of needle curves and of long books: every score beside its controls."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from nested_lm.eval.interval import Interval
 from nested_lm.eval.niah.metrics import (
     BabilongMetrics,
     BooksMetrics,
@@ -10,6 +12,8 @@ from nested_lm.eval.niah.metrics import (
     NiahMetrics,
     Score,
 )
+from nested_lm.eval.niah.stops import explain_stop
+from nested_lm.eval.niah.summary import effective_words
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, interval_cell
 
@@ -21,7 +25,7 @@ _FREEZING = (
 )
 _EXPLAINED = (
     "Share of the questions whose answer greedy decoding begins with, its interval, and the share of the references in "
-    "the output (match)."
+    "the output (match) with its own."
 )
 
 
@@ -83,6 +87,7 @@ def _curves(campaign: Campaign, runs: Sequence[Run], task: str, title: str, *, m
     text = " ".join([_EXPLAINED, *_emptiness(labels, found)])
     without = f"The same questions without what they need. no {missing}: the text without it; {missing} only: no text "
     without += f"but the {missing}, the ceiling; reset: a fresh state right before the question. " + _FREEZING
+    without += " A control of which every score is 0 is one row."
     controls = [
         (f"no {missing}", lambda s: s.controls.no_needle),
         (f"{missing} only", lambda s: s.controls.needle_only),
@@ -129,27 +134,45 @@ def _answers(score: Score) -> bool:
     return score.exact.value > 0 or (score.match is not None and score.match.value > 0)
 
 
+class _Place(NamedTuple):
+    """One length of one task. stopped: why it has no scores; empty where it has."""
+
+    entry: NeedleLength
+    stopped: str
+
+
+def _places(metrics: NiahMetrics | BabilongMetrics) -> dict[tuple[str, int], _Place]:
+    return {
+        (task.task, one.length): _Place(
+            one, "" if one.stopped is None else explain_stop(one, task.lengths, metrics.max_state_mib)
+        )
+        for task in metrics.tasks
+        for one in task.lengths
+    }
+
+
 def _by_length(
     found: Sequence[NiahMetrics | BabilongMetrics], cell: Callable[[LengthScores], Cell]
 ) -> tuple[tuple[Cell, ...], ...]:
     """One row a task and length."""
-    lengths = [{(task.task, one.length): one for task in each.tasks for one in task.lengths} for each in found]
+    lengths = [_places(each) for each in found]
     return tuple(
         (Cell(f"{name}, {length:,}"), *(_length(each.get((name, length)), cell) for each in lengths))
         for name, length in dict.fromkeys(key for each in lengths for key in each)
     )
 
 
-def _length(length: NeedleLength | None, cell: Callable[[LengthScores], Cell]) -> Cell:
-    if length is None:
+def _length(place: _Place | None, cell: Callable[[LengthScores], Cell]) -> Cell:
+    if place is None:
         return Cell(ABSENT)
-    return Cell("stopped", length.stopped or "") if length.scores is None else cell(length.scores)
+    scores = place.entry.scores
+    return Cell("stopped", place.stopped) if scores is None else cell(scores)
 
 
 def _score(scores: LengthScores) -> Cell:
     exact, match = scores.score.exact, scores.score.match
     detail = interval_cell(exact).detail + (f"; n = {exact.n}" if exact.low is not None else "")
-    return Cell(f"{exact.value:.2f}", detail if match is None else f"{detail}; match {match.value:.2f}")
+    return Cell(f"{exact.value:.2f}", detail + _match(match))
 
 
 def _worth(scores: LengthScores) -> Cell:
@@ -162,8 +185,14 @@ def _controls(
     found: Sequence[NiahMetrics | BabilongMetrics],
     controls: Sequence[tuple[str, Callable[[LengthScores], Score | None]]],
 ) -> tuple[tuple[Cell, ...], ...]:
+    """One row a task and length; one row in all for a control of which every score is 0."""
     rows: list[tuple[Cell, ...]] = []
     for name, control in controls:
+        scores = [_scores_of(each, control) for each in found]
+        if not any(_answers(score) for each in scores for score in each):
+            cells = map(_nothing, found, scores)
+            rows.append((Cell("all tasks and lengths", name), *cells))
+            continue
         found_rows = _by_length(found, lambda scores, control=control: _control(control(scores)))  # type: ignore[misc]
         rows += [(Cell(row[0].text, name), *row[1:]) for row in found_rows]
     return tuple(rows)
@@ -172,23 +201,55 @@ def _controls(
 def _control(score: Score | None) -> Cell:
     if score is None:
         return Cell("-")
-    return Cell(f"{score.exact.value:.2f}", f"{interval_cell(score.exact).detail}; {score.nats.value:.2f} nats")
+    return Cell(
+        f"{score.exact.value:.2f}",
+        f"{interval_cell(score.exact).detail}{_match(score.match)}; {score.nats.value:.2f} nats",
+    )
+
+
+def _match(match: Interval | None) -> str:
+    """Match with its interval, as the rest of a detail."""
+    if match is None:
+        return ""
+    span = "" if match.low is None else f", {interval_cell(match).detail}"
+    return f"; match {match.value:.2f}{span}"
+
+
+def _scores_of(metrics: NiahMetrics | BabilongMetrics, control: Callable[[LengthScores], Score | None]) -> list[Score]:
+    """Scores of a control at all tasks and lengths that have it."""
+    measured = [one.scores for task in metrics.tasks for one in task.lengths if one.scores is not None]
+    return [score for scores in measured if (score := control(scores)) is not None]
+
+
+def _nothing(metrics: NiahMetrics | BabilongMetrics, scores: Sequence[Score]) -> Cell:
+    """One cell for many scores of 0. The interval is that of the fewest samples."""
+    if not scores:
+        places = _places(metrics).values()
+        return Cell("stopped", "at every length") if all(place.stopped for place in places) else Cell("-")
+    widest = max((score.exact for score in scores), key=lambda exact: exact.high or 0.0)
+    nats = [score.nats.value for score in scores]
+    kinds = "exact and match" if scores[0].match is not None else "exact"
+    return Cell(
+        "0.00",
+        f"{kinds} 0 in {len(scores)} of {len(scores)} rows; {interval_cell(widest).detail} each; {min(nats):.2f} to "
+        f"{max(nats):.2f} nats",
+    )
 
 
 def _effective(labels: Sequence[str], found: Sequence[NiahMetrics | BabilongMetrics]) -> tuple[str, Table]:
     lengths = [
-        {(task.task, one.threshold): one.length for task in each.tasks for one in task.effective} for each in found
+        {(task.task, one.threshold): effective_words(task, one) for task in each.tasks for one in task.effective}
+        for each in found
     ]
-    rows = []
-    for name, threshold in dict.fromkeys(key for each in lengths for key in each):
-        cells = []
-        for each in lengths:
-            length = each.get((name, threshold))
-            unknown = (name, threshold) not in each
-            cells.append(Cell(ABSENT) if unknown else Cell("none" if length is None else f"{length:,}"))
-        rows.append((Cell(name, f"match at least {threshold:g}"), *cells))
-    text = "Longest length up to which the lower bound of match stays at the threshold or above, in tokens."
-    return text, Table(("task", *labels), tuple(rows))
+    rows = tuple(
+        (Cell(name, f"match at least {threshold:g}"), *(Cell(each.get((name, threshold), ABSENT)) for each in lengths))
+        for name, threshold in dict.fromkeys(key for each in lengths for key in each)
+    )
+    text = (
+        "Longest length up to which the lower bound of match stays at the threshold or above, in tokens. Not "
+        "decidable: with so few samples even a perfect score has a lower bound below the threshold."
+    )
+    return text, Table(("task", *labels), rows)
 
 
 def _labels(campaign: Campaign, runs: Sequence[Run]) -> tuple[str, ...]:

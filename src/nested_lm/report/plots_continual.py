@@ -1,6 +1,7 @@
 """Figures of continual learning: forgetting by tokens, lesions, ticks, retention, classes and facts."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +41,9 @@ ORDERS = {
     "shuffled": "Control: shares of the mixed text, one after the other",
 }
 """What runs of each reading order show."""
+
+_SEEN = 0.0005
+"""Bits per byte; less forgetting than that is 0.000 in every table."""
 
 _MAX_TICK_LINES = 40
 """Ticks of a level that are drawn as lines; a faster clock would paint the panel grey."""
@@ -89,13 +93,24 @@ def matrices(campaign: Campaign, order: str) -> Drawing | None:
 
 
 def forgetting(campaign: Campaign) -> Drawing | None:
-    """What was forgotten of each segment after each later one, with lines where slow levels tick; a panel a run."""
+    """What was forgotten of each segment after each later one, with lines where slow levels tick; a panel a run.
+
+    Every arm begins a row of its own. Runs that forgot nothing that could be seen are named, not drawn.
+    """
     found = _measured(campaign, "continual", ContinualMetrics)
     if not found:
         return None
-    with panels(len(found), height=3.3, per_row=3, sharey=True) as (figure, axes):
+    drawn = [(run, metrics) for run, metrics in found if _most_forgotten(metrics) >= _SEEN]
+    names = [campaign.label(run) for run, metrics in found if drawn and _most_forgotten(metrics) < _SEEN]
+    drawn = drawn or found
+    rows = _rows_by_arm(campaign, drawn, per_row=3)
+    with canvas(len(rows), max(map(len, rows)), height=3.1 * len(rows), sharey=True) as (figure, grid):
         labelled = []
-        for axis, (run, metrics) in zip(axes, found, strict=True):
+        axes = [axis for line, row in zip(grid, rows, strict=True) for axis in line[: len(row)]]
+        for line, row in zip(grid, rows, strict=True):
+            for axis in line[len(row) :]:
+                axis.set_visible(False)
+        for axis, (run, metrics) in zip(axes, (one for row in rows for one in row), strict=True):
             ends = []
             trained = [segment.trained_tokens for segment in metrics.segments]
             for s, segment in enumerate(metrics.segments[:-1]):
@@ -106,7 +121,7 @@ def forgetting(campaign: Campaign) -> Drawing | None:
                 ends.append((known[-1][0], known[-1][1].value, segment.label, colour))
             axis.set_xlim(trained[0], trained[-1])
             _tick_lines(axis, run, trained[0], trained[-1])
-            axis.set_title(campaign.label(run), color=arm_colour(campaign, run))
+            axis.set_title(_panel_title(campaign, run), color=arm_colour(campaign, run))
             axis.set_xlabel("training tokens")
             thousands(axis.xaxis)
             labelled.append((axis, ends))
@@ -119,8 +134,29 @@ def forgetting(campaign: Campaign) -> Drawing | None:
             caption="Each line is one period's text: bits per byte lost since the model was at its best on it, "
             "from the moment it was read; zero is no forgetting. Bands are 95 % intervals over "
             "documents. Grey lines are ticks of the slowest level that ticks often enough to be seen and "
-            "seldom enough to be drawn.",
+            "seldom enough to be drawn."
+            + (f" Not drawn, for nothing was forgotten at any border: {'; '.join(names)}." if names else ""),
         )
+
+
+def _most_forgotten(metrics: ContinualMetrics) -> float:
+    """The highest value or limit of an interval of the whole matrix."""
+    cells = [cell for row in metrics.forgetting for cell in row if cell is not None]
+    return max(cell.value if cell.high is None else max(cell.value, cell.high) for cell in cells)
+
+
+def _rows_by_arm(campaign: Campaign, found: Sequence[tuple[Run, M]], *, per_row: int) -> list[list[tuple[Run, M]]]:
+    """Runs with their metrics in rows of at most `per_row`, each of one arm, in the order of the arms."""
+    rows = []
+    for arm in campaign.arms():
+        own = [(run, metrics) for run, metrics in found if run.arm == arm]
+        rows += [own[start : start + per_row] for start in range(0, len(own), per_row)]
+    return rows
+
+
+def _panel_title(campaign: Campaign, run: Run) -> str:
+    """The label of a run on two lines, for panels that are narrower than it is."""
+    return campaign.label(run).replace(f"{run.arm}, ", f"{run.arm}\n", 1)
 
 
 def _heat(
@@ -234,13 +270,15 @@ def events(campaign: Campaign) -> Drawing | None:
                 found.append((run, clock, levels))
     if not found:
         return None
-    height = 1.6 + 0.5 * max(len(levels) for *_, levels in found)
-    with panels(len(found), height=height, per_row=3) as (figure, axes):
+    height = 1.9 + 0.5 * max(len(levels) for *_, levels in found)
+    with panels(len(found), height=height, per_row=2) as (figure, axes):
         for axis, (run, clock, levels) in zip(axes, found, strict=True):
             axis.axvline(0.0, color=MUTED, linewidth=1)
             for y, level in enumerate(levels):
                 if level.effect is None:
-                    axis.text(0.0, y, "  nothing to compare with", va="center", fontsize=8.8, color=MUTED)
+                    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+                    why = "  nothing to compare with"
+                    axis.text(0.0, y, why, va="center", fontsize=8.8, color=MUTED, bbox=behind)
                     continue
                 effect = level.effect
                 is_clear = effect.p_value <= 0.05
@@ -257,9 +295,10 @@ def events(campaign: Campaign) -> Drawing | None:
                     color=INK,
                 )
             axis.margins(x=0.3)
+            axis.locator_params(axis="x", nbins=5)
             axis.set_yticks(range(len(levels)), [f"every {short_count(level.period_tokens)}" for level in levels])
             axis.set_ylim(len(levels) - 0.4, -0.7)
-            axis.set_title(f"{campaign.label(run)}, clock of {clock}", color=arm_colour(campaign, run))
+            axis.set_title(f"{_panel_title(campaign, run)}, clock of {clock}", color=arm_colour(campaign, run))
             axis.set_xlabel("loss change at a tick minus elsewhere (nats / token)")
         return finish(
             figure,
@@ -289,8 +328,8 @@ def retention(campaign: Campaign) -> Drawing | None:
             for score, periods, style in ((metrics.tied, metrics.periods, "-"), (metrics.free, (1,), "--")):
                 lost = predict_lost(age, periods, score.scale, score.weights)
                 axis.plot(age, lost, style, color=INK, linewidth=1.6)
-            better = "the clocks" if metrics.tied_is_better else "one free time"
-            axis.set_title(f"{campaign.label(run)}\n{better} fits better", color=arm_colour(campaign, run))
+            better = "the clocks fit" if metrics.tied_is_better else "one free time fits"
+            axis.set_title(f"{campaign.label(run)}\n{better} better", color=arm_colour(campaign, run))
             axis.set_xlabel("tokens since the period ended")
             axis.set_xlim(left=0)
             thousands(axis.xaxis)

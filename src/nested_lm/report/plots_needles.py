@@ -10,11 +10,14 @@ from nested_lm.config.run import RunConfig
 from nested_lm.eval.bootstrap import Bootstrap, wilson
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.niah.metrics import BooksMetrics, Cell, LengthScores, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.stops import describe_stop, first_stop
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.plot_style import INK, MUTED, Drawing, canvas, finish, label_line_ends, short_count
 from nested_lm.report.plots import arm_colour
 
 _RESAMPLES = Bootstrap(samples=2000)
+
+_MANY_LENGTHS = 6  # of a heat map beside others; more need smaller labels
 
 _FIRST_POSITION = 8  # tokens; the loss before it would flatten the figure
 
@@ -26,7 +29,7 @@ def needle_matches(campaign: Campaign) -> Drawing | None:
         name="needle_matches",
         title="Needles found",
         caption="Share of the answer in the model's output, for each length of text (right: longer) and depth of the "
-        "needle (bottom: right before the question). Dark is found; a cross is a length at which memory ended.",
+        "needle (bottom: right before the question). Dark is found.",
         limits=(0.0, 1.0),
     )
 
@@ -45,7 +48,7 @@ def needle_worth(campaign: Campaign) -> Drawing | None:
 
 def needle_distance(campaign: Campaign) -> Drawing | None:
     """Needles found, and nats saved, against the distance from the question, with lines at the model's own spans."""
-    panels = [(task, runs) for task, runs in _tasks(campaign) if any(_cells(found) for _, found in runs)]
+    panels = [(task, runs) for task, runs in _tasks(campaign) if any(_has_distances(found) for _, found in runs)]
     if not panels:
         return None
     with canvas(len(panels), 2, height=0.8 + 3.1 * len(panels)) as (figure, axes):
@@ -56,15 +59,9 @@ def needle_distance(campaign: Campaign) -> Drawing | None:
                 bins = list(_by_distance(found))
                 if not bins:
                     continue
-                xs = [entry.distance for entry in bins]
                 for axis, part, kept in ((left, "found", ends[0]), (right, "saved", ends[1])):
-                    intervals = [getattr(entry, part) for entry in bins]
-                    values = [interval.value for interval in intervals]
-                    axis.plot(xs, values, "o-", color=colour, markersize=4)
-                    low = [i.value if i.low is None else i.low for i in intervals]
-                    high = [i.value if i.high is None else i.high for i in intervals]
-                    axis.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-                    kept.append((xs[-1], values[-1], label, colour))
+                    _draw_bins(axis, [(entry.distance, getattr(entry, part)) for entry in bins], colour)
+                    kept.append((bins[-1].distance, getattr(bins[-1], part).value, label, colour))
             left.set(
                 title=f"{task}: found", ylabel="share of the answer", ylim=(-0.03, 1.22), yticks=[0, 0.25, 0.5, 0.75, 1]
             )
@@ -81,8 +78,9 @@ def needle_distance(campaign: Campaign) -> Drawing | None:
             figure,
             name="needle_distance",
             title="How far back a needle is found",
-            caption="Each point gathers the prompts whose needle lies that far back, over all lengths, with its 95 % "
-            "interval. Vertical lines are spans of the models: what is found left of a window may be attention's "
+            caption="Each point gathers the prompts whose needle (of several, the first) lies that far back, over all "
+            "lengths, with its 95 % interval; a hollow point is a single text and has none. 2k is 2,048 tokens. "
+            "Vertical lines are spans of the models: what is found left of a window may be attention's "
             "doing, what is found right of it is memory's.",
         )
 
@@ -127,7 +125,12 @@ def book_positions(campaign: Campaign) -> Drawing | None:
 
 
 def _short_tokens(value: float, _position: int) -> str:
-    return short_count(value)
+    return short_length(value)
+
+
+def short_length(tokens: float) -> str:
+    """Tokens as the command line takes them, 2k for 2,048, and otherwise in three digits."""
+    return f"{tokens / 1024:,.0f}k" if tokens >= 1024 and tokens % 1024 == 0 else short_count(tokens)
 
 
 class _Bin(NamedTuple):
@@ -168,6 +171,10 @@ def _cells(task: NeedleTask) -> list[tuple[int, LengthScores, Cell]]:
     ]
 
 
+def _has_distances(task: NeedleTask) -> bool:
+    return any(any(entry.scores.rows.distance) for entry in task.lengths if entry.scores is not None)
+
+
 def _by_distance(task: NeedleTask) -> Iterator[_Bin]:
     """Gather rows whose distance lies between two powers of two."""
     rows: dict[int, list[tuple[tuple[int, int], float, float, float]]] = defaultdict(list)
@@ -195,6 +202,22 @@ def _by_distance(task: NeedleTask) -> Iterator[_Bin]:
         )
 
 
+def _draw_bins(axis: Any, bins: Sequence[tuple[float, Interval]], colour: str) -> None:
+    """A line with its band through points of several texts; points of one text stand alone, hollow."""
+    several = [(x, interval) for x, interval in bins if interval.n > 1]
+    single = [(x, interval) for x, interval in bins if interval.n == 1]
+    axis.plot([x for x, _ in several], [i.value for _, i in several], "o-", color=colour, markersize=4)
+    axis.fill_between(
+        [x for x, _ in several],
+        [i.value if i.low is None else i.low for _, i in several],
+        [i.value if i.high is None else i.high for _, i in several],
+        color=colour,
+        alpha=0.12,
+        linewidth=0,
+    )
+    axis.plot([x for x, _ in single], [i.value for _, i in single], "o", color=colour, mfc="white", markersize=4.5)
+
+
 def spans(config: RunConfig) -> dict[int, str]:
     """Spans in tokens at which a model's memory may change its nature, and what they are."""
     mixer, channel = config.model.mixer, config.model.channel
@@ -219,7 +242,7 @@ def _mark_spans(axis: Any, configs: Sequence[RunConfig]) -> None:
     for place, (size, words) in enumerate(shown.items()):
         axis.axvline(size, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)))
         axis.annotate(
-            f"{words} {short_count(size)}",
+            f"{words} {short_length(size)}",
             xy=(size, 1),
             xycoords=("data", "axes fraction"),
             xytext=(3, -2 - 10 * (place % 3)),
@@ -250,7 +273,29 @@ def _heat_maps(
                 axis.set_title(f"{task}: {campaign.label(run)}", color=arm_colour(campaign, run))
                 axis.set_xlabel("length of the text (tokens)")
             line[0].set_ylabel("depth of the needle")
-        return finish(figure, name=name, title=title, caption=caption)
+        return finish(figure, name=name, title=title, caption=" ".join([caption, *_notes(campaign)]))
+
+
+def _notes(campaign: Campaign) -> list[str]:
+    """What a reader of the heat maps has to know about lengths, crosses and tasks without a map."""
+    notes = ["2k is 2,048 tokens."]
+    reasons = dict.fromkeys(reason for run in campaign.runs for reason in _reasons(run))
+    if reasons:
+        notes.append(f"A cross is a length that was not read: there or before, {' or '.join(reasons)}.")
+    flat = [task for task, runs in _tasks(campaign) if not any(_cells(found) for _, found in runs)]
+    if flat:
+        notes.append(f"Without a depth, so only in the figure over the distance or in tables: {', '.join(flat)}.")
+    return notes
+
+
+def _reasons(run: Run) -> Iterator[str]:
+    """What kept lengths of a run from being read, at the shortest of them or before."""
+    for result in run.results.values():
+        if isinstance(result.metrics, NiahMetrics):
+            for task in result.metrics.tasks:
+                stop = first_stop(task.lengths)
+                if stop is not None:
+                    yield describe_stop(stop, result.metrics.max_state_mib)
 
 
 class _Grid(NamedTuple):
@@ -278,14 +323,16 @@ def _draw_grid(axis: Any, grid: _Grid, task: NeedleTask, limits: tuple[float, fl
         for x, value in enumerate(row):
             if value == value:
                 dark = abs(value) > 0.6 * limits[1]
-                text = f"{value:.2f}"
+                text = f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
                 axis.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
     for x, entry in enumerate(task.lengths):
         if entry.stopped is not None:
             axis.plot([x], [(len(grid.depths) - 1) / 2], "x", color=MUTED, markersize=14, markeredgewidth=1.5)
-    axis.set_xticks(range(len(task.lengths)), [short_count(entry.length) for entry in task.lengths])
+    axis.set_xticks(range(len(task.lengths)), [short_length(entry.length) for entry in task.lengths])
     axis.set_yticks(range(len(grid.depths)), [f"{depth:.1f}" for depth in grid.depths])
     axis.tick_params(length=0)
+    if len(task.lengths) > _MANY_LENGTHS:
+        axis.tick_params(axis="x", labelsize=7.0)
     axis.grid(visible=False)
     for spine in axis.spines.values():
         spine.set_visible(False)

@@ -11,8 +11,8 @@ from nested_lm.report.ablation_parts import READING, ablation_parts, origin
 from nested_lm.report.ablations import grid_reports
 from nested_lm.report.collect import Campaign, collect
 from nested_lm.report.document import Document, Part, write_html, write_markdown
-from nested_lm.report.findings import limits
-from nested_lm.report.kinds import other_results
+from nested_lm.report.findings import limits, shortened
+from nested_lm.report.headlines import headlines
 from nested_lm.report.manifest import MANIFEST_NAME, read_manifest
 from nested_lm.report.papers import Claim, papers
 from nested_lm.report.plot_style import Drawing, short_count
@@ -78,7 +78,11 @@ def _experiments(campaigns: Sequence[Campaign], pages: dict[str, Page]) -> Docum
 
 
 def _short(campaigns: Sequence[Campaign], pages: dict[str, Page]) -> list[str]:
-    lines = [f"{page.name}: {verdict}" for page in pages.values() for verdict in page.verdicts]
+    lines = []
+    for campaign in campaigns:
+        page = pages.get(campaign.manifest.name)
+        found = [] if page is None else [*page.verdicts, *headlines(campaign)]
+        lines += [f"{campaign.manifest.name}: {sentence}" for sentence in found]
     for campaign in campaigns:
         lines += [f"{campaign.manifest.name}: {line}" for grid in grid_reports(campaign) for line in grid.summary]
     return lines
@@ -101,7 +105,7 @@ def _campaign_parts(campaign: Campaign, page: Page) -> list[Part]:
     if page.passkey is not None:
         parts.append(Part("Passkey", 3, drawing=named(page.passkey_figure), table=page.passkey))
     parts += [Part(shown.title, 3, drawing=named(shown.figure), table=shown.table) for shown in page.continual]
-    parts += [Part(shown.title, 3, text=[shown.text], table=shown.table) for shown in other_results(campaign.plain())]
+    parts += [Part(shown.title, 3, text=[shown.text], table=shown.table) for shown in page.others]
     more = [*page.continual_more, *page.others_figures]
     parts += [Part(drawing.title, 4, drawing=named(drawing)) for drawing in more]
     parts.append(Part("What this does not show", 3, points=limits(campaign.plain())))
@@ -228,5 +232,5 @@ def _state_row(name: str, folder: Path) -> tuple[Cell, ...]:
         Cell(f"{steps[-1]['tokens']:,}" if steps else "0"),
         Cell(str(results)),
         Cell("-" if address is None else "curves", link=address or ""),
-        Cell(str(json.loads(record.read_text(encoding="utf-8")).get("commit"))[:12]),
+        Cell(shortened(str(json.loads(record.read_text(encoding="utf-8")).get("commit")))),
     )

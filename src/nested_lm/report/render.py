@@ -10,12 +10,14 @@ from nested_lm.report import plots, plots_continual, plots_inside, plots_needles
 from nested_lm.report.ablation_parts import ablation_document
 from nested_lm.report.ablations import grid_reports
 from nested_lm.report.collect import Campaign, collect
+from nested_lm.report.cost import cost
 from nested_lm.report.document import environment, write_html, write_markdown, write_text
 from nested_lm.report.findings import Check, checks, limits, supports, verdicts
-from nested_lm.report.kinds import Shown, other_results
+from nested_lm.report.kinds import other_results
 from nested_lm.report.plot_style import Drawing, require_matplotlib
 from nested_lm.report.tables import (
     Sample,
+    Shown,
     Table,
     continual_table,
     identity_table,
@@ -129,7 +131,7 @@ def make_page(campaign: Campaign) -> Page:
         identity=identity_table(campaign),
         limits=limits(campaign),
         notes=notes,
-        others=other_results(campaign),
+        others=[*other_results(campaign), *cost(campaign)],
         others_figures=[drawing for plot in _needle_plots(campaign) if (drawing := draw(plot)) is not None],
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nested_lm.eval.continual.chronological import mean_forgetting
 from nested_lm.eval.schema import ContinualMetrics, Interval, PasskeyMetrics, SamplingMetrics
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.findings import compared_runs, language, shortened
@@ -119,21 +120,13 @@ def continual_table(campaign: Campaign, order: str) -> Table | None:
         ),
         ("BWT", "above 0: later reading helped earlier periods", lambda m: m.backward_transfer),
         ("FWT", "above 0: earlier reading helped periods not read yet", lambda m: m.forward_transfer),
+        ("forgetting", "mean bits / byte lost at the end since a period's best; 0 is none", mean_forgetting),
     )
     rows = [
         (Cell(name, meaning), *(interval_cell(measure(metrics)) for _, metrics in found))
         for name, meaning, measure in measures
     ]
-    meaning = "mean bits / byte lost at the end since a period's best; 0 is none"
-    forgetting = [Cell(_final_forgetting(metrics)) for _, metrics in found]
-    rows.append((Cell("forgetting", meaning), *forgetting))
     return Table(("measure", *(campaign.label(run) for run, _ in found)), tuple(rows))
-
-
-def _final_forgetting(metrics: ContinualMetrics) -> str:
-    """Mean of the last row but its last cell, which is zero by definition."""
-    last = [cell.value for cell in metrics.forgetting[-1][:-1] if cell is not None]
-    return f"{sum(last) / len(last):.3f}" if last else ABSENT
 
 
 def passkey_table(campaign: Campaign) -> Table | None:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from nested_lm.eval.interval import Interval
+from nested_lm.eval.schema import ResultFile
 from nested_lm.eval.zeroshot.metrics import Arm, Floors, TaskScores, ZeroShotMetrics
 from nested_lm.eval.zeroshot.papers import PaperRow, nearest_rows
-from nested_lm.eval.zeroshot.table import SHORT_NAMES
+from nested_lm.eval.zeroshot.table import SHORT_NAMES, reading_notes
 from nested_lm.eval.zeroshot.tasks import AVERAGED, TASKS, printed_accuracy
 from nested_lm.report.collect import Campaign, Run
 from nested_lm.report.tables import ABSENT, Cell, Shown, Table, duration
@@ -27,7 +28,7 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     columns = tuple(
         (name, metric) for name in dict.fromkeys(n for m in found for n in m.data) for metric in TASKS[name].printed
     )
-    shown = [_plain(labels, found, columns)]
+    shown = [_plain(labels, found, columns, _reading([run.results[task] for run in runs]))]
     if any(len(metrics.arms) > 1 for metrics in found):
         shown.append(_memorized(labels, found, columns))
     label = runs[0].results[task].label
@@ -38,7 +39,12 @@ def zero_shot(campaign: Campaign, runs: Sequence[Run], task: str) -> list[Shown]
     return [one._replace(title=f"{one.title}, {label}") for one in shown] if label else shown
 
 
-def _plain(labels: Sequence[str], found: Sequence[ZeroShotMetrics], columns: Sequence[tuple[str, str]]) -> Shown:
+def _plain(
+    labels: Sequence[str],
+    found: Sequence[ZeroShotMetrics],
+    columns: Sequence[tuple[str, str]],
+    reading: Sequence[str],
+) -> Shown:
     rows = []
     for name, metric in columns:
         floors = next(metrics.floors[name] for metrics in found if name in metrics.floors)
@@ -53,27 +59,32 @@ def _plain(labels: Sequence[str], found: Sequence[ZeroShotMetrics], columns: Seq
     text = (
         "The plain score of each task, 0 shots, with its standard error (the harness's formula) and its interval, "
         "beside guessing, the best constant answer and the bigram of the training text on the same documents. "
-        + " ".join([*_near_chance(labels, found), *_bits(labels, found), *_incomplete(found)])
+        + " ".join([*_near_chance(labels, found), *_bits(labels, found), *reading])
     )
     header = ("task", "chance", "constant answer", "bigram", *labels)
     return Shown("Zero-shot", text.strip(), Table(header, tuple(rows)))
+
+
+def is_above_floors(metrics: ZeroShotMetrics, entry: TaskScores) -> bool | None:
+    """Whether the interval of a task's accuracy lies above guessing, the constant answer and the bigram.
+
+    None for tasks without an accuracy.
+    """
+    metric = printed_accuracy(TASKS[entry.task])
+    if metric is None:
+        return None
+    floors, low = metrics.floors[entry.task], entry.metrics[metric].low
+    known = (floors.chance, floors.constant, (floors.bigram or {}).get(metric))
+    return low is not None and low > max(value for value in known if value is not None)
 
 
 def _near_chance(labels: Sequence[str], found: Sequence[ZeroShotMetrics]) -> list[str]:
     """How many accuracies lie above every floor, counted by interval; near chance is said where few do."""
     lines = []
     for label, metrics in zip(labels, found, strict=True):
-        measured, above = 0, []
-        for entry in metrics.arms[0].tasks:
-            metric = printed_accuracy(TASKS[entry.task])
-            if metric is None:
-                continue
-            measured += 1
-            floors = metrics.floors[entry.task]
-            known = [floors.chance, floors.constant, (floors.bigram or {}).get(metric)]
-            low = entry.metrics[metric].low
-            if low is not None and low > max(value for value in known if value is not None):
-                above.append(entry.task)
+        judged = {entry.task: is_above_floors(metrics, entry) for entry in metrics.arms[0].tasks}
+        above = [task for task, is_above in judged.items() if is_above]
+        measured = sum(is_above is not None for is_above in judged.values())
         if not measured:
             continue
         near = " It is near chance." if 2 * len(above) < measured else ""
@@ -102,14 +113,10 @@ def _bits(labels: Sequence[str], found: Sequence[ZeroShotMetrics]) -> list[str]:
     return lines
 
 
-def _incomplete(found: Sequence[ZeroShotMetrics]) -> list[str]:
-    short = {
-        f"{entry.task} {entry.documents:,} of {metrics.data[entry.task].published:,}": None
-        for metrics in found
-        for entry in metrics.arms[0].tasks
-        if entry.documents != metrics.data[entry.task].published
-    }
-    return [f"Not all documents: {', '.join(short)}."] if short else []
+def _reading(results: Sequence[ResultFile]) -> list[str]:
+    """Sentences about what was read of the documents, each once."""
+    notes = dict.fromkeys(note for result in results for note in reading_notes(result))
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def _memorized(labels: Sequence[str], found: Sequence[ZeroShotMetrics], columns: Sequence[tuple[str, str]]) -> Shown:
