@@ -17,8 +17,12 @@ Books = Annotated[
     typer.Option(metavar="FILE", help="Text to hide things in; repeat for more files. The shipped corpus by default."),
 ]
 Lengths = Annotated[str, typer.Option(help="Tokens of a prompt, with commas between; 2k is 2,048.")]
-Depths = Annotated[str, typer.Option(help="How many, evenly from 0 to 1, or the depths with commas between.")]
-Samples = Annotated[int, typer.Option(min=1, help="Questions for each length.")]
+Depths = Annotated[
+    str, typer.Option(help="How many, evenly from 0 to 1 (1: the middle); or the depths, as 0.5 or 0,0.5,1.")
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Questions for each length; fewer than 23 show no length at RULER's 0.856.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed asks the same questions.")]
 BatchRows = Annotated[int, typer.Option(min=1, help="Prompts read side by side.")]
 MaxState = Annotated[
@@ -46,7 +50,7 @@ def niah(
     ] = "niah",
     lengths: Lengths = "2k,4k,8k,16k,32k",
     depths: Depths = "11",
-    samples: Samples = 20,
+    samples: Samples = 24,
     haystack: Annotated[
         str | None, typer.Option(help="noise, needle or books for all tasks; what each has in RULER by default.")
     ] = None,
@@ -94,7 +98,7 @@ def babilong(
         typer.Option(metavar="DIR", help="bAbI's English files, such as qa1_test.txt; made here by default: qa1, qa2."),
     ] = None,
     lengths: Lengths = "2k,4k,8k,16k,32k",
-    samples: Samples = 20,
+    samples: Samples = 24,
     examples: Annotated[bool, typer.Option(help="Put two worked examples before the text.")] = True,
     books: Books = None,
     seed: Seed = 0,

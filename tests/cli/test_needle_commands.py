@@ -35,7 +35,7 @@ def test_niah_hands_its_settings_on(seen, tmp_path):
     assert settings.tasks == ("s1", "s2")
     assert settings.lengths == (512, 2048)
     assert settings.depths == (0.0, 0.5, 1.0)
-    assert settings.samples == 20
+    assert settings.samples == 24
     assert settings.files == (book,)
     assert output == tmp_path / "results" / "niah.json"
 

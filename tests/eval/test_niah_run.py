@@ -10,12 +10,14 @@ from nested_lm.checkpoint import MANIFEST, LoadedCheckpoint
 from nested_lm.config.load import load_run
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
+from nested_lm.eval.bootstrap import wilson
 from nested_lm.eval.niah.answers import string_match
 from nested_lm.eval.niah.metrics import NeedleLength
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.niah.progress import LengthProgress, Progress
 from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 from nested_lm.eval.niah.settings import GROUPS, parse_settings
-from nested_lm.eval.niah.summary import effective_lengths
+from nested_lm.eval.niah.stops import explain_stop
+from nested_lm.eval.niah.summary import effective_lengths, effective_words
 from nested_lm.eval.results import load_result
 from tests.eval.niah_oracles import Blind, Oracle
 
@@ -47,9 +49,9 @@ def measure(tokenizer, tmp_path):
     (checkpoint / MANIFEST).write_text("{}")
     output = tmp_path / "run" / "results" / "niah.json"
 
-    def run(model, **changed):
+    def run(model, *, run_id="r1", **changed):
         identity = {
-            "run_id": "r1",
+            "run_id": run_id,
             "name": "oracle",
             "config_hash": "c" * 16,
             "data_hash": None,
@@ -127,8 +129,8 @@ def test_a_growing_state_runs_until_memory_ends_and_says_so(measure, tokenizer):
     assert short.scores.score.match.value == 1.0
     assert max(model.rows[1:]) == 2  # fewer side by side, once the first segment has shown what a row takes
     assert long.scores is None
-    assert long.stopped == "a state of 1,869 tokens: 4 MiB while it is copied, and the limit is 2 MiB"
-    assert longer.stopped == "not tried: memory ended at 2,000 tokens"
+    assert long.stopped == "a state of 1,869 tokens: 4 MiB while it is copied, and the limit is 2 MiB (--max-state-mib)"
+    assert longer.stopped == "not tried: the limit of 2 MiB (--max-state-mib) was reached at 2,000 tokens"
     assert not result.metrics.constant_state
 
 
@@ -181,6 +183,18 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read_or_written(measu
     assert not (tmp_path / "run" / "results").exists()
 
 
+def test_the_result_of_another_run_is_not_replaced(measure, tokenizer, tmp_path):
+    path = tmp_path / "run" / "results" / "niah.json"
+    measure(Blind(tokenizer), lengths="500")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"niah\.json holds the scores of run r1, this is r2; .*--output"):
+        measure(Blind(tokenizer), run_id="r2", lengths="500")
+    assert path.read_bytes() == before
+    _, lines = measure(Blind(tokenizer), lengths="500", samples=2)  # the same run, other settings
+    assert any("will be replaced" in line for line in lines)
+    assert path.read_bytes() != before
+
+
 def test_a_label_sets_a_result_apart(tokenizer):
     loaded = LoadedCheckpoint(Blind(tokenizer), load_run("hope/demo"), tokenizer, {}, 4, 4096, None)
     assert plan_niah(loaded, settings()).task == "niah"
@@ -205,6 +219,8 @@ def test_a_diverged_model_is_named_and_nothing_is_written(measure, tokenizer, tm
         ({"lengths": "2m"}, "'2m' is not a number of tokens"),
         ({"depths": "0,2"}, "--depths"),
         ({"depths": "deep"}, "neither how many depths"),
+        ({"depths": "0"}, r"--depths 0: a whole number is how many depths; write 0\.0"),
+        ({"depths": "-3"}, "--depths -3: a whole number is how many"),
         ({"samples": 0}, "--samples"),
     ],
 )
@@ -219,6 +235,14 @@ def test_sizes_groups_and_depths_may_be_written_short():
     assert found.lengths == (2048, 32768)
     assert found.depths == tuple(index / 10 for index in range(11))
     assert settings(depths="0.5").depths == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("1", (0.5,)), ("2", (0.0, 1.0)), ("1.0", (1.0,)), ("0.0", (0.0,)), ("1,", (1.0,)), ("0,1", (0.0, 1.0))],
+)
+def test_a_whole_number_counts_depths_and_a_point_or_comma_names_them(written, meant):
+    assert settings(depths=written).depths == meant
 
 
 def test_results_go_to_the_run_or_to_a_folder_of_the_checkpoint(tmp_path):
@@ -242,6 +266,81 @@ def test_effective_length_ends_at_the_first_length_below(measure, tokenizer):
     assert [(found.threshold, found.length) for found in effective_lengths(curve)] == [(0.5, 4096), (0.856, 2048)]
     stopped = NeedleLength(length=4096, scores=None, stopped="memory ended")
     assert [found.length for found in effective_lengths([entry(2048, 0.9), stopped, entry(8192, 0.9)])] == [2048, 2048]
+
+
+def perfect(scores, samples):
+    """One length at which every one of so many samples is found."""
+    share = wilson(samples, samples)
+    score = scores.score.model_copy(update={"match": share, "exact": share})
+    return NeedleLength(length=2048, scores=scores.model_copy(update={"score": score}), stopped=None)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (3, ["not decidable with 3 samples"] * 2),
+        (20, ["2,048", "not decidable with 20 samples"]),
+        (24, ["2,048", "2,048"]),  # the default
+    ],
+)
+def test_a_length_that_no_score_of_so_few_samples_can_show_is_not_called_none(measure, tokenizer, samples, words):
+    result, lines = measure(Oracle(tokenizer), lengths="500")
+    assert (
+        "s1: effective length "
+        + ", ".join(f"not decidable with 3 samples (match at least {threshold})" for threshold in ("0.5", "0.856"))
+        in lines
+    )
+    task = result.metrics.tasks[0]
+    lengths = (perfect(task.lengths[0].scores, samples),)
+    task = task.model_copy(update={"lengths": lengths, "effective": effective_lengths(lengths)})
+    assert [effective_words(task, found) for found in task.effective] == words
+
+
+def test_no_effective_length_is_none_where_enough_samples_decide_it_and_not_measured_without_any(measure, tokenizer):
+    result, _ = measure(Blind(tokenizer), lengths="500", samples=24, depths="1")
+    task = result.metrics.tasks[0]
+    assert [effective_words(task, found) for found in task.effective] == ["none", "none"]
+    stopped = NeedleLength(length=2048, scores=None, stopped="memory ended")
+    task = task.model_copy(update={"lengths": (stopped,)})
+    assert effective_words(task, task.effective[0]) == "not measured"
+
+
+def test_a_setting_and_the_end_of_memory_are_told_apart_in_old_results_too():
+    def stops(first, later):
+        lengths = [
+            NeedleLength(length=2048, scores=None, stopped=first),
+            NeedleLength(length=4096, scores=None, stopped=later),
+        ]
+        return [explain_stop(entry, lengths, 96) for entry in lengths]
+
+    old = "not tried: memory ended at 2,048 tokens"
+    assert stops("a state of 2,000 tokens: 99 MiB while it is copied, and the limit is 96 MiB", old) == [
+        "the limit of 96 MiB (--max-state-mib) was reached at 2,048 tokens",
+        "not tried: the limit of 96 MiB (--max-state-mib) was reached at 2,048 tokens",
+    ]
+    assert stops("memory ended (CUDA out of memory)", old) == ["memory ended at 2,048 tokens", old]
+
+
+def test_lengths_that_will_not_be_read_are_no_time_left():
+    now = [0.0]
+    lines = []
+    planned = {(task, length): length for task in ("s1", "s2") for length in (1000, 4000, 5000)}
+    progress = LengthProgress(planned, lines.append, clock=lambda: now[0])
+    with progress.at("s1", 1000):
+        progress.add(1000)
+    with progress.at("s1", 4000):
+        progress.add(500)  # then the state is too large
+    progress.stop(4000)
+    assert progress.total == 2500  # what was read, and the one length of s2 that fits
+    with progress.at("s1", 5000):
+        pass
+    now[0] = 150.0
+    with progress.at("s2", 1000):
+        progress.add(1000)
+    assert lines == ["s2 at 1,000 tokens: 100% of 2,500 tokens, 17 tokens/s, 0 s left"]
+    with progress.at("s2", 4000):  # it fits after all
+        progress.add(4000)
+    assert progress.total == progress.done == 6500
 
 
 def test_string_match_is_a_share_whatever_the_case():

@@ -114,7 +114,10 @@ class NeedleLength(Section):
 
 
 class EffectiveLength(Section):
-    """The longest length up to which the lower bound of `match` stays at the threshold or above; null: none does."""
+    """The longest length up to which the lower bound of `match` stays at the threshold or above.
+
+    null: none does, or the samples are too few for any score to reach it (`summary.effective_words` tells which).
+    """
 
     threshold: Fraction
     length: Count | None
@@ -133,7 +136,7 @@ class NeedleTask(Section):
 class _Curves(Section):
     """What all needle curves have in common. max_state_mib: limit within which states were read side by side."""
 
-    constant_state: bool  # false: the state grows with the text, and memory ends somewhere
+    constant_state: bool  # false: the state grows with the text, up to that limit or the end of memory
     max_state_mib: Count
     tasks: Annotated[tuple[NeedleTask, ...], Field(min_length=1)]
     tokens_per_s: NonNegativeFloat  # of all prompts; shared tokens count for each
@@ -169,7 +172,8 @@ class BookPosition(Section):
 class BooksMetrics(Section):
     """Loss by position in long books. Intervals resample books.
 
-    length: tokens of each book that were asked for. reached: that were read before memory ended; `stopped` says how.
+    length: tokens of each book that were asked for. reached: that were read before the limit for states, or memory,
+    ended it; `stopped` says how.
     perplexity: exp of the nats a token with carried state.
     """
 

@@ -1,7 +1,8 @@
 """Lines that say how far a long measurement is, and how long it will take."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 _EVERY_S = 15.0
 
@@ -26,13 +27,42 @@ class Progress:
         now = self.clock()
         if now - self.reported >= _EVERY_S:
             self.reported = now
-            share = min(self.done / self.total, 1.0)
+            share = self.done / max(self.total, self.done)
             seconds = now - self.started
             left = seconds / share - seconds
             self.report(
                 f"{self.label}: {share:.0%} of {self.total:,} tokens, {self.done / seconds:,.0f} tokens/s, "
                 f"{_minutes(left)} left"
             )
+
+
+class LengthProgress(Progress):
+    """Progress over tasks and lengths. What will not be read, because a state grew too large, is taken off the total.
+
+    planned: tokens of each task and length.
+    """
+
+    def __init__(
+        self,
+        planned: Mapping[tuple[str, int], int],
+        report: Callable[[str], None],
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(sum(planned.values()), report, clock=clock)
+        self.planned = dict(planned)
+
+    @contextmanager
+    def at(self, task: str, length: int) -> Iterator[None]:
+        """Read one length of a task; afterwards it counts as much as was read of it."""
+        self.label, before = f"{task} at {length:,} tokens", self.done
+        yield
+        self.total += self.done - before - self.planned.pop((task, length), 0)
+
+    def stop(self, length: int) -> None:
+        """Take this length and longer ones off: a state that is too large in one task is so in the others."""
+        for key in [key for key in self.planned if key[1] >= length]:
+            self.total -= self.planned.pop(key)
 
 
 def _minutes(seconds: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from nested_lm.eval.niah.stops import LIMIT_WORDS
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
@@ -111,8 +112,8 @@ class Reader:
         if needed > self.max_state_bytes:
             what = "a state" if rows == 1 else f"{rows} states"
             raise OutOfRoomError(
-                f"{what} of {length:,} tokens: {needed / MIB:,.0f} MiB while it is copied, and the limit is "
-                f"{self.max_state_bytes / MIB:,.0f} MiB"
+                f"{what} of {length:,} tokens: {needed / MIB:,.0f} MiB while it is copied, and {LIMIT_WORDS} "
+                f"{self.max_state_bytes / MIB:,.0f} MiB (--max-state-mib)"
             )
 
 

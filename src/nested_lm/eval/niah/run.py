@@ -14,14 +14,15 @@ from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.measure import Batching, Suite, measure_length
 from nested_lm.eval.niah.metrics import BabilongMetrics, NeedleLength, NeedleTask, NiahMetrics
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.niah.progress import LengthProgress
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
 from nested_lm.eval.niah.settings import NiahSettings
+from nested_lm.eval.niah.stops import first_stop, why_stopped
 from nested_lm.eval.niah.suites import ruler_suites
-from nested_lm.eval.niah.summary import effective_lengths, summarise
+from nested_lm.eval.niah.summary import effective_lengths, effective_words, summarise
 from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.results import labelled, load_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile
+from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile, RunIdentity
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
@@ -84,6 +85,7 @@ def evaluate_plan(
     """Measure needles and write the result file.
 
     Raises:
+        ConfigError: the output holds a result of another run.
         DataError: a length without room, or a haystack that is too short: before anything is read.
         NumericsError: a score is not finite; nothing is written.
     """
@@ -115,16 +117,18 @@ def measure_once(
     """Measure and write a result file; a result of the same checkpoint, settings and task version is kept.
 
     Raises:
+        ConfigError: the file there holds a result of another run.
         NumericsError: a score is not finite; nothing is written.
     """
     started = time.perf_counter()
-    fields = {
+    identity = identify(loaded, data_hash=lambda: UNKNOWN_DATA)
+    fields: dict[str, Any] = {
         "task_version": measurement.version,
-        "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
+        "identity": identity,
         "settings": dict(measurement.settings),
         "checkpoint": mark_checkpoint(checkpoint),
     }
-    if _is_current(output, fields, report):
+    if _is_current(output, fields, identity, report):
         return output
     try:
         metrics = measurement.measure()
@@ -145,7 +149,20 @@ def measure_once(
     return output
 
 
-def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str], None]) -> bool:
+def require_same_run(path: Path, old: ResultFile, identity: RunIdentity) -> None:
+    """Refuse to replace what another run scored; an older result of the same run may be replaced.
+
+    Raises:
+        ConfigError: the file is another run's.
+    """
+    if old.identity.run_id != identity.run_id:
+        raise ConfigError(
+            f"{path} holds the scores of run {old.identity.run_id}, this is {identity.run_id}; name another file with "
+            "--output, or move that one away"
+        )
+
+
+def _is_current(path: Path, fields: Mapping[str, object], identity: RunIdentity, report: Callable[[str], None]) -> bool:
     if not path.exists():
         return False
     try:
@@ -153,6 +170,7 @@ def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str]
     except ReportError as error:
         report(f"measured again: {error}")
         return False
+    require_same_run(path, old, identity)
     other = [name for name, value in fields.items() if getattr(old, name) != value]
     if other:
         report(f"measured again: {path} is of another {' and '.join(other).replace('_', ' ')}, and will be replaced")
@@ -163,16 +181,18 @@ def _is_current(path: Path, fields: Mapping[str, object], report: Callable[[str]
 
 def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]) -> NiahMetrics | BabilongMetrics:
     unwritten = int(loaded.model.has_fast_weights)  # a row more of each sample
-    rows = sum(suite.rows + unwritten for suite in plan.suites) * plan.batching.samples
-    progress = Progress(rows * sum(plan.lengths), report)
+    rows = {suite.name: (suite.rows + unwritten) * plan.batching.samples for suite in plan.suites}
+    progress = LengthProgress({(name, length): rows[name] * length for name in rows for length in plan.lengths}, report)
     reader = Reader(loaded.model, plan.max_state_mib * MIB, progress.add)
     bootstrap = Bootstrap(samples=plan.bootstrap_samples)
     tasks = []
     for suite in plan.suites:
         lengths: list[NeedleLength] = []
         for length in plan.lengths:
-            progress.label = f"{suite.name} at {length:,} tokens"
-            lengths.append(_length(reader, loaded, suite, length, plan.batching, bootstrap, lengths))
+            with progress.at(suite.name, length):
+                lengths.append(_length(reader, loaded, suite, length, plan, bootstrap, lengths))
+            if lengths[-1].stopped is not None:
+                progress.stop(length)
             report(_line(suite.name, lengths[-1]))
         tasks.append(
             NeedleTask(
@@ -183,6 +203,7 @@ def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]
                 effective=effective_lengths(lengths),
             )
         )
+        report(_effective_line(tasks[-1]))
     scores = [entry.scores for made in tasks for entry in made.lengths if entry.scores is not None]
     seconds = sum(score.seconds for score in scores)
     kinds = {"niah": NiahMetrics, "babilong": BabilongMetrics}
@@ -201,19 +222,25 @@ def _length(
     loaded: LoadedCheckpoint,
     suite: Suite,
     length: int,
-    batching: Batching,
+    plan: Plan,
     bootstrap: Bootstrap,
     shorter: Sequence[NeedleLength],
 ) -> NeedleLength:
-    """Scores of one length, or the statement that memory ended."""
-    ended = next((entry for entry in shorter if entry.stopped is not None), None)
+    """Scores of one length, or what keeps it from being read."""
+    ended = first_stop(shorter)
     if ended is not None:
-        return NeedleLength(length=length, scores=None, stopped=f"not tried: memory ended at {ended.length:,} tokens")
+        return NeedleLength(length=length, scores=None, stopped=f"not tried: {why_stopped(ended, plan.max_state_mib)}")
     try:
-        measured = measure_length(reader, loaded.tokenizer, suite, length, batching)
+        measured = measure_length(reader, loaded.tokenizer, suite, length, plan.batching)
     except OutOfRoomError as error:
         return NeedleLength(length=length, scores=None, stopped=str(error))
     return NeedleLength(length=length, scores=summarise(measured, bootstrap), stopped=None)
+
+
+def _effective_line(task: NeedleTask) -> str:
+    """The effective lengths of a task, for the terminal."""
+    found = (f"{effective_words(task, entry)} (match at least {entry.threshold:g})" for entry in task.effective)
+    return f"{task.task}: effective length {', '.join(found)}"
 
 
 def _line(task: str, entry: NeedleLength) -> str:

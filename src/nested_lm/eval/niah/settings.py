@@ -66,7 +66,8 @@ def parse_settings(*, tasks: str, lengths: str, depths: str, **others: Any) -> N
     Args:
         tasks: names or groups with commas between.
         lengths: tokens with commas between; 2k is 2,048.
-        depths: how many, spread evenly from 0 to 1, or the depths themselves with commas between.
+        depths: a whole number says how many, spread evenly from 0 to 1 (1: the middle); with a point or commas it is
+            the depths themselves, as in 0.25 or 0,0.5,1.
 
     Raises:
         ConfigError: an unknown task, or a value that cannot be.
@@ -113,11 +114,16 @@ def _expand(word: str) -> Sequence[str]:
 def _parse_depths(text: str) -> tuple[float, ...]:
     words = split_words(text)
     try:
-        if len(words) == 1 and "." not in words[0] and int(words[0]) > 1:
-            last = int(words[0]) - 1
-            return tuple(index / last for index in range(last + 1))
+        if len(words) == 1 and "," not in text and "." not in words[0]:
+            return _spread(int(words[0]))
         return tuple(float(word) for word in words)
     except ValueError:
         raise ConfigError(
-            f"--depths: {text!r} is neither how many depths, as in 11, nor a list of shares, as in 0,0.5,1"
+            f"--depths: {text!r} is neither how many depths, as in 11, nor shares of the text, as in 0.5 or 0,0.5,1"
         ) from None
+
+
+def _spread(count: int) -> tuple[float, ...]:
+    if count < 1:
+        raise ConfigError(f"--depths {count}: a whole number is how many depths; write 0.0 for the depth itself")
+    return (0.5,) if count == 1 else tuple(index / (count - 1) for index in range(count))

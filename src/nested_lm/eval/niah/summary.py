@@ -17,6 +17,7 @@ from nested_lm.eval.niah.metrics import (
     EffectiveLength,
     LengthScores,
     NeedleLength,
+    NeedleTask,
     Rows,
     Score,
 )
@@ -61,6 +62,19 @@ def effective_lengths(lengths: Sequence[NeedleLength]) -> tuple[EffectiveLength,
             longest = entry.length
         found.append(EffectiveLength(threshold=threshold, length=longest))
     return tuple(found)
+
+
+def effective_words(task: NeedleTask, found: EffectiveLength) -> str:
+    """An effective length in words. Too few samples for any score to show one is something else than none."""
+    if found.length is not None:
+        return f"{found.length:,}"
+    shortest = task.lengths[0].scores
+    if shortest is None:
+        return "not measured"
+    n = shortest.score.exact.n
+    perfect = wilson(n, n).low
+    assert perfect is not None
+    return f"not decidable with {n} sample{'s'[: n > 1]}" if perfect < found.threshold else "none"
 
 
 def _by_sample(rows: Sequence[Row] | Sequence[ControlRow], values: Sequence[float]) -> np.ndarray:
