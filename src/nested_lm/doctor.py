@@ -24,6 +24,7 @@ EXTRAS = {  # extra of this package: modules it brings, what they are for
     "data": (("pyarrow", "zstandard"), "Parquet and .zst sources"),
     "eval": (("lm_eval", "datasets", "sacrebleu"), "zero-shot tasks, chrF"),
     "slurm": (("submitit",), "campaigns as Slurm jobs"),
+    "ray": (("ray",), "campaigns as Ray tasks"),
     "wandb": (("wandb",), "metrics in Weights & Biases"),
     "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
     "deepspeed": (("deepspeed",), RESERVED),

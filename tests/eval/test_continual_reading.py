@@ -17,7 +17,7 @@ from nested_lm.eval.continual.bag_of_words import NearestClassMean
 from nested_lm.eval.continual.choices import read_stream, score_choices
 from nested_lm.eval.continual.class_sets import ClassSet, read_class_set, shuffled_groups
 from nested_lm.eval.continual.settings import ContinualSettings
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.nn.state import iterate_tensors
 
 SETTINGS = ContinualSettings(bootstrap_samples=100)

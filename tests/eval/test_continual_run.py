@@ -221,7 +221,7 @@ class TestWhatRuns:
 
     @pytest.mark.parametrize(("task", "name"), [("facts", "changing_facts"), ("carried", "carried")])
     def test_long_tasks_say_how_far_they_are_and_how_fast_they_were(self, runs, tmp_path, monkeypatch, task, name):
-        monkeypatch.setattr("nested_lm.eval.niah.progress._EVERY_S", 0.0)
+        monkeypatch.setattr("nested_lm.eval.progress._EVERY_S", 0.0)
         lines = []
         evaluate(runs["hope"], tasks=(task,), output_dir=tmp_path, report=lines.append)
         assert re.fullmatch(name + r": \d+% of [\d,]+ tokens, [\d,]+ tokens/s, .* left", lines[0])

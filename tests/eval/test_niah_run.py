@@ -13,11 +13,11 @@ from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.bootstrap import wilson
 from nested_lm.eval.niah.answers import string_match
 from nested_lm.eval.niah.metrics import NeedleLength
-from nested_lm.eval.niah.progress import LengthProgress, Progress
 from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 from nested_lm.eval.niah.settings import GROUPS, parse_settings
 from nested_lm.eval.niah.stops import explain_stop
 from nested_lm.eval.niah.summary import effective_lengths, effective_words
+from nested_lm.eval.progress import LengthProgress, Progress
 from nested_lm.eval.results import load_result
 from tests.eval.niah_oracles import Blind, Oracle
 

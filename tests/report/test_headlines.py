@@ -51,14 +51,14 @@ def test_needles_have_their_share_what_they_save_and_where_memory_ended(complete
     (line,) = headlines(with_results(complete, "niah", found, lost))
     assert line == (
         "Needles in 2,048 to 4,096 tokens, mean share found over tasks and lengths: "
-        "Hope 1.00 (+4.500 nats a token saved, the whole interval above 0 in 1 of 1, to 2,048 tokens, beyond which "
-        "memory ended); Transformer++ 0.00 (+4.500 nats a token saved, the whole interval above 0 in 1 of 1, to "
-        "2,048 tokens, beyond which memory ended)."
+        "Hope 1.00 (+4.500 nats a token saved, the whole interval above 0 in 1 of 1, to 2,048 tokens: memory ended "
+        "at 4,096 tokens); Transformer++ 0.00 (+4.500 nats a token saved, the whole interval above 0 in 1 of 1, to "
+        "2,048 tokens: memory ended at 4,096 tokens)."
     )
     task = found.tasks[0]
     ended = found.model_copy(update={"tasks": (task.model_copy(update={"lengths": task.lengths[1:]}),)})
     (line,) = headlines(with_results(complete, "niah", ended))
-    assert line.endswith("Hope none, memory ended before the first length.")
+    assert line.endswith("Hope none, memory ended at 4,096 tokens.")
 
 
 def test_zero_shot_counts_what_is_above_the_floors(complete):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,34 @@ def labelled(kind: str, label: str | None) -> str:
     if not re.fullmatch("[a-z0-9]+", label):
         raise ConfigError(f"--label {label!r}: write small letters and digits only, such as long")
     return f"{kind}_{label}"
+
+
+def stored_result(path: Path, fields: Mapping[str, Any], report: Callable[[str], None]) -> ResultFile | None:
+    """The result of these fields that is there already; None when it is to be measured, and why is reported.
+
+    fields: of `ResultFile`, `identity` among them. An older result of the same run may be replaced.
+
+    Raises:
+        ConfigError: the file is another run's.
+    """
+    if not path.exists():
+        return None
+    try:
+        old = load_result(path)
+    except ReportError as error:
+        report(f"measured again: {error}")
+        return None
+    run_id = fields["identity"].run_id
+    if old.identity.run_id != run_id:
+        raise ConfigError(
+            f"{path} holds the scores of run {old.identity.run_id}, this is {run_id}; name another file with "
+            "--output, or move that one away"
+        )
+    other = [name for name, value in fields.items() if getattr(old, name) != value]
+    if other:
+        report(f"measured again: {path} is of another {' and '.join(other).replace('_', ' ')}, and will be replaced")
+        return None
+    return old
 
 
 def shared_settings(result: ResultFile) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from nested_lm.eval.continual.chronological import mean_forgetting
 from nested_lm.eval.continual.schema import EventMetrics, LesionMetrics
 from nested_lm.eval.niah.metrics import NiahMetrics
+from nested_lm.eval.niah.stops import first_stop, why_stopped
 from nested_lm.eval.schema import ContinualMetrics
 from nested_lm.eval.zeroshot.metrics import ZeroShotMetrics
 from nested_lm.report.collect import Campaign, Run
@@ -35,12 +36,12 @@ def needles(campaign: Campaign) -> list[str]:
             scores = [(one.length, one.scores) for curve in metrics.tasks for one in curve.lengths if one.scores]
             label, longest = campaign.label(run), max((length for length, _ in scores), default=0)
             if not scores:
-                arms.append(f"{label} none, memory ended before the first length")
+                arms.append(f"{label} none, {_stop(metrics)}")
                 continue
             share = fmean(one.score.exact.value for _, one in scores)
             worth = [one.worth for _, one in scores]
             above = sum(one.low is not None and one.low > 0 for one in worth)
-            ended = "" if longest == max(lengths) else f", to {longest:,} tokens, beyond which memory ended"
+            ended = "" if longest == max(lengths) else f", to {longest:,} tokens: {_stop(metrics)}"
             arms.append(
                 f"{label} {share:.2f} ({_range([one.value for one in worth], '+.3f')} nats a token saved, the whole "
                 f"interval above 0 in {above} of {len(worth)}{ended})"
@@ -50,6 +51,12 @@ def needles(campaign: Campaign) -> list[str]:
             f"{'; '.join(arms)}."
         )
     return found
+
+
+def _stop(metrics: NiahMetrics) -> str:
+    """What ended the first task that did not go on to the longest length, and where."""
+    first = next(stop for curve in metrics.tasks if (stop := first_stop(curve.lengths)) is not None)
+    return why_stopped(first, metrics.max_state_mib)
 
 
 def zero_shot(campaign: Campaign) -> list[str]:

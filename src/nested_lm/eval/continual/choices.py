@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nested_lm.errors import CheckpointError, NumericsError
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.nn.generation import read_prompt
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState

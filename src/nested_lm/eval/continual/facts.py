@@ -19,7 +19,7 @@ from nested_lm.eval.continual.invented import make_words
 from nested_lm.eval.continual.schema import FactsEpoch, FactsMetrics
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.interval import Interval
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 

@@ -21,7 +21,7 @@ from nested_lm.eval.continual.choices import choice_tokens, read_stream, score_c
 from nested_lm.eval.continual.invented import make_words
 from nested_lm.eval.continual.schema import LanguageScores, LanguagesMetrics, TranslationScore
 from nested_lm.eval.continual.settings import ContinualSettings
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.nn.generation import generate
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState

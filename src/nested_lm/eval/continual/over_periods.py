@@ -27,7 +27,7 @@ from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.identity import identify, mark_checkpoint
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.language_modelling import BITS, Reading
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.eval.schema import ContinualMetrics
 from nested_lm.eval.scoring import score_streaming
 from nested_lm.nn.model import LanguageModel

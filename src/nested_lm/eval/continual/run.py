@@ -15,7 +15,7 @@ from nested_lm.eval.continual.class_sets import read_class_set
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.subject import Subject
 from nested_lm.eval.identity import mark_checkpoint
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.eval.schema import Metrics
 
 TASKS = ("stream", "regret", "carried", "lesion", "events", "retention", "classes", "facts", "languages")

@@ -25,7 +25,7 @@ from nested_lm.data.split import SplitName
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
-from nested_lm.eval.niah.progress import Progress
+from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import load_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 

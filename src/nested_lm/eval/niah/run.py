@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
-from nested_lm.errors import ConfigError, NumericsError, ReportError
+from nested_lm.errors import ConfigError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.measure import Batching, Suite, measure_length
 from nested_lm.eval.niah.metrics import BabilongMetrics, NeedleLength, NeedleTask, NiahMetrics
-from nested_lm.eval.niah.progress import LengthProgress
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
 from nested_lm.eval.niah.settings import NiahSettings
 from nested_lm.eval.niah.stops import first_stop, why_stopped
 from nested_lm.eval.niah.suites import ruler_suites
 from nested_lm.eval.niah.summary import effective_lengths, effective_words, summarise
 from nested_lm.eval.niah.tasks import VERSION
-from nested_lm.eval.results import labelled, load_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile, RunIdentity
+from nested_lm.eval.progress import LengthProgress
+from nested_lm.eval.results import labelled, stored_result, write_result
+from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
@@ -121,14 +121,15 @@ def measure_once(
         NumericsError: a score is not finite; nothing is written.
     """
     started = time.perf_counter()
-    identity = identify(loaded, data_hash=lambda: UNKNOWN_DATA)
     fields: dict[str, Any] = {
+        "task": measurement.task,
         "task_version": measurement.version,
-        "identity": identity,
+        "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
         "settings": dict(measurement.settings),
         "checkpoint": mark_checkpoint(checkpoint),
     }
-    if _is_current(output, fields, identity, report):
+    if stored_result(output, fields, report) is not None:
+        report(f"kept: {output} is of this checkpoint and these settings already")
         return output
     try:
         metrics = measurement.measure()
@@ -136,7 +137,6 @@ def measure_once(
         raise NumericsError(f"{measurement.task} on {checkpoint}: {error}") from error
     result = ResultFile(
         schema_version=SCHEMA_VERSION,
-        task=measurement.task,
         device=device_name(loaded.device),
         scored_commit=current_commit(),
         metrics=metrics,
@@ -147,36 +147,6 @@ def measure_once(
     write_result(output, result)
     report(f"{measurement.task}: {result.wall_seconds:.1f} s, {output}")
     return output
-
-
-def require_same_run(path: Path, old: ResultFile, identity: RunIdentity) -> None:
-    """Refuse to replace what another run scored; an older result of the same run may be replaced.
-
-    Raises:
-        ConfigError: the file is another run's.
-    """
-    if old.identity.run_id != identity.run_id:
-        raise ConfigError(
-            f"{path} holds the scores of run {old.identity.run_id}, this is {identity.run_id}; name another file with "
-            "--output, or move that one away"
-        )
-
-
-def _is_current(path: Path, fields: Mapping[str, object], identity: RunIdentity, report: Callable[[str], None]) -> bool:
-    if not path.exists():
-        return False
-    try:
-        old = load_result(path)
-    except ReportError as error:
-        report(f"measured again: {error}")
-        return False
-    require_same_run(path, old, identity)
-    other = [name for name, value in fields.items() if getattr(old, name) != value]
-    if other:
-        report(f"measured again: {path} is of another {' and '.join(other).replace('_', ' ')}, and will be replaced")
-        return False
-    report(f"kept: {path} is of this checkpoint and these settings already")
-    return True
 
 
 def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]) -> NiahMetrics | BabilongMetrics:

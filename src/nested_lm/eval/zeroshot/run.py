@@ -11,12 +11,12 @@ from nested_lm import __version__
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
+from nested_lm.errors import DataError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
-from nested_lm.eval.niah.progress import Progress
 from nested_lm.eval.niah.run import UNKNOWN_DATA
-from nested_lm.eval.results import labelled, load_result, write_result
+from nested_lm.eval.progress import Progress
+from nested_lm.eval.results import labelled, stored_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 from nested_lm.eval.zeroshot.bigram import BigramScorer, count_bigrams
 from nested_lm.eval.zeroshot.data_folder import is_known_copy, read_manifest, verified_files
@@ -121,7 +121,11 @@ def evaluate_zeroshot(
             "settings": _result_settings(loaded, settings, questions),
             "checkpoint": mark_checkpoint(checkpoint),
         }
-        if _is_current(output, fields, report):
+        old = stored_result(output, fields, report)
+        if old is not None:
+            report(f"zeroshot: kept, {output} is of this checkpoint and these settings already")
+            for line in table_lines(old):
+                report(line)
             return output
         bigram = _count_bigrams(loaded, settings)  # what is missing there is found out before the long part
         asked = _encode(questions, loaded, settings)
@@ -237,34 +241,6 @@ def _result_settings(
         "task_files": {name: entry.data.task_files for name, entry in questions.items()},
         "documents": {name: entry.data.documents for name, entry in questions.items()},
     }
-
-
-def _is_current(path: Path, fields: dict[str, Any], report: Callable[[str], None]) -> bool:
-    """Whether a result of these fields is there.
-
-    Raises:
-        ConfigError: the file is another run's.
-    """
-    if not path.exists():
-        return False
-    try:
-        old = load_result(path)
-    except ReportError as error:
-        report(f"measured again: {error}")
-        return False
-    if old.identity.run_id != fields["identity"].run_id:
-        raise ConfigError(
-            f"{path} holds the scores of run {old.identity.run_id}, this is {fields['identity'].run_id}; name another "
-            "file with --output, or move that one away"
-        )
-    other = [name for name, value in fields.items() if getattr(old, name) != value]
-    if other:
-        report(f"measured again: {path} is of another {' and '.join(other).replace('_', ' ')}, and will be replaced")
-        return False
-    report(f"zeroshot: kept, {path} is of this checkpoint and these settings already")
-    for line in table_lines(old):
-        report(line)
-    return True
 
 
 def _measure(
