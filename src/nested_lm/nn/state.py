@@ -68,7 +68,7 @@ class StreamState:
         Raises:
             ValueError: with the hashes of both, and the settings in which they differ.
         """
-        if self.model is config or config_hash(self.model) == config_hash(config):
+        if self.model == config or config_hash(self.model) == config_hash(config):
             return
         there, here = (model.model_dump(mode="json") for model in (self.model, config))
         raise ValueError(
