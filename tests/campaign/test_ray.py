@@ -184,16 +184,20 @@ class TestCommandOfATask:
 
     def test_a_cancelled_task_lets_its_command_save(self, tmp_path):
         code = (
-            f"import pathlib, sys\nsys.path.insert(0, {str(Path.cwd() / 'src')!r})\n"
+            f"import pathlib, signal, sys\nsys.path.insert(0, {str(Path.cwd() / 'src')!r})\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be inherited as ignored
             "from nested_lm.campaign.ray_tasks import run_step\n"
             f"here = pathlib.Path({str(tmp_path)!r})\n"
             f"command = [sys.executable, '-S', '-c', {PROGRAM_THAT_SAVES!r}]\n"
             "sys.exit(run_step(command, folder=here, log=here / 'log', threads=1))"
         )
-        worker = subprocess.Popen([sys.executable, "-c", code])
-        _await(tmp_path / "up")
-        worker.send_signal(signal.SIGINT)  # a KeyboardInterrupt in the task, as Ray cancels
-        assert worker.wait(timeout=20) == 143
+        with subprocess.Popen([sys.executable, "-c", code]) as worker:
+            _await(tmp_path / "up")
+            worker.send_signal(signal.SIGINT)  # a KeyboardInterrupt in the task, as Ray cancels
+            try:
+                assert worker.wait(timeout=20) == 143
+            finally:
+                worker.kill()
         assert (tmp_path / "saved").exists()
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the kernel asks for it")
