@@ -54,6 +54,17 @@ def labelled(kind: str, label: str | None) -> str:
     return f"{kind}_{label}"
 
 
+def readable_result(path: Path, report: Callable[[str], None]) -> ResultFile | None:
+    """The result that is there; None when there is none, or one that must be measured again, and why is reported."""
+    if not path.exists():
+        return None
+    try:
+        return load_result(path)
+    except ReportError as error:
+        report(f"measured again: {error}")
+        return None
+
+
 def stored_result(path: Path, fields: Mapping[str, Any], report: Callable[[str], None]) -> ResultFile | None:
     """The result of these fields that is there already; None when it is to be measured, and why is reported.
 
@@ -62,12 +73,8 @@ def stored_result(path: Path, fields: Mapping[str, Any], report: Callable[[str],
     Raises:
         ConfigError: the file is another run's.
     """
-    if not path.exists():
-        return None
-    try:
-        old = load_result(path)
-    except ReportError as error:
-        report(f"measured again: {error}")
+    old = readable_result(path, report)
+    if old is None:
         return None
     run_id = fields["identity"].run_id
     if old.identity.run_id != run_id:

@@ -21,14 +21,14 @@ from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import reading_groups
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
+from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from nested_lm.eval import language_modelling, needle, sampling
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual import chronological
 from nested_lm.eval.continual.borders import border_checkpoints, mark_borders
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.language_modelling import Reading
-from nested_lm.eval.results import load_result, write_result
+from nested_lm.eval.results import readable_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 
 _CHECKPOINTS = "checkpoints"
@@ -144,19 +144,11 @@ class _Evaluation:
         return path
 
     def _is_current(self, path: Path, version: str, settings: dict[str, Any], mark: CheckpointMark) -> bool:
-        if not path.exists():
+        old = readable_result(path, self.report)
+        if old is None:
             return False
-        try:
-            old = load_result(path)
-        except ReportError as error:
-            self.report(f"measured again: {error}")
-            return False
-        return (old.task_version, old.settings, old.checkpoint, old.identity) == (
-            version,
-            settings,
-            mark,
-            self.identity,
-        )
+        kept = (old.task_version, old.settings, old.checkpoint, old.identity)
+        return kept == (version, settings, mark, self.identity)
 
     @cached_property
     def identity(self) -> RunIdentity:

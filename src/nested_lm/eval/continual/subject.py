@@ -22,11 +22,11 @@ from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import ReadingGroup, reading_groups
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SplitName
-from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
+from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.progress import Progress
-from nested_lm.eval.results import load_result, write_result
+from nested_lm.eval.results import readable_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
 
 UNKNOWN_DATA = "none"
@@ -180,12 +180,8 @@ class Subject:
         return path
 
     def _is_current(self, path: Path, version: str, settings: Mapping[str, Any], mark: CheckpointMark) -> bool:
-        if not path.exists():
-            return False
-        try:
-            old = load_result(path)
-        except ReportError as error:
-            self.report(f"measured again: {error}")
+        old = readable_result(path, self.report)
+        if old is None:
             return False
         kept = (old.task_version, old.settings, old.checkpoint, old.identity)
         return kept == (version, settings, mark, self.identity)
