@@ -253,7 +253,7 @@ TOKEN_TASKS = (
         parity,
         (40, 40),
         (40, 100, 160, 320),
-        1200,
+        1800,
     ),
     TokenTask(
         "aa_star",
