@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from nested_lm.nn.state import map_tensors
 from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
 from nested_lm.ops.memory import MemoryInputs, MemoryWeights
 from tests.ops.memory_problems import ALL, OPTIONS, Problem, make_rule, results_of, run_with_gradients, worst
@@ -333,6 +334,44 @@ def test_work_space_that_cannot_be_had_is_an_error(monkeypatch):
 
 
 C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "pointer": ctypes.c_void_p}
+
+
+class TestTheLastCall:
+    """`finish`: what `self_modify` reads, bit for bit, and no state after it."""
+
+    @pytest.mark.parametrize("name", sorted(SUPPORTED))
+    @pytest.mark.parametrize("tokens", [3, 11])  # within a chunk; over a border
+    @torch.no_grad()
+    def test_reads_are_those_of_other_calls(self, name, tokens):
+        problem = Problem(make_rule(4, **OPTIONS[name]), batch=3, tokens=tokens, heads=3, width=5, hidden=6)
+        inputs, start, readout, state = problem.arguments()
+        rows = torch.tensor([2, 0, 0])
+        for chosen in (None, rows):
+            here = state if chosen is None else map_tensors(state, lambda x: x.index_select(0, rows))
+            expected = memory_cpu.self_modify(inputs, start, readout, here, rule=problem.rule, position=1, resets=None)
+            found = memory_cpu.finish(
+                inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=chosen
+            )
+            assert found.state is state
+            assert identical((found.reads, found.rate, found.decay), (expected.reads, expected.rate, expected.decay))
+
+    @pytest.mark.parametrize("threads", [2, 5, 64])
+    @torch.no_grad()
+    def test_of_forks_over_several_threads(self, threads):
+        problem = Problem(make_rule(4), batch=5, tokens=3, heads=3, width=4, hidden=5)
+        inputs, start, readout, state = problem.arguments()
+        rows = torch.tensor([0, 0, 1, 1, 1])
+        found = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            try:
+                output = memory_cpu.finish(
+                    inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=rows
+                )
+            finally:
+                torch.set_num_threads(1)
+            found.append(output.reads)
+        assert torch.equal(*found)
 
 
 class TestTheStruct:

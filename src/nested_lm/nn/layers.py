@@ -25,6 +25,8 @@ class StepContext(NamedTuple):
     frozen: fast weights are read and not written.
     differentiable_twice: gradients of this call will be differentiated again, so that operations whose backward has no
         gradient of its own must not be used.
+    final: no call follows, and no gradient will be asked for: a block may return the state it was given.
+    rows: in a final call, the stream of the state that each row goes on from; None: its own.
     """
 
     position: int
@@ -32,6 +34,8 @@ class StepContext(NamedTuple):
     documents: Int[Tensor, "B T"] | None
     frozen: bool = False
     differentiable_twice: bool = False
+    final: bool = False
+    rows: Int[Tensor, " B"] | None = None
 
 
 def once_only(backend: str) -> ConfigError:

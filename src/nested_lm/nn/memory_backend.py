@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import MemoryBackend
 from nested_lm.errors import ConfigError
-from nested_lm.nn.layers import CausalConv, once_only, tokens_since_reset
+from nested_lm.nn.layers import CausalConv, StepContext, once_only, tokens_since_reset
+from nested_lm.nn.state import map_tensors, take_rows
 from nested_lm.ops import cpu_library, front_cpu, memory_chunked, memory_cpu
 from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryOutput, MemoryState, MemoryWeights, unit
 from nested_lm.write_rule import WriteRule
@@ -22,27 +23,31 @@ def run_memories(
     start: MemoryWeights,
     readout: GateReadout,
     state: MemoryState,
+    context: StepContext,
     *,
     rule: WriteRule,
-    position: int,
-    resets: Bool[Tensor, "B T"] | None,
     recompute: bool,
     backend: MemoryBackend,
-    differentiable_twice: bool,
 ) -> MemoryOutput:
     """Write every token and read. See `memory_reference.self_modify` for the arguments.
 
-    differentiable_twice: gradients will be differentiated again, which `auto` leaves to the autograd of torch.
+    Gradients that will be differentiated again `auto` leaves to the autograd of torch. Of a final call the state of the
+    output means nothing.
 
     Raises:
         ConfigError: backend `cpu` where the library cannot run or serve, with the reason and the repair.
     """
-    if differentiable_twice and backend == "cpu":
+    twice = context.differentiable_twice
+    if twice and backend == "cpu":
         raise once_only(backend)
-    run: Callable[..., MemoryOutput] = memory_cpu.self_modify
-    if differentiable_twice or not uses_library(backend, rule, inputs, start):
-        run = partial(memory_chunked.self_modify, differentiable_twice=differentiable_twice)
-    return run(inputs, start, readout, state, rule=rule, position=position, resets=resets, recompute=recompute)
+    run: Callable[..., MemoryOutput] = partial(memory_cpu.self_modify, recompute=recompute)
+    if twice or not uses_library(backend, rule, inputs, start):
+        run = partial(memory_chunked.self_modify, recompute=recompute, differentiable_twice=twice)
+        if context.rows is not None:
+            state = map_tensors(state, partial(take_rows, rows=context.rows))
+    elif context.final:
+        run = partial(memory_cpu.finish, rows=context.rows)
+    return run(inputs, start, readout, state, rule=rule, position=context.position, resets=context.resets)
 
 
 def uses_library(backend: MemoryBackend, rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> bool:

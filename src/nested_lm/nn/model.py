@@ -23,7 +23,7 @@ from nested_lm.nn.in_context import Fast, InContextWriter
 from nested_lm.nn.layers import RMSNorm, StepContext
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
 from nested_lm.nn.self_modifying import SelfModifyingTitans
-from nested_lm.nn.state import ModelOutput, StreamState
+from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
 
@@ -89,6 +89,8 @@ class LanguageModel(nn.Module):
         resets: Bool[Tensor, "B T"] | None = None,
         state: StreamState | None = None,
         predictions: Literal["all", "last"] = "all",
+        final: bool = False,
+        rows: Int[Tensor, " B"] | None = None,
     ) -> ModelOutput:
         """Predict the token after each token.
 
@@ -102,23 +104,32 @@ class LanguageModel(nn.Module):
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
+            final: the streams end with this call. The output then has the state that was given, and without gradients
+                nothing is worked out to go on from: for a few tokens of many streams that is half of the work.
+            rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`; in a final
+                call memories in C read it where it is. None: its own.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
                 the state is of a model with another configuration.
+            IndexError: a row that the state does not have.
         """
-        state = self.initial_state(tokens.shape[0]) if state is None else state
+        given = state = self.initial_state(tokens.shape[0]) if state is None else state
         state.check_model(self.config)
         if state.frozen and resets is not None:
             raise ValueError("a document cannot start in a frozen state, whose memories keep what they hold")
+        ends = final and not torch.is_grad_enabled()
+        if rows is not None and (not ends or self.writer is not None or state.packed):
+            state, rows = state.select(rows), None
         last = predictions == "last"
-        if self.writer is None:
-            return self._predict(tokens, resets, state, tuple({} for _ in self.blocks), last_only=last)
-        if state.frozen:
-            return self._predict(tokens, resets, state, self.writer.fast_copies(state), last_only=last)
-        twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
-        output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
-        return output._replace(logits=output.logits[:, -1:]) if last else output
+        if self.writer is None or state.frozen:
+            fast = tuple({} for _ in self.blocks) if self.writer is None else self.writer.fast_copies(state)
+            output = self._predict(tokens, resets, state, fast, last_only=last, final=ends, rows=rows)
+        else:
+            twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
+            output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
+            output = output._replace(logits=output.logits[:, -1:]) if last else output
+        return output._replace(state=given) if final else output
 
     def _predict(
         self,
@@ -129,17 +140,25 @@ class LanguageModel(nn.Module):
         *,
         last_only: bool = False,
         twice: range = range(0),
+        final: bool = False,
+        rows: Int[Tensor, " B"] | None = None,
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way.
 
-        twice: layers whose mixers' gradients will be differentiated again.
+        twice: layers whose mixers' gradients will be differentiated again. final, rows: see `StepContext`.
         """
         context, packed = self._context(resets, state, tokens.shape[1])
+        context = context._replace(final=final)
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
         for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
-            given = block, x, context._replace(differentiable_twice=index in twice), layer, distances
+            here = context._replace(differentiable_twice=index in twice)
+            if rows is not None and isinstance(block.mixer, SelfModifyingTitans):
+                here = here._replace(rows=rows)
+            elif rows is not None:
+                layer = map_tensors(layer, partial(take_rows, rows=rows))
+            given = block, x, here, layer, distances
             if self.recompute == "block" and torch.is_grad_enabled():
                 x, layer, found = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
 from nested_lm.nn.memory_backend import convolved_units, run_memories
+from nested_lm.nn.state import take_rows
 from nested_lm.ops.memory import (
     GateReadout,
     MemoryInputs,
@@ -110,7 +111,7 @@ class SelfModifyingTitans(nn.Module):
         query, key, value, tail = convolved_units(
             self.conv,
             self.qkv(x),
-            state.tail,
+            state.tail if context.rows is None else take_rows(state.tail, context.rows),
             context.resets,
             num_heads=config.num_heads,
             unit_values=config.unit_values,
@@ -126,16 +127,14 @@ class SelfModifyingTitans(nn.Module):
             self.start_weights(),
             GateReadout(self.readout_rate, self.readout_decay, self.gain),
             state.memory,
+            context,
             rule=self.rule,
-            position=context.position,
-            resets=context.resets,
             recompute=self.recompute,
             backend=config.backend,
-            differentiable_twice=context.differentiable_twice,
         )
         reads = self.read_norm(output.reads).flatten(2)
         result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))
-        stats = self._statistics(output.rate, output.decay, output.state.current)
+        stats = {} if context.final else self._statistics(output.rate, output.decay, output.state.current)
         return result, SelfModifyingState(output.state, tail), stats
 
     def start_weights(self) -> MemoryWeights:

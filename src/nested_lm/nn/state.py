@@ -17,6 +17,7 @@ from torch import Tensor
 from nested_lm.config.architecture import settings_difference
 from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
+from nested_lm.ops.memory import check_rows
 
 Tree = TypeVar("Tree")
 
@@ -103,7 +104,7 @@ class StreamState:
         Raises:
             IndexError: a row that is not there.
         """
-        return self.map(lambda tensor: _rows(tensor, rows))
+        return self.map(lambda tensor: take_rows(tensor, rows))
 
     def num_bytes(self) -> int:
         """Memory of all streams, each counted by itself, also where forks share what they have read."""
@@ -111,13 +112,12 @@ class StreamState:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Take rows by index, without a copy when they are one."""
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Take rows by index, without a copy when they are of one stream."""
     streams = tensor.shape[0]
     if streams != 1 and (tensor.stride(0) != 0 or not tensor.numel()):
         return tensor.index_select(0, rows.to(tensor.device))
-    if any(not 0 <= row < streams for row in rows.tolist()):
-        raise IndexError(f"rows {rows.tolist()} of a state of {streams} streams; allowed are 0 to {streams - 1}")
+    check_rows(rows, streams)
     return tensor[:1].expand(len(rows), *tensor.shape[1:])
 
 

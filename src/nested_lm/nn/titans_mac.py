@@ -105,7 +105,8 @@ class MemoryAsContext(nn.Module):
             resets = None if context.resets is None else context.resets[:, begin:end]
             if position % self.segment == 0:
                 state = _next_segment(state, resets)
-            here = context._replace(position=position, resets=resets, documents=None)
+            final = context.final and end == x.shape[1]
+            here = context._replace(position=position, resets=resets, documents=None, final=final)
             output, state, stats = self._read(tokens.part(begin, end), here, state)
             outputs.append(output)
             begin = end

@@ -13,7 +13,7 @@ Source: arXiv 2512.24695, eqs. 83-93. `inner` is W_2 there, `outer` is W_1, k/et
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.write_rule import WriteRule
@@ -164,6 +164,16 @@ def check_momentum(rule: WriteRule, inputs: MemoryInputs, state: MemoryState) ->
                 f"momentum={rule.momentum}; make the state with zero_state(..., momentum={bool(rule.momentum)}), "
                 "and the gate with the rule's own model"
             )
+
+
+def check_rows(rows: Int[Tensor, " B"], streams: int) -> None:
+    """Refuse rows that are not there.
+
+    Raises:
+        IndexError: with the rows, and what is allowed.
+    """
+    if any(not 0 <= row < streams for row in rows.tolist()):
+        raise IndexError(f"rows {rows.tolist()} of a state of {streams} streams; allowed are 0 to {streams - 1}")
 
 
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:

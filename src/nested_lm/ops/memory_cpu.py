@@ -8,11 +8,12 @@ Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidde
 """
 
 import ctypes
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
@@ -28,6 +29,7 @@ from nested_lm.ops.memory import (
     MemoryState,
     MemoryWeights,
     check_momentum,
+    check_rows,
     shares_of_heads,
 )
 from nested_lm.ops.memory_backward import has_closed_backward
@@ -69,7 +71,7 @@ _GRADIENTS = (
     ),
     *(f"g_first_{name}" for name in _STATE),
 )
-_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", *_FOUND, *_SENT, *_GRADIENTS)
+_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", *_FOUND, *_SENT, *_GRADIENTS)
 
 
 class _Call(ctypes.Structure):
@@ -82,6 +84,7 @@ class _Call(ctypes.Structure):
     )
 
 
+@functools.cache
 def missing(rule: WriteRule) -> str | None:
     """What of a rule the C library does not have; None when it has all."""
     if rule.momentum and (rule.erase != "none" or rule.read != "inclusive"):
@@ -127,6 +130,56 @@ def self_modify(
         ConfigError: there is no working C compiler.
     """
     del recompute
+    pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets)
+    found = _SelfModify.apply(rule, pieces, torch.is_grad_enabled(), keep, *tensors)  # type: ignore[no-untyped-call]
+    left = MemoryWeights(*found[7:9]) if rule.momentum else None
+    after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]), left)
+    return MemoryOutput(found[0], after, found[1], found[2])
+
+
+def finish(
+    inputs: MemoryInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    *,
+    rule: WriteRule,
+    position: int,
+    resets: Bool[Tensor, "B T"] | None,
+    rows: Int[Tensor, " B"] | None,
+) -> MemoryOutput:
+    """`self_modify` for streams that end here, without gradients. The state of the output is the one given.
+
+    rows: the stream of the state that each row goes on from, which is read where it is; neighbouring rows of one stream
+        read it once. None: its own.
+
+    Raises:
+        ConfigError: there is no working C compiler.
+        IndexError: a row that is not there.
+    """
+    pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets)
+    if rows is not None:
+        check_rows(rows, state.current.inner.shape[0])
+        rows = rows.to("cpu", torch.long).contiguous()
+    named = _named(tensors, keep)
+    call, kept_alive = _call(rule, pieces, named)
+    found = _room_for_reads(named)
+    cpu_library.point(call, {**found, "rows": rows})
+    cpu_library.run("forward", call, named["key"].dtype, call.B * call.H)
+    del kept_alive
+    return MemoryOutput(found["reads"], state, found["used_rate"], found["used_decay"])
+
+
+def _checked(
+    inputs: MemoryInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    rule: WriteRule,
+    position: int,
+    resets: Bool[Tensor, "B T"] | None,
+) -> tuple[tuple[Piece, ...], Tensor | None, tuple[Tensor | None, ...]]:
+    """Pieces of a call, what each keeps of the rows before it, and the tensors as the library wants them."""
     assert unsupported(rule, inputs, start) is None
     check_momentum(rule, inputs, state)
     cpu_library.check_usable()
@@ -137,11 +190,7 @@ def self_modify(
         keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype).contiguous()
     moving = state.momentum or (None, None)
     given = (*inputs, *start, readout.rate, readout.decay, *state.border, *state.current, *moving)
-    tensors = (None if x is None else x.to(dtype).contiguous() for x in given)
-    found = _SelfModify.apply(rule, pieces, torch.is_grad_enabled(), keep, *tensors)  # type: ignore[no-untyped-call]
-    left = MemoryWeights(*found[7:9]) if rule.momentum else None
-    after = MemoryState(MemoryWeights(*found[3:5]), MemoryWeights(*found[5:7]), left)
-    return MemoryOutput(found[0], after, found[1], found[2])
+    return pieces, keep, tuple(None if x is None else x.to(dtype).contiguous() for x in given)
 
 
 class _SelfModify(torch.autograd.Function):
@@ -159,12 +208,8 @@ class _SelfModify(torch.autograd.Function):
         ctx.rule, ctx.pieces = rule, pieces
         named = _named(tensors, keep)
         call, kept_alive = _call(rule, pieces, named)
-        found = {
-            "reads": torch.empty_like(named["key"]),
-            "used_rate": torch.empty_like(named["rate"]),
-            "used_decay": torch.empty_like(named["rate"]),
-            **{f"{name}_after": torch.empty_like(named[name]) for name in _STATE if named[name] is not None},
-        }
+        found = _room_for_reads(named)
+        found |= {f"{name}_after": torch.empty_like(named[name]) for name in _STATE if named[name] is not None}
         saved = None
         if with_backward and any(ctx.needs_input_grad):
             lanes = call.B * call.H
@@ -207,6 +252,15 @@ _TENSORS = ("key", "value", "query", "rate", "decay", "moment", "start_in", "sta
 
 def _named(tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> dict[str, Any]:
     return {**dict(zip(_TENSORS, tensors, strict=True)), "keep": keep}
+
+
+def _room_for_reads(named: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors for what every call finds, whether another follows or not."""
+    return {
+        "reads": torch.empty_like(named["key"]),
+        "used_rate": torch.empty_like(named["rate"]),
+        "used_decay": torch.empty_like(named["rate"]),
+    }
 
 
 def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> tuple[_Call, list[Tensor]]:

@@ -92,7 +92,7 @@ def _answers(
         rows = torch.arange(contexts).repeat_interleave(len(columns))
         given = torch.from_numpy(np.tile(inputs, (contexts, 1))).to(first.device)
         wanted = torch.from_numpy(np.tile(targets, (contexts, 1))).to(first.device)
-        logits = model(given, state=state.select(rows)).logits.float().log_softmax(dim=-1)
+        logits = model(given, state=state, rows=rows, final=True).logits.float().log_softmax(dim=-1)
         likelihood = logits.gather(2, wanted.clamp(min=0)[..., None])[..., 0]
         nats = -(likelihood * (wanted >= 0)).double().sum(dim=1).cpu().numpy()
         found[:, columns] += nats.reshape(contexts, len(columns))

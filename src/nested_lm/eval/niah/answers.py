@@ -54,7 +54,7 @@ def force(reader: Reader, questioned: Questioned, answers: Sequence[np.ndarray])
     logits = questioned.logits[:, None]
     if given.shape[1] > 1:
         with reading_mode(reader.model), memory_watch():
-            more = reader.model(reader.tensor(given[:, :-1]), state=questioned.state).logits.float()
+            more = reader.model(reader.tensor(given[:, :-1]), state=questioned.state, final=True).logits.float()
         logits = torch.cat([logits, more], dim=1)
     chosen = logits.gather(2, wanted)
     # Ties count against the model: equal logits for all tokens must not pass for knowing the answer.

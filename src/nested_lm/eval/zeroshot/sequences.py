@@ -253,12 +253,12 @@ class ModelScorer:
                 wanted = _wanted_in_stems(batch, units, begin, end)
                 part = stems[:, begin:end]
                 last_only = first >= end - 1
-                state, found = self._read(part, state, wanted, last_only=last_only)
+                final = end == stems.shape[1] and not any(piece.tails for piece in batch)
+                state, found = self._read(part, state, wanted, last_only=last_only, final=final)
                 yield from found
                 begin = end
             for rows, tails, wanted in self._tail_calls(batch, units):
-                forked = state.select(torch.tensor(rows))
-                yield from self._read(tails, forked, wanted, last_only=False)[1]
+                yield from self._read(tails, state, wanted, rows=torch.tensor(rows), final=True)[1]
 
     def _tail_calls(
         self, batch: list[Split], units: Sequence[_Unit]
@@ -272,6 +272,7 @@ class ModelScorer:
             part = forks[begin : begin + max(1, min(self.batch_rows, self.call_tokens // longest))]
             part = [fork for fork in part if len(fork[1].tokens) >= longest // _PADDING]
             begin += len(part)
+            part.sort(key=lambda fork: fork[0])  # rows of one stream side by side, whose state is then read once
             tails = np.zeros((len(part), longest), dtype=np.int64)
             wanted = _Wanted([], [], [], [])
             for place, (row, tail) in enumerate(part):
@@ -282,12 +283,19 @@ class ModelScorer:
             yield [row for row, _ in part], tails, wanted
 
     def _read(
-        self, tokens: Int[np.ndarray, "B T"], state: StreamState, wanted: _Wanted, *, last_only: bool
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        state: StreamState,
+        wanted: _Wanted,
+        *,
+        last_only: bool = False,
+        final: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[StreamState, list[tuple[tuple[int, int], float, bool]]]:
         """One call of the model, and the losses of the wanted predictions."""
         device = next(self.model.parameters()).device
         given = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
-        output = self.model(given, state=state, predictions="last" if last_only else "all")
+        output = self.model(given, state=state, predictions="last" if last_only else "all", final=final, rows=rows)
         if self.on_tokens is not None:
             self.on_tokens(tokens.size)
         if not wanted.row:
@@ -296,7 +304,7 @@ class ModelScorer:
         logits = output.logits[torch.tensor(wanted.row, device=device), column.to(device)]
         losses, hits = _lookup(logits, torch.tensor(wanted.token, device=device))
         if not np.isfinite(losses).all():
-            raise nonfinite(self.model, given, state)
+            raise nonfinite(self.model, given, state if rows is None else state.select(rows))
         return output.state, list(zip(wanted.sequence, losses.tolist(), hits.tolist(), strict=True))
 
 

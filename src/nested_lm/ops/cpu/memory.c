@@ -28,7 +28,9 @@ typedef struct {
     const REAL *border_in, *border_out, *current_in, *current_out;     /* B H M E K, B H M K E */
     const REAL *moving_in, *moving_out;                                /* the same, or null: the momentum */
     const REAL *keep;                                                  /* pieces x B, or null */
+    const int64_t *rows; /* B, or null: the row of the weights above that each row goes on from; else its own */
     REAL *reads, *used_rate, *used_decay;                              /* B T H K, B T H, B T H */
+    /* null when no call follows: */
     REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after, *moving_in_after, *moving_out_after;
     REAL *saved; /* null in inference */
     const REAL *g_reads, *g_used_rate, *g_used_decay, *g_border_in, *g_border_out, *g_current_in, *g_current_out;
@@ -448,7 +450,8 @@ static void emit(Work *w)
     }
 }
 
-/* Write and read all pieces of rows and heads first to last - 1 (row x heads + head). Returns 0, or 1 without memory. */
+/* Write and read all pieces of rows and heads first to last - 1, head by head (head x rows + row), so that neighbouring
+   rows that go on from one stream find its weights where they are. Returns 0, or 1 without memory. */
 int forward(const Call *c, int64_t first, int64_t last)
 {
     Work work, *w = &work;
@@ -457,13 +460,19 @@ int forward(const Call *c, int64_t first, int64_t last)
     REAL *moving = c->momentum ? w->g_moving : border;
     const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
     const size_t bytes = (size_t)w->all * sizeof(REAL);
-    for (int64_t at = first; at < last; at++) {
-        const long row = at / c->H, head = at % c->H;
+    const int is_final = !c->current_in_after, stays = is_final && c->pieces == 1 && !c->keep;
+    int64_t there = -1; /* whose weights `border`, `current` and `moving` are */
+    for (int64_t lane = first; lane < last; lane++) {
+        const long row = lane % c->B, head = lane / c->B;
+        const int64_t at = row * c->H + head, from = c->rows ? c->rows[row] * c->H + head : at;
         REAL *saved = c->saved ? c->saved + at * per_head : NULL;
-        read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
-        read_weights(w, c->border_in + at * size, c->border_out + at * size, border);
-        read_weights(w, c->current_in + at * size, c->current_out + at * size, current);
-        if (c->momentum) read_weights(w, c->moving_in + at * size, c->moving_out + at * size, moving);
+        if (lane == first || !row) read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
+        if (from != there) {
+            read_weights(w, c->border_in + from * size, c->border_out + from * size, border);
+            read_weights(w, c->current_in + from * size, c->current_out + from * size, current);
+            if (c->momentum) read_weights(w, c->moving_in + from * size, c->moving_out + from * size, moving);
+        }
+        there = stays ? from : -1;
         EACH(p, c->pieces) {
             set_back(c, p, row, w->all, current, border, moving);
             if (saved && p % c->group == 0) {
@@ -475,9 +484,11 @@ int forward(const Call *c, int64_t first, int64_t last)
             set_anchor(w, border, moving);
             forward_piece(w, current);
             emit(w);
+            if (is_final && p + 1 == c->pieces) break;
             carry_all(w, current);
             move_border(w, c->flags[p], current, border);
         }
+        if (is_final) continue;
         write_weights(w, border, c->border_in_after + at * size, c->border_out_after + at * size);
         write_weights(w, current, c->current_in_after + at * size, c->current_out_after + at * size);
         if (c->momentum) write_weights(w, moving, c->moving_in_after + at * size, c->moving_out_after + at * size);

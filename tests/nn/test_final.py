@@ -1,0 +1,113 @@
+"""A call after which the streams end: the same predictions, nothing to go on from, and forks without a copy."""
+
+import pytest
+import torch
+
+from nested_lm.config.load import load_run
+from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.state import iterate_tensors
+
+PRESETS = (
+    "hope/demo",
+    "hope/demo_paper",
+    "hope/demo_in_context",
+    "baselines/transformer_demo",
+    "baselines/sliding_window_demo",
+    "baselines/linear_attention_demo",
+    "baselines/delta_net_demo",
+    "baselines/gated_delta_net_demo",
+    "baselines/titans_lmm_demo",
+    "baselines/titans_mac_demo",
+    "baselines/titans_mag_demo",
+    "baselines/titans_mal_demo",
+)
+ROWS = torch.tensor([2, 0, 0, 1, 0])
+TOLERANCE = 1e-5  # float32: products of other batches
+
+
+def build(preset: str, *overrides: str) -> LanguageModel:
+    model = LanguageModel(load_run(preset, ["model.width=32", "model.num_layers=2", *overrides]).model).eval()
+    model.initialise(1)
+    with torch.no_grad():
+        model.embedding.weight.mul_(10.0)
+    return model
+
+
+def tokens(rows: int, count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 2048, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("count", [1, 7, 70])  # a piece of a chunk; over several borders
+@torch.no_grad()
+def test_predicts_what_selected_rows_predict(preset, count):
+    model = build(preset)
+    state = model(tokens(3, 41, 0)).state
+    held = [tensor.clone() for tensor in iterate_tensors(state.layers)]
+    later = tokens(5, count, 1)
+    expected = model(later, state=state.select(ROWS)).logits
+    found = model(later, state=state, rows=ROWS, final=True)
+    torch.testing.assert_close(found.logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert found.state is state
+    assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["hope/demo", "hope/demo_in_context", "baselines/titans_mac_demo"])
+@torch.no_grad()
+def test_of_rows_that_go_on_from_themselves(preset):
+    model = build(preset)
+    state = model(tokens(2, 41, 0)).state
+    later = tokens(2, 130, 1)
+    expected = model(later, state=state)
+    torch.testing.assert_close(model(later, state=state, final=True).logits, expected.logits, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(model(later, final=True).logits, model(later).logits, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_documents_that_start_in_it_and_frozen_states():
+    model = build("hope/demo")
+    state = model(tokens(3, 64, 0)).state
+    later, starts = tokens(5, 64, 1), torch.zeros(5, 64, dtype=torch.bool)
+    starts[1, 32] = starts[4, 0] = True
+    expected = model(later, state=state.select(ROWS), resets=starts).logits
+    found = model(later, state=state, rows=ROWS, resets=starts, final=True).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    frozen = state.freeze()
+    expected = model(later, state=frozen.select(ROWS)).logits
+    torch.testing.assert_close(
+        model(later, state=frozen, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
+    )
+
+
+def test_with_gradients_rows_are_selected_and_all_gradients_are_there():
+    model = build("hope/demo")
+    later = tokens(5, 7, 1)
+    found = []
+    for options in ({"rows": ROWS, "final": True}, {}):
+        state = model(tokens(3, 41, 0)).state
+        state = state if options else state.select(ROWS)
+        loss = model(later, state=state, **options).logits.square().mean()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_without_an_end_are_selected():
+    model = build("hope/demo")
+    state = model(tokens(3, 41, 0)).state
+    later = tokens(5, 7, 1)
+    found, expected = model(later, state=state, rows=ROWS), model(later, state=state.select(ROWS))
+    assert torch.equal(found.logits, expected.logits)
+    pairs = zip(iterate_tensors(found.state.layers), iterate_tensors(expected.state.layers), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("row", [3, -1])
+@torch.no_grad()
+def test_a_row_that_is_not_there_is_refused(backend, row):
+    model = build("hope/demo", f"model.mixer.backend={backend}")
+    state = model(tokens(3, 41, 0)).state
+    with pytest.raises(IndexError):
+        model(tokens(2, 7, 1), state=state, rows=torch.tensor([0, row]), final=True)
