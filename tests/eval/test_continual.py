@@ -67,7 +67,7 @@ def test_metrics_work_on_a_stack_of_resamples():
 def summary(nats, *, documents=4):
     """Every document of a segment has 100 bytes and 50 tokens."""
     segments = [
-        SegmentDocuments(ReadingGroup(f"period {s}", (s,)), ([],), np.full(documents, 100.0))
+        SegmentDocuments(ReadingGroup(f"period {s}", (s,)), ([],), np.full(documents, 100.0), 10 * documents)
         for s in range(nats[0].shape[0])
     ]
     return chronological.summarise(

@@ -16,6 +16,7 @@ from nested_lm.eval.continual.run import evaluate_continual
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.step_log import ProbeLog
 from nested_lm.eval.continual.subject import Subject
+from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import load_result
 from nested_lm.eval.runner import evaluate_run
 from tests.eval.continual_runs import LEVELS, PERIODS, STEP_TOKENS, STEPS, config_of, trained
@@ -219,7 +220,10 @@ class TestWhatRuns:
             evaluate(runs["hope"], tasks=("facts",), settings=settings, output_dir=tmp_path, report=lines.append)
         assert ["kept" in line for line in lines] == [False, True, False]
 
-    @pytest.mark.parametrize(("task", "name"), [("facts", "changing_facts"), ("carried", "carried")])
+    @pytest.mark.parametrize(
+        ("task", "name"),
+        [("facts", "changing_facts"), ("carried", "carried"), ("stream", "continual"), ("lesion", "lesion")],
+    )
     def test_long_tasks_say_how_far_they_are_and_how_fast_they_were(self, runs, tmp_path, monkeypatch, task, name):
         monkeypatch.setattr("nested_lm.eval.progress._EVERY_S", 0.0)
         lines = []
@@ -325,7 +329,7 @@ class TestWhatRuns:
         subject = Subject.open(runs["hope"], device=torch.device("cpu"), results=out, report=lambda line: None)
         subject.loaded.identity.update(changed)
         with pytest.raises(error, match=message):
-            over_periods.measure_lesions(subject, SETTINGS)
+            over_periods.measure_lesions(subject, SETTINGS, Progress(0, print))
 
 
 class TestComparison:

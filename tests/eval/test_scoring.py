@@ -4,7 +4,7 @@ import torch
 
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.eval.scoring import position_edges, score_answers, score_streaming, score_window, scored_bytes
+from nested_lm.eval.scoring import position_edges, score_answers, score_streaming, score_window, scored_sizes
 from nested_lm.nn.model import token_losses
 
 CONTEXT = 16
@@ -135,7 +135,7 @@ def test_a_part_of_the_pieces_is_spread_over_the_document_with_its_own_bytes(mak
     everything = list(range(len(held_out.documents)))
     options = {"context_length": CONTEXT, "max_pieces": limit}
     scores = score_window(model, held_out, everything, batch_size=4, align=4, **options)
-    sizes = scored_bytes(held_out, everything, token_bytes=bytes_per_token(held_out), **options)
+    sizes, counts = scored_sizes(held_out, everything, token_bytes=bytes_per_token(held_out), **options)
     for index, row in enumerate(held_out.documents):
         stream = [0, *held_out.tokens(index).tolist(), 0]
         starts = list(range(0, len(stream) - 1, CONTEXT))
@@ -147,7 +147,7 @@ def test_a_part_of_the_pieces_is_spread_over_the_document_with_its_own_bytes(mak
                 nats += float(token_losses(model(part[None, :-1]).logits, part[None, 1:]).double().sum())
             targets += part[1:].tolist()
         assert scores.nats[index] == pytest.approx(nats, rel=2e-5)
-        assert scores.tokens[index] == len(targets)
+        assert scores.tokens[index] == counts[index] == len(targets)
         if len(wanted) == len(starts):
             assert sizes[index] == row.bytes
         text = TextTokenizer.load(held_out.folder / "tokenizer.json").decode([t for t in targets if t])

@@ -136,22 +136,23 @@ def spread_pieces(pieces: Pieces, limit: int | None) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def scored_bytes(
+def scored_sizes(
     dataset: TokenDataset,
     documents: Sequence[int],
     *,
     context_length: int,
     max_pieces: int | None,
     token_bytes: np.ndarray,
-) -> np.ndarray:
-    """Bytes of text that `score_window` scores of each document, (n,). token_bytes: (V,) bytes of each token."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and tokens that `score_window` scores of each document. token_bytes: (V,) bytes of each token."""
     pieces = Pieces.of(dataset, np.asarray(documents, dtype=np.int64), context_length)
     located = pieces.locate(spread_pieces(pieces, max_pieces))
-    found = dict.fromkeys(documents, 0)
+    size, count = dict.fromkeys(documents, 0), dict.fromkeys(documents, 0)
     for document, start, length in zip(*(column.tolist() for column in located), strict=True):
         stop = min(start + length, dataset.documents[document].tokens)  # the end of text has no bytes
-        found[document] += int(token_bytes[dataset.tokens(document, start, stop)].sum())
-    return np.array([found[document] for document in documents], dtype=np.float64)
+        size[document] += int(token_bytes[dataset.tokens(document, start, stop)].sum())
+        count[document] += length
+    return np.array([size[d] for d in documents], dtype=np.float64), np.array([count[d] for d in documents])
 
 
 @torch.no_grad()

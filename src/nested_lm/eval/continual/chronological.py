@@ -20,7 +20,7 @@ from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual.matrix import accuracy, backward_transfer, forgetting, forward_transfer, plasticity
 from nested_lm.eval.language_modelling import BITS, Reading
 from nested_lm.eval.schema import ContinualMetrics, Interval, Segment
-from nested_lm.eval.scoring import score_window, scored_bytes
+from nested_lm.eval.scoring import score_window, scored_sizes
 from nested_lm.nn.model import LanguageModel
 
 TASK_VERSION = "1"
@@ -30,11 +30,12 @@ _COMBINED = "squares of segments' intervals added:"
 
 @dataclass(frozen=True)
 class SegmentDocuments:
-    """Held-out documents of one segment: indices into each held-out split, and the bytes scored of each."""
+    """Held-out documents of one segment: indices into each held-out split, and the bytes and tokens scored of them."""
 
     group: ReadingGroup
     indices: tuple[list[int], ...]  # one list a split
-    bytes: np.ndarray
+    bytes: np.ndarray  # of each
+    tokens: int  # of all
 
 
 def segment_documents(
@@ -45,7 +46,7 @@ def segment_documents(
     context_length: int,
     max_pieces: int | None,
 ) -> list[SegmentDocuments]:
-    """Collect the held-out documents of every segment, and the bytes that `score_segments` scores of them.
+    """Collect the held-out documents of every segment, and what `score_segments` scores of them.
 
     seed: of the run, which also deals out the documents of a shuffled stream.
 
@@ -62,11 +63,12 @@ def segment_documents(
                 "shares (data.split)"
             )
         sizes = [
-            scored_bytes(split, chosen, context_length=context_length, max_pieces=max_pieces, token_bytes=token_bytes)
+            scored_sizes(split, chosen, context_length=context_length, max_pieces=max_pieces, token_bytes=token_bytes)
             for split, chosen in zip(splits, indices, strict=True)
             if chosen
         ]
-        found.append(SegmentDocuments(group, indices, np.concatenate(sizes)))
+        bytes_of, tokens_of = (np.concatenate(column) for column in zip(*sizes, strict=True))
+        found.append(SegmentDocuments(group, indices, bytes_of, int(tokens_of.sum())))
     return found
 
 
@@ -85,8 +87,12 @@ def score_segments(
     *,
     reading: Reading,
     max_pieces: int | None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Nats and tokens of each held-out document of each segment under one checkpoint, window protocol."""
+    """Nats and tokens of each held-out document of each segment under one checkpoint, window protocol.
+
+    on_tokens: is told how many tokens have been scored, a segment at a time.
+    """
     nats, tokens = [], []
     for segment in segments:
         scores = [
@@ -104,6 +110,8 @@ def score_segments(
         ]
         nats.append(np.concatenate([part.nats for part in scores]))
         tokens.append(np.concatenate([part.tokens for part in scores]))
+        if on_tokens is not None:
+            on_tokens(segment.tokens)
     return nats, tokens
 
 

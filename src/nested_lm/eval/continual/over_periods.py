@@ -37,14 +37,21 @@ REGRET_VERSION = CARRIED_VERSION = LESION_VERSION = "1"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out documents of every segment of a run."""
+    """The held-out documents of every segment of a run. progress: is told what has been scored of them."""
 
     splits: tuple[TokenDataset, ...]
     segments: list[SegmentDocuments]
+    progress: Progress
 
     @classmethod
-    def of(cls, subject: Subject, settings: ContinualSettings) -> "HeldOut":
-        """Collect them. Raises DataError when the data set has no dates, or a segment no held-out document."""
+    def of(
+        cls, subject: Subject, settings: ContinualSettings, progress: Progress, *, checkpoints: int = 0
+    ) -> "HeldOut":
+        """Collect them. checkpoints: how many will score them.
+
+        Raises:
+            DataError: the data set has no dates, or a segment no held-out document.
+        """
         splits = (subject.split("validation"), subject.split("test"))
         segments = segment_documents(
             splits,
@@ -53,7 +60,8 @@ class HeldOut:
             context_length=subject.config.train.context_length,
             max_pieces=settings.pieces_per_document,
         )
-        return cls(splits, segments)
+        progress.total += checkpoints * sum(segment.tokens for segment in segments)
+        return cls(splits, segments, progress)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -72,7 +80,12 @@ class HeldOut:
             loaded.config.train.context_length, settings.batch_size, align=loaded.config.document_alignment
         )
         return score_segments(
-            loaded.model, self.splits, self.segments, reading=reading, max_pieces=settings.pieces_per_document
+            loaded.model,
+            self.splits,
+            self.segments,
+            reading=reading,
+            max_pieces=settings.pieces_per_document,
+            on_tokens=self.progress.add,
         )
 
 
@@ -96,18 +109,18 @@ def _resampled(
     return value, np.stack(drawn, axis=2)
 
 
-def measure_matrix(subject: Subject, settings: ContinualSettings) -> ContinualMetrics:
+def measure_matrix(subject: Subject, settings: ContinualSettings, progress: Progress) -> ContinualMetrics:
     """Score every border checkpoint on every segment."""
-    held_out = HeldOut.of(subject, settings)
+    paths = subject.borders()
+    held_out = HeldOut.of(subject, settings, progress, checkpoints=len(paths))
     borders = (
-        load_model(border, device=subject.device, tokenizer_hash=subject.identity.tokenizer_hash)
-        for border in subject.borders()
+        load_model(border, device=subject.device, tokenizer_hash=subject.identity.tokenizer_hash) for border in paths
     )
     bootstrap = Bootstrap(settings.bootstrap_samples)
     return matrix_over(borders, lambda loaded: held_out.scores(loaded, settings), held_out.segments, bootstrap)
 
 
-def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) -> RegretMetrics:
+def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path, progress: Progress) -> RegretMetrics:
     """Score every border checkpoint and an oracle that read the same text mixed.
 
     Raises:
@@ -126,9 +139,10 @@ def measure_regret(subject: Subject, settings: ContinualSettings, oracle: Path) 
                 f"{path} cannot be the oracle of {subject.identity.name}: its {what} is {there}, the run's is {here}; "
                 "train one with the same budget on the same text, such as with train.stream.order=shuffled"
             )
-    held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
+    borders, bootstrap = subject.borders(), Bootstrap(settings.bootstrap_samples)
+    held_out = HeldOut.of(subject, settings, progress, checkpoints=1 + len(borders))
     rows = [held_out.nats(loaded, settings)]
-    for border in subject.borders():
+    for border in borders:
         rows.append(held_out.nats(load_model(border, device=subject.device), settings))
     columns, sizes = _columns(rows), [segment.bytes for segment in held_out.segments]
     value, drawn = _resampled(columns, sizes, bootstrap)
@@ -176,7 +190,7 @@ def measure_carried(subject: Subject, settings: ContinualSettings, progress: Pro
             f"{subject.config.name}: the state of this model grows with the text, so that whole documents are not read "
             "in one stream; leave the task `carried` out"
         )
-    held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
+    held_out, bootstrap = HeldOut.of(subject, settings, progress), Bootstrap(settings.bootstrap_samples)
     rows, borders = [], subject.borders()
     progress.total += len(borders) * sum(
         split.documents[index].tokens
@@ -249,7 +263,7 @@ def set_back(model: LanguageModel, earlier: LanguageModel, level: int | None) ->
     return before
 
 
-def measure_lesions(subject: Subject, settings: ContinualSettings) -> LesionMetrics:
+def measure_lesions(subject: Subject, settings: ContinualSettings, progress: Progress) -> LesionMetrics:
     """Set back one level at a time, at the end of the run, and see which segment gets worse.
 
     A[level][s] = L_S(s | level as at an earlier border, others as they are) - L_S(s).
@@ -270,7 +284,8 @@ def measure_lesions(subject: Subject, settings: ContinualSettings) -> LesionMetr
             f"levels cannot be set back to {settings.set_back_to}: the borders before the end of this run are period-0 "
             f"to period-{len(borders) - 2}"
         )
-    held_out, bootstrap = HeldOut.of(subject, settings), Bootstrap(settings.bootstrap_samples)
+    bootstrap = Bootstrap(settings.bootstrap_samples)
+    held_out = HeldOut.of(subject, settings, progress, checkpoints=2 + len(periods))  # whole, each level, the others
     last = load_model(borders[-1], device=subject.device)
     earlier = load_model(borders[number], device=subject.device).model
     whole = held_out.nats(last, settings)

@@ -26,6 +26,7 @@ from nested_lm.eval.continual.schema import (
 from nested_lm.eval.continual.settings import ContinualSettings
 from nested_lm.eval.continual.step_log import ProbeLog, read_probe_log
 from nested_lm.eval.continual.subject import Subject
+from nested_lm.eval.progress import Progress
 from nested_lm.nn.generation import segment_room
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
@@ -42,7 +43,7 @@ READING_TOKENS = 16_384
 """Tokens of held-out text whose losses around ticks are taken, at most, of each document."""
 
 
-def measure_events(subject: Subject, settings: ContinualSettings) -> EventMetrics:
+def measure_events(subject: Subject, settings: ContinualSettings, progress: Progress) -> EventMetrics:
     """Compare what happens at ticks of each level with what happens at like places without a tick.
 
     Raises:
@@ -60,7 +61,7 @@ def measure_events(subject: Subject, settings: ContinualSettings) -> EventMetric
         kind="events",
         segments=labels,
         training=_training_events(subject, settings) if probed else None,
-        reading=_reading_events(subject, settings) if writes else None,
+        reading=_reading_events(subject, settings, progress) if writes else None,
     )
 
 
@@ -143,7 +144,7 @@ def _effect(effect: Effect) -> EffectScore:
     return EffectScore(exact=fields.pop("is_exact"), **fields)
 
 
-def _reading_events(subject: Subject, settings: ContinualSettings) -> tuple[LevelEvents, ...]:
+def _reading_events(subject: Subject, settings: ContinualSettings, progress: Progress) -> tuple[LevelEvents, ...]:
     """Mean loss after a place minus mean loss before it, on held-out documents; a block is a document."""
     writes = [w.period_tokens for w in subject.config.model.channel.writes if w is not None]
     shortest = max(1, writes[0] // 4)
@@ -152,8 +153,11 @@ def _reading_events(subject: Subject, settings: ContinualSettings) -> tuple[Leve
         : settings.reading_documents
     ]
     tokens, changes, blocks = [], [], []
-    for block, index in enumerate(longest):
-        losses = _token_losses(subject.loaded.model, split.tokens(index)[:READING_TOKENS], split.boundary[0])
+    texts = [split.tokens(index)[:READING_TOKENS] for index in longest]
+    progress.total += sum(map(len, texts))
+    for block, text in enumerate(texts):
+        losses = _token_losses(subject.loaded.model, text, split.boundary[0])
+        progress.add(len(text))
         places, found = changes_around(losses, shortest)
         tokens.append(places)
         changes.append(found)
@@ -183,14 +187,14 @@ def _token_losses(model: LanguageModel, document: np.ndarray, start: int) -> np.
     return np.concatenate(found)
 
 
-def measure_retention(subject: Subject, settings: ContinualSettings) -> RetentionMetrics:
+def measure_retention(subject: Subject, settings: ContinualSettings, progress: Progress) -> RetentionMetrics:
     """Fit forgetting curves with times tied to the levels' periods, and with one free exponential.
 
     Raises:
         ConfigError: the run has no probe, or the model no levels.
         ReportError: fewer than two periods were followed by another.
     """
-    del settings
+    del settings, progress  # the log has been written, and the fits take no time
     periods = subject.config.model.channel.periods
     if subject.config.train.probe is None or not periods:
         raise ConfigError(

@@ -44,11 +44,9 @@ class _OnTheRun(NamedTuple):
 
 _ON_THE_RUN = {
     "carried": _OnTheRun(over_periods.CARRIED_VERSION, True, over_periods.measure_carried),
-    "lesion": _OnTheRun(over_periods.LESION_VERSION, True, lambda s, given, _: over_periods.measure_lesions(s, given)),
-    "events": _OnTheRun(over_steps.EVENTS_VERSION, False, lambda s, given, _: over_steps.measure_events(s, given)),
-    "retention": _OnTheRun(
-        over_steps.RETENTION_VERSION, False, lambda s, given, _: over_steps.measure_retention(s, given)
-    ),
+    "lesion": _OnTheRun(over_periods.LESION_VERSION, True, over_periods.measure_lesions),
+    "events": _OnTheRun(over_steps.EVENTS_VERSION, False, over_steps.measure_events),
+    "retention": _OnTheRun(over_steps.RETENTION_VERSION, False, over_steps.measure_retention),
 }
 
 
@@ -138,7 +136,7 @@ def _run(
             version=over_periods.REGRET_VERSION,
             settings=depends | {"oracle": mark_checkpoint(find_checkpoint(oracle, report=subject.report)).digest},
             mark=mark_borders(subject.borders()),
-            measure=lambda _: over_periods.measure_regret(subject, settings, oracle),
+            measure=lambda progress: over_periods.measure_regret(subject, settings, oracle, progress),
         )
     if name in ("carried", "lesion"):
         depends |= {"order": subject.stream.order, "periods": subject.stream.periods}
@@ -194,5 +192,5 @@ def _stream(subject: Subject, settings: ContinualSettings) -> Path:
             "bootstrap_samples": samples,
         },
         mark=mark_borders(subject.borders()),
-        measure=lambda _: over_periods.measure_matrix(subject, chosen),
+        measure=lambda progress: over_periods.measure_matrix(subject, chosen, progress),
     )
