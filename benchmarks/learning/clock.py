@@ -69,6 +69,7 @@ class Clock:
 
     arms: ClassVar[tuple[str, ...]] = tuple(LEVELS)
     unit: ClassVar[Literal["nats"]] = "nats"
+    differences: ClassVar[tuple[str, ...]] = ()
 
     def configuration(self, arm: str) -> ModelConfig:
         """One block that sees two tokens, and the arm's levels."""

@@ -101,6 +101,7 @@ class Regression(PointTask):
     reported: tuple[int, ...] = (1, 4, 8, 12, 16, 24)
 
     unit: ClassVar[Literal["squared error"]] = "squared error"
+    differences: ClassVar[tuple[str, ...]] = ()
 
     def make(self, batch: int, generator: torch.Generator) -> tuple[Facts, Tensor, Tensor]:
         """Return the streams, T = 2N, and the points (B, N, K) and values (B, N) in them. Values have variance 1."""
@@ -158,6 +159,7 @@ class Increments(PointTask):
     noise: float = 0.5
 
     unit: ClassVar[Literal["share"]] = "share"
+    differences: ClassVar[tuple[str, ...]] = ("forgetting",)
 
     def make(self, batch: int, generator: torch.Generator) -> "Stream":
         """Draw streams of T = groups * group_size * shots facts and their questions."""

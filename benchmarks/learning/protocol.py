@@ -18,6 +18,7 @@ class Task(Protocol):
 
     steps, rate: of the optimizer. arms: which take part; None is all architectures.
     unit: of the measures. A share lies between 0 and 1; the others are errors, and lower is better.
+    differences: measures that are differences of two, and so of either sign.
     """
 
     @property
@@ -34,6 +35,9 @@ class Task(Protocol):
 
     @property
     def unit(self) -> Literal["share", "squared error", "nats"]: ...  # noqa: D102
+
+    @property
+    def differences(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def about(self) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -72,18 +73,13 @@ def _cell(row: Row) -> tuple[str, str, int]:
     return row["task"], row["arm"], row["seed"]
 
 
-def interval(values: list[float], *, is_share: bool) -> str:
-    """Mean and 95 % interval over seeds (Student's t).
-
-    is_share: cut it at 0 and 1, unless a value is below 0 and so a difference of shares.
-    """
+def interval(values: list[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> str:
+    """Mean and 95 % interval over seeds (Student's t), cut at the least and largest value that is possible."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f}"
     half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    low, high = mean - half, mean + half
-    if is_share and min(values) >= 0:
-        low, high = max(0.0, low), min(1.0, high)
+    low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -104,6 +100,12 @@ def _origin(rows: list[Row]) -> str:
     return f"{len(rows)} cells, {hours:.1f} processor hours on {processors}; commits {commits}."
 
 
+def _bounds(task: Task, measure: str) -> tuple[float, float]:
+    if task.unit != "share":
+        return -math.inf, math.inf
+    return (-1.0 if measure in task.differences else 0.0), 1.0
+
+
 def _table(task: Task, arms: list[str], rows: list[Row], references: dict[str, dict[str, float]]) -> list[str]:
     keys = list(dict.fromkeys(key for row in rows for key in row["measures"]))
     lines = ["| Arm | " + " | ".join(keys) + " | Seeds |", "|---" * (len(keys) + 2) + "|"]
@@ -115,7 +117,7 @@ def _table(task: Task, arms: list[str], rows: list[Row], references: dict[str, d
         cells = []
         for key in keys:
             values = [row["measures"][key] for row in trained if key in row["measures"]]
-            cells.append(interval(values, is_share=task.unit == "share") if values else "-")
+            cells.append(interval(values, bounds=_bounds(task, key)) if values else "-")
         diverged = f", {len(mine) - len(trained)} diverged" if len(mine) > len(trained) else ""
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(mine)}{diverged} |")
     for name, measures in references.items():

@@ -42,6 +42,7 @@ class TokenTask:
 
     arms: ClassVar[None] = None
     unit: ClassVar[Literal["share"]] = "share"
+    differences: ClassVar[tuple[str, ...]] = ()
 
     def configuration(self, arm: str) -> ModelConfig:
         """Return the configuration of a language model."""

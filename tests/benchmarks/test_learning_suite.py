@@ -61,11 +61,11 @@ def test_a_loss_that_is_not_finite_is_a_result():
 
 
 def test_interval_by_hand():
-    assert results.interval([0.5], is_share=True) == "0.50"
+    assert results.interval([0.5], bounds=(0.0, 1.0)) == "0.50"
     # 4.303 * 0.1 / sqrt(3) = 0.248
-    assert results.interval([0.4, 0.5, 0.6], is_share=True) == "0.50 (0.25 to 0.75)"
-    assert results.interval([0.9, 1.0, 1.0], is_share=True) == "0.97 (0.82 to 1.00)"
-    assert results.interval([0.9, 1.0, 1.0], is_share=False) == "0.97 (0.82 to 1.11)"
+    assert results.interval([0.4, 0.5, 0.6], bounds=(0.0, 1.0)) == "0.50 (0.25 to 0.75)"
+    assert results.interval([0.9, 1.0, 1.0], bounds=(0.0, 1.0)) == "0.97 (0.82 to 1.00)"
+    assert results.interval([0.9, 1.0, 1.0]) == "0.97 (0.82 to 1.11)"
 
 
 def test_identity_changes_with_steps_and_arm():
@@ -145,5 +145,11 @@ def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
 
 
 def test_an_interval_of_differences_of_shares_is_not_cut_at_zero():
-    assert results.interval([-0.3, -0.3, -0.3], is_share=True) == "-0.30 (-0.30 to -0.30)"
-    assert results.interval([0.0, 0.0, 0.3], is_share=True) == "0.10 (0.00 to 0.53)"
+    values = {"forgetting": [0.0, 0.1, 0.2], "accuracy": [0.0, 0.1, 0.2]}
+    stamp = {"task": "increments", "arm": "hope", "diverged_at": None, "cpu_s": 0.0, "commit": "0"}
+    stamp["hardware"] = {"processor": "any"}
+    rows = [
+        stamp | {"seed": seed, "measures": {key: column[seed] for key, column in values.items()}} for seed in range(3)
+    ]
+    found = results.tables({"increments": TASKS["increments"]}, ["hope"], rows, tested=8)
+    assert "| hope | 0.10 (-0.15 to 0.35) | 0.10 (0.00 to 0.35) | 3 |" in found
