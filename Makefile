@@ -1,4 +1,4 @@
-# make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (about ten minutes on two cores)
+# make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (six minutes on two quiet cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
 # make bench  speed beside peers, memory  make learn   what small models can learn (hours)      make clean   remove the environment and everything the demo wrote
 

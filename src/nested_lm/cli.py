@@ -14,12 +14,16 @@ import typer
 
 from nested_lm import __version__
 from nested_lm.cli_arguments import (
+    CampaignOverrides,
+    CampaignPreset,
     Checkpoint,
     CheckpointOption,
+    DataOverrides,
+    DataPreset,
     Device,
     MaxDocument,
     Overrides,
-    Preset,
+    RunPreset,
     TextField,
     TextFiles,
     open_checkpoint,
@@ -70,7 +74,21 @@ def root(
 
 @app.command()
 @reports_errors
-def data(preset: Preset, overrides: Overrides = None) -> None:
+def presets(
+    folder: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help="Only these, such as baselines.")] = None,
+) -> None:
+    """List the presets that come with the package, and what each is."""
+    from nested_lm.config.compose import preset_titles
+
+    titles = preset_titles(folder)
+    width = max(map(len, titles))
+    for name, title in titles.items():
+        typer.echo(f"{name:<{width}}  {title}")
+
+
+@app.command()
+@reports_errors
+def data(preset: DataPreset, overrides: DataOverrides = None) -> None:
     """Build a data set: text to tokenizer, splits and token shards. Continues where it stopped."""
     from nested_lm.config.load import load_data
     from nested_lm.data.pipeline import build
@@ -82,7 +100,7 @@ def data(preset: Preset, overrides: Overrides = None) -> None:
 @app.command()
 @reports_errors
 def train(
-    preset: Preset,
+    preset: RunPreset,
     overrides: Overrides = None,
     resume: Annotated[
         Resume, typer.Option(help="auto: go on from the newest checkpoint. never: refuse a used folder.")
@@ -360,8 +378,8 @@ def audit(
 @app.command()
 @reports_errors
 def campaign(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name such as campaign/demo, or a YAML file.")],
-    overrides: Overrides = None,
+    preset: CampaignPreset,
+    overrides: CampaignOverrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps and their commands; run none.")] = False,
 ) -> None:
     """Run data, trainings, evaluations and the report. Started again, it continues."""

@@ -20,11 +20,22 @@ INTERRUPTED = 130
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Changes to the preset, such as train.batch_size=8."),
-]
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="Name such as hope/demo, or a YAML file.")]
+
+def _changes(what: str, example: str) -> Any:
+    return typer.Argument(metavar="[key=value]...", help=f"Changes to {what}, such as {example}.")
+
+
+def _preset(example: str) -> Any:
+    return typer.Argument(metavar="PRESET", help=f"Name such as {example} (`nested-lm presets`), or a YAML file.")
+
+
+Overrides = Annotated[list[str] | None, _changes("the preset", "train.batch_size=8")]
+DataOverrides = Annotated[list[str] | None, _changes("the preset", "tokenizer.vocab_size=4096")]
+SettingsOverrides = Annotated[list[str] | None, _changes("the preset that --settings names", "passkey.samples=50")]
+CampaignOverrides = Annotated[list[str] | None, _changes("the preset", "runner.parallel=4")]
+RunPreset = Annotated[str, _preset("hope/demo")]
+DataPreset = Annotated[str, _preset("data/demo")]
+CampaignPreset = Annotated[str, _preset("campaign/demo")]
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (newest checkpoint) or checkpoint.")
 ]

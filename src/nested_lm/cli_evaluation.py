@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from nested_lm import cli_continual, cli_needles, cli_zeroshot
-from nested_lm.cli_arguments import Overrides, reports_errors
+from nested_lm.cli_arguments import Device, SettingsOverrides, reports_errors
 from nested_lm.errors import CheckpointError, ConfigError
 
 
@@ -32,7 +32,7 @@ evaluation = typer.Typer(
 @reports_errors
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder with checkpoints.")],
-    overrides: Overrides = None,
+    overrides: SettingsOverrides = None,
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks; all that the settings ask for by default.")
     ] = None,
@@ -40,6 +40,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="PRESET", help="What to measure, such as eval/demo; the run's own settings by default."),
     ] = None,
+    device: Annotated[
+        Device, typer.Option(help="auto: a GPU when there is one, unless the run was configured for the CPU.")
+    ] = Device.auto,
 ) -> None:
     """Evaluate the newest checkpoint of a run; results go to RUN_DIR/results."""
     names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -53,7 +56,7 @@ def evaluate(
     from nested_lm.eval.runner import evaluate_run
 
     chosen = None if settings is None else load_evaluation(settings, overrides or ())
-    evaluate_run(run_dir, names, settings=chosen)
+    evaluate_run(run_dir, names, settings=chosen, device=None if device is Device.auto else device.value)
 
 
 evaluation.command("niah")(cli_needles.niah)

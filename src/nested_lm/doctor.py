@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nested_lm.errors import NestedLMError
+from nested_lm.errors import NestedLMError, pip_install
 
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 11)
@@ -161,6 +161,6 @@ def _extra(name: str) -> Check:
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         found = f"{purpose}: no {', '.join(absent)}"
-        fix = "" if purpose == RESERVED else f"pip install 'nested-lm[{name}]'"
+        fix = "" if purpose == RESERVED else pip_install(name)
         return Check(f"extra {name}", "absent", found, fix)
     return Check(f"extra {name}", "ok", purpose)

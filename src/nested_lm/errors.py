@@ -40,3 +40,8 @@ class CampaignInterruptedError(CampaignError):
     def __init__(self, message: str, *, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def pip_install(extra: str) -> str:
+    """The command that adds one of the project's extras, run in a checkout; the versions are those that were tested."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"

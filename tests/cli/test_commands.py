@@ -122,10 +122,20 @@ class TestArguments:
 
     def test_eval(self, run, stub, tmp_path):
         seen = []
-        stub("nested_lm.eval.runner", evaluate_run=lambda *arguments, settings: seen.append(arguments))
+        stub("nested_lm.eval.runner", evaluate_run=lambda *given, settings, device: seen.append((*given, device)))
         assert run("eval", tmp_path).exit_code == 0
-        assert run("eval", tmp_path, "--tasks", "language_modelling, passkey").exit_code == 0
-        assert seen == [(tmp_path, None), (tmp_path, ("language_modelling", "passkey"))]
+        assert run("eval", tmp_path, "--tasks", "language_modelling, passkey", "--device", "cpu").exit_code == 0
+        assert seen == [(tmp_path, None, None), (tmp_path, ("language_modelling", "passkey"), "cpu")]
+
+    def test_presets(self, run):
+        listed = run("presets").stdout
+        assert "hope/demo " in listed
+        assert "model/hope_demo" not in listed  # a part, which no verb takes by itself
+        baselines = run("presets", "baselines").stdout.splitlines()
+        assert all(line.startswith("baselines/") and ": hope/" in line for line in baselines)
+        refused = run("presets", "nothing")
+        assert refused.exit_code == 2
+        assert "choose one of ablations, baselines, campaign" in refused.stderr
 
     def test_eval_of_nothing(self, run, tmp_path):
         assert "not a folder" in run("eval", tmp_path / "absent").stderr

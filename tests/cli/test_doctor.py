@@ -34,7 +34,7 @@ def test_lines_state_and_fix(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["doctor", "--output", str(tmp_path)])
     assert result.exit_code == 0  # extras are not necessary
     assert "absent    extra wandb" in result.stdout
-    assert "fix: pip install 'nested-lm[wandb]'" in result.stdout
+    assert "fix: pip install -c constraints.txt -e '.[wandb]'" in result.stdout
 
 
 def test_extras_are_those_of_the_project():

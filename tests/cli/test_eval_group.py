@@ -13,7 +13,7 @@ from nested_lm.cli import app
 def seen(monkeypatch):
     found = []
     module = ModuleType("nested_lm.eval.runner")
-    module.evaluate_run = lambda run_dir, names, *, settings: found.append((run_dir, names))
+    module.evaluate_run = lambda run_dir, names, *, settings, device: found.append((run_dir, names))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return found
 

@@ -64,7 +64,7 @@ def _quick_presets(composed_once, monkeypatch):
 @pytest.fixture(scope="session")
 def transformers():
     """The package, or a skipped test."""
-    return pytest.importorskip("transformers", reason="transformers is not installed; pip install 'nested-lm[dev]'")
+    return pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[dev]'")
 
 
 @pytest.fixture

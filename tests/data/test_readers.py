@@ -205,7 +205,7 @@ class TestMissing:
         monkeypatch.setitem(sys.modules, package, None)
         message = refused(tmp_path / name)
         assert f"the package {package} is not installed" in message
-        assert 'pip install "nested-lm[data]"' in message
+        assert "pip install -c constraints.txt -e '.[data]'" in message
 
 
 @pytest.mark.parametrize(

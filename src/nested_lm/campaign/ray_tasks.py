@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from nested_lm.campaign.process import LOST, SAVE_S, Outcome, end, wait_for
 from nested_lm.config.campaign import Ray
-from nested_lm.errors import ConfigError
+from nested_lm.errors import ConfigError, pip_install
 
 _NOT_STARTED = 127  # exit code of a command that could not be started, as in a shell
 _TIED = (
@@ -125,7 +125,7 @@ class Tasks:
             import ray  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise ConfigError(
-                "runner ray needs ray, which is not installed\n  Install the extra `ray`: pip install 'nested-lm[ray]'"
+                f"runner ray needs ray, which is not installed\n  Install the extra `ray`: {pip_install('ray')}"
             ) from error
         self._ray: Any = ray
         self._logs = folder.absolute() / "logs"

@@ -11,7 +11,7 @@ from typing import Any
 from nested_lm.campaign.process import LOST, Outcome, end, wait_for
 from nested_lm.config.campaign import Slurm
 from nested_lm.data.atomic import write_atomically
-from nested_lm.errors import CampaignError, ConfigError
+from nested_lm.errors import CampaignError, ConfigError, pip_install
 
 
 class StepJob:
@@ -93,7 +93,7 @@ class JobQueue:
         except ImportError as error:
             raise ConfigError(
                 "runner slurm needs submitit, which is not installed\n"
-                "  Install the extra `slurm`: pip install 'nested-lm[slurm]'"
+                f"  Install the extra `slurm`: {pip_install('slurm')}"
             ) from error
         self._folder = folder.absolute() / "jobs"
         self._logs = folder.absolute() / "logs"

@@ -102,6 +102,31 @@ def preset_names() -> list[str]:
     return sorted(str(file.relative_to(presets).with_suffix("")) for file in presets.rglob("*.yaml"))
 
 
+def preset_titles(folder: str | None = None) -> dict[str, str]:
+    """First line of the comment of every preset that can be named on the command line, by name.
+
+    folder: only those of one folder; the parts of runs (`model`, `train`) when it names one.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    names = preset_names()
+    folders = sorted({name.partition("/")[0] for name in names})
+    if folder is not None and folder not in folders:
+        raise ConfigError(f"no folder of presets is called `{folder}`; choose one of {', '.join(folders)}")
+    chosen = [name for name in names if _in_listing(name.partition("/")[0], folder)]
+    return {name: _title(presets_folder() / f"{name}.yaml") for name in chosen}
+
+
+def _in_listing(group: str, folder: str | None) -> bool:
+    return group not in ("model", "train") if folder is None else group == folder
+
+
+def _title(file: Path) -> str:
+    comments = (line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return next((line for line in comments if line and not line.startswith("@")), "")
+
+
 def _unknown_preset(name: str) -> ConfigError:
     names = preset_names()
     plain = name.removesuffix(".yaml").removeprefix("configs/")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_lm.errors import CheckpointError, ConfigError
+from nested_lm.errors import CheckpointError, ConfigError, pip_install
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -76,7 +76,7 @@ def _download(name: str, revision: str | None) -> Source:
     except ImportError as error:
         raise ConfigError(
             f"{name} is no folder, and loading from the hub needs the package huggingface_hub; "
-            "pip install 'nested-lm[hf]', or name a folder"
+            f"{pip_install('hf')}, or name a folder"
         ) from error
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))

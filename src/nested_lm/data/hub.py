@@ -6,7 +6,7 @@ from types import ModuleType
 
 from nested_lm.config.data import HubSource
 from nested_lm.data.readers import SUFFIXES
-from nested_lm.errors import DataError
+from nested_lm.errors import DataError, pip_install
 
 
 def fetch(source: HubSource) -> dict[str, Path]:
@@ -55,6 +55,6 @@ def _hub() -> ModuleType:
     except ImportError as error:
         raise DataError(
             "a source of kind hub needs the package huggingface_hub, which is not installed\n"
-            '  Install it with: pip install "nested-lm[data]"'
+            f"  Install it with: {pip_install('data')}"
         ) from error
     return huggingface_hub

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from nested_lm.config.data import FileSource
 from nested_lm.data.document import BadDocument, Document, judge, parse_date
-from nested_lm.errors import DataError
+from nested_lm.errors import DataError, pip_install
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -161,7 +161,7 @@ def _optional(module: str, path: Path) -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"{path} cannot be read: the package {module.partition('.')[0]} is not installed\n"
-            '  Install it with: pip install "nested-lm[data]"'
+            f"  Install it with: {pip_install('data')}"
         ) from error
 
 

@@ -39,17 +39,18 @@ def evaluate_run(
     tasks: tuple[str, ...] | None = None,
     *,
     settings: EvalConfig | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Run evaluations on the newest checkpoint of a run and return the paths of their result files.
 
-    A result of the same checkpoint, configuration and task version is kept. A GPU is used when there is one,
-    unless the run was configured for the CPU.
+    A result of the same checkpoint, configuration and task version is kept.
 
     Args:
         run_dir: run folder.
         tasks: names; None: all that the settings ask for.
         settings: what to measure; None: the section `eval` that the run was trained with.
+        device: where; None: a GPU when there is one, unless the run was configured for the CPU.
         report: told one line a task.
 
     Raises:
@@ -65,7 +66,9 @@ def evaluate_run(
         raise CheckpointError(
             f"{run_dir} has no valid checkpoint below {_CHECKPOINTS}/; train the run first: `nested-lm train`"
         )
-    evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), settings, report)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
+    evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), settings, device, report)
     asked = _asked(evaluation.settings, evaluation.config)
     for name in tasks or ():
         if name not in asked:
@@ -93,6 +96,7 @@ class _Evaluation:
         path: Path,
         loaded: LoadedCheckpoint,
         settings: EvalConfig | None,
+        device: str | None,
         report: Callable[[str], None],
     ) -> None:
         self.run_dir = run_dir
@@ -101,7 +105,8 @@ class _Evaluation:
         self.config = loaded.config
         self.settings = settings or loaded.config.eval
         self.report = report
-        self.device = torch.device("cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu")
+        usual = "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
+        self.device = torch.device(device or usual)
         loaded.model.to(self.device)
         self.bootstrap = Bootstrap(samples=self.settings.bootstrap_samples)
         self.reading = Reading(

@@ -14,10 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nested_lm.errors import ConfigError
+from nested_lm.errors import ConfigError, pip_install
 from nested_lm.ops.delta_rule import DeltaRuleOutput
-
-INSTALL = "pip install -c constraints.txt 'nested-lm[gpu]'"
 
 
 def is_installed() -> bool:
@@ -34,7 +32,7 @@ def check_usable(device: torch.device) -> None:
     if not is_installed():
         raise ConfigError(
             "model.mixer.backend is `fla`, but flash-linear-attention is not installed; "
-            f"run {INSTALL}, or set model.mixer.backend=torch"
+            f"run {pip_install('gpu')}, or set model.mixer.backend=torch"
         )
     if device.type != "cuda":
         raise ConfigError(

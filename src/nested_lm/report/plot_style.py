@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from nested_lm.errors import ReportError
+from nested_lm.errors import ReportError, pip_install
 
 WIDTH = 10.0  # inches; the page is as wide
 _FRAME = 0.9  # inches of a panel's height that its title and labels take
@@ -77,7 +77,7 @@ def require_matplotlib() -> ModuleType:
     except ImportError as error:
         raise ReportError(
             "figures need matplotlib, which is not installed\n"
-            "  Install the extra `plot`: pip install 'nested-lm[plot]'; then render the report again."
+            f"  Install the extra `plot`: {pip_install('plot')}; then render the report again."
         ) from error
     return matplotlib
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from nested_lm.config.train import Logging
 from nested_lm.data.atomic import write_atomically
-from nested_lm.errors import ConfigError, DataError
+from nested_lm.errors import ConfigError, DataError, pip_install
 
 Record = Mapping[str, Any]
 
@@ -194,5 +194,5 @@ def _require(module: str, *, extra: str, setting: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{setting} is set, but {error.name or module} is not installed; "
-            f"run `pip install 'nested-lm[{extra}]'`, or unset {setting}"
+            f"run `{pip_install(extra)}`, or unset {setting}"
         ) from error

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.errors import ConfigError
+from nested_lm.errors import ConfigError, pip_install
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual.choices import choice_tokens, read_stream, score_choices
 from nested_lm.eval.continual.invented import make_words
@@ -100,8 +100,8 @@ def require_chrf() -> ModuleType:
         import sacrebleu
     except ImportError as error:
         raise ConfigError(
-            "translations are scored with chrF, for which sacrebleu is not installed; run `pip install "
-            "'nested-lm[eval]'`, or leave the task `languages` out"
+            "translations are scored with chrF, for which sacrebleu is not installed; run "
+            f"`{pip_install('eval')}`, or leave the task `languages` out"
         ) from error
     return sacrebleu
 

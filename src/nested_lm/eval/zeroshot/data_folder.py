@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from nested_lm.config.section import Count, Section
 from nested_lm.data.atomic import write_atomically
-from nested_lm.errors import DataError
+from nested_lm.errors import DataError, pip_install
 from nested_lm.eval.zeroshot.tasks import TASKS, ZeroShotTask
 
 MANIFEST = "MANIFEST.json"
@@ -150,7 +150,7 @@ def _from_hub(task: ZeroShotTask) -> tuple[Iterator[dict[str, Any]], str]:
     try:
         import datasets
     except ImportError:
-        raise DataError('the hub is read with `datasets`, which is missing; pip install "nested-lm[eval]"') from None
+        raise DataError(f"the hub is read with `datasets`, which is missing; {pip_install('eval')}") from None
     origin = f"hub {task.dataset}" + (f" {task.subset}" if task.subset else "") + f" {task.split}"
     try:
         loaded = datasets.load_dataset(task.dataset, task.subset, split=task.split)

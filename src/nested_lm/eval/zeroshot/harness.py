@@ -11,13 +11,13 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nested_lm.errors import ConfigError, DataError
+from nested_lm.errors import ConfigError, DataError, pip_install
 from nested_lm.eval.zeroshot.tasks import HARNESS_VERSION, TASKS, ZeroShotTask
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-_INSTALL = 'pip install "nested-lm[eval]"'
+_INSTALL = pip_install("eval")
 
 
 def require_harness() -> Path:

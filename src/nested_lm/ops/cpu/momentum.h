@@ -25,7 +25,11 @@ static void spread_momentum(Work *w)
     }
     lower_ratios(C, Cp, w->log_kept, w->kept);
     lower_ratios(C, Cp, w->log_left, w->left);
-    if (w->call->mean) EACH(t, C) EACH(i, t + 1) w->left[t * Cp + i] *= (REAL)-expm1((double)w->log_momentum[i]);
+    if (w->call->mean) {
+        REAL *entering = w->own_end; /* its room, until below */
+        EACH(i, C) entering[i] = (REAL)-expm1((double)w->log_momentum[i]);
+        EACH(t, C) EACH(i, t + 1) w->left[t * Cp + i] *= entering[i];
+    }
     product(C, Cp, C, w->kept, Cp, 1, w->left, Cp, w->spread, Cp, 0, LOWER);
     EACH(t, C) {
         w->first[t] = 0;
