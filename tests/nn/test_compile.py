@@ -20,3 +20,16 @@ def test_a_traced_model_gives_the_same_loss_and_gradients(settings):
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for eager, traced in zip(*found, strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("error:Dynamo detected")  # what is not for the tracer is kept from it
+@pytest.mark.parametrize("settings", [HOPE, HOPE_IN_TORCH], ids=["hope", "hope-torch"])
+@torch.no_grad()
+def test_a_traced_last_call_gives_the_same_predictions(settings):
+    model = build(settings | {"num_layers": 1})
+    state, rows = model(tokens(2, 17)).state, torch.tensor([1, 0, 0])
+    later = tokens(3, 5)
+    expected = model(later, state=state, rows=rows, final=True).logits
+    found = torch.compile(model, backend="eager")(later, state=state, rows=rows, final=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

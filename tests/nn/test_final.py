@@ -63,12 +63,13 @@ def test_of_rows_that_go_on_from_themselves(preset):
     torch.testing.assert_close(model(later, final=True).logits, model(later).logits, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("preset", ["hope/demo", *(name for name in PRESETS if "titans" in name or "window" in name)])
 @torch.no_grad()
-def test_documents_that_start_in_it_and_frozen_states():
-    model = build("hope/demo")
+def test_documents_that_start_in_it_and_frozen_states(preset):
+    model = build(preset)
     state = model(tokens(3, 64, 0)).state
-    later, starts = tokens(5, 64, 1), torch.zeros(5, 64, dtype=torch.bool)
-    starts[1, 32] = starts[4, 0] = True
+    later, starts = tokens(5, 128, 1), torch.zeros(5, 128, dtype=torch.bool)
+    starts[1, 64] = starts[4, 0] = True
     expected = model(later, state=state.select(ROWS), resets=starts).logits
     found = model(later, state=state, rows=ROWS, resets=starts, final=True).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
@@ -101,6 +102,48 @@ def test_rows_without_an_end_are_selected():
     assert torch.equal(found.logits, expected.logits)
     pairs = zip(iterate_tensors(found.state.layers), iterate_tensors(expected.state.layers), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@torch.no_grad()
+def test_of_rows_with_several_documents_behind_them():
+    model = build("baselines/transformer_demo")
+    starts = torch.zeros(3, 41, dtype=torch.bool)
+    starts[1, 20] = True
+    state = model(tokens(3, 41, 0), resets=starts).state
+    assert state.packed
+    later = tokens(5, 7, 1)
+    expected = model(later, state=state.select(ROWS)).logits
+    torch.testing.assert_close(
+        model(later, state=state, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
+    )
+
+
+@torch.inference_mode()
+def test_of_views_of_one_stream_and_other_number_types():
+    model = build("hope/demo")
+    state = model(tokens(1, 41, 0)).state
+    later, rows = tokens(5, 7, 1), torch.zeros(5, dtype=torch.long)
+    expected = model(later, state=state.select(rows)).logits
+    for given in (state, state.select(torch.tensor([0, 0]))):
+        found = model(later, state=given, rows=rows, final=True).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    found = model.double()(later, state=state, rows=rows, final=True).logits
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("final", [False, True])
+@torch.no_grad()
+def test_a_state_of_other_streams_is_refused(preset, final):
+    """In C, memories of a row that the state does not have would be read from anywhere."""
+    model = build(preset)
+    state = model(tokens(3, 41, 0)).state
+    with pytest.raises(
+        ValueError, match="5 rows of tokens and 3 streams of the state; give each row of tokens a stream"
+    ):
+        model(tokens(5, 7, 1), state=state, final=final)
+    with pytest.raises(ValueError, match="5 rows of tokens and 2 entries of `rows`"):
+        model(tokens(5, 7, 1), state=state, rows=ROWS[:2], final=final)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

@@ -374,6 +374,23 @@ class TestTheLastCall:
         assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_what_would_be_read_beyond_its_end_is_not():
+    problem = Problem(make_rule(4), batch=3, tokens=3, heads=2, width=4, hidden=5)
+    inputs, start, readout, state = problem.arguments()
+    call = {"rule": problem.rule, "position": 0, "resets": None}
+    fewer = map_tensors(state, lambda x: x[:2])
+    with pytest.raises(AssertionError, match="a stream for each row of tokens"):
+        memory_cpu.self_modify(inputs, start, readout, fewer, **call)
+    with pytest.raises(AssertionError, match="a stream for each row of tokens"):
+        memory_cpu.finish(inputs, start, readout, state, **call, rows=torch.tensor([0, 1]))
+    with pytest.raises(IndexError, match="allowed are 0 to 1"):
+        memory_cpu.finish(inputs, start, readout, fewer, **call, rows=torch.tensor([0, 1, 2]))
+    narrow = map_tensors(state, lambda x: x[..., :-1])
+    with pytest.raises(AssertionError, match="a state of shapes"):
+        memory_cpu.self_modify(inputs, start, readout, narrow, **call)
+
+
 class TestTheStruct:
     """ctypes lays a call out by its own list of fields: the C must have the same, in the same order."""
 

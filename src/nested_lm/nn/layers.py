@@ -25,8 +25,9 @@ class StepContext(NamedTuple):
     frozen: fast weights are read and not written.
     differentiable_twice: gradients of this call will be differentiated again, so that operations whose backward has no
         gradient of its own must not be used.
-    final: no call follows, and no gradient will be asked for: a block may return the state it was given.
-    rows: in a final call, the stream of the state that each row goes on from; None: its own.
+    final: no call follows, and no gradient will be asked for: what state a block returns does not matter.
+    rows: in a final call, the stream of the state that each row goes on from; None: its own. Only given to mixers that
+        say `takes_rows`.
     """
 
     position: int

@@ -31,8 +31,8 @@ def run_memories(
 ) -> MemoryOutput:
     """Write every token and read. See `memory_reference.self_modify` for the arguments.
 
-    Gradients that will be differentiated again `auto` leaves to the autograd of torch. Of a final call the state of the
-    output means nothing.
+    Gradients that will be differentiated again `auto` leaves to the autograd of torch. After a final call the
+    state of the output is not to be used.
 
     Raises:
         ConfigError: backend `cpu` where the library cannot run or serve, with the reason and the repair.

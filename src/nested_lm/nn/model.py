@@ -104,22 +104,24 @@ class LanguageModel(nn.Module):
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
-            final: the streams end with this call. The output then has the state that was given, and without gradients
-                nothing is worked out to go on from: for a few tokens of many streams that is half of the work.
-            rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`; in a final
-                call memories in C read it where it is. None: its own.
+            final: the streams end with this call, and the output has the state that was given. Without gradients,
+                memories in C then leave out what is there to go on from, which is half of the work for a few tokens
+                of many streams; other mixers may do it in vain.
+            rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
+                call of a self-modifying mixer in C that is not inside another mixer, no state is copied. None: its own.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
-                the state is of a model with another configuration.
+                the state is of a model with another configuration, or has other streams than the tokens.
             IndexError: a row that the state does not have.
         """
         given = state = self.initial_state(tokens.shape[0]) if state is None else state
         state.check_model(self.config)
+        state.check_rows(rows, tokens.shape[0])
         if state.frozen and resets is not None:
             raise ValueError("a document cannot start in a frozen state, whose memories keep what they hold")
         ends = final and not torch.is_grad_enabled()
-        if rows is not None and (not ends or self.writer is not None or state.packed):
+        if rows is not None and (not ends or self.writer is not None or state.packed or resets is not None):
             state, rows = state.select(rows), None
         last = predictions == "last"
         if self.writer is None or state.frozen:
@@ -154,7 +156,7 @@ class LanguageModel(nn.Module):
         layers: list[Any] = []
         for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
             here = context._replace(differentiable_twice=index in twice)
-            if rows is not None and isinstance(block.mixer, SelfModifyingTitans):
+            if rows is not None and getattr(block.mixer, "takes_rows", False):
                 here = here._replace(rows=rows)
             elif rows is not None:
                 layer = map_tensors(layer, partial(take_rows, rows=rows))

@@ -66,6 +66,8 @@ class SelfModifyingTitans(nn.Module):
     """
 
     has_constant_state = True
+    takes_rows = True
+    """Whether `StepContext.rows` may fork its state."""
 
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()

@@ -60,6 +60,28 @@ class StreamState:
     in_context: Any = None
     frozen: bool = False
 
+    @property
+    def num_streams(self) -> int:
+        """Streams of the batch."""
+        return iterate_tensors(self.layers)[0].shape[0]
+
+    def check_rows(self, rows: Tensor | None, count: int) -> None:
+        """Refuse a state whose streams are not those of the tokens: memories would read what belongs to others.
+
+        rows: the stream that each row of tokens goes on from; None: its own. count: rows of tokens.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        found, what = (
+            (self.num_streams, "streams of the state") if rows is None else (rows.numel(), "entries of `rows`")
+        )
+        if found != count or (rows is not None and rows.dim() != 1):
+            raise ValueError(
+                f"{count} rows of tokens and {found} {what}; give each row of tokens a stream, such as with rows=, "
+                "state.select(rows) or model.initial_state(batch_size)"
+            )
+
     def check_model(self, config: ModelConfig) -> None:
         """Refuse the state of another model.
 

@@ -52,6 +52,8 @@ def convolved_units(
     Raises:
         ConfigError: there is no working C compiler.
     """
+    expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    assert tail.shape == expected, f"a tail of shape {tuple(tail.shape)} for tokens that need {expected}"
     cpu_library.check_usable()
     tensors = (part.to(x.dtype).contiguous() for part in (x, weight, tail))
     query, key, value = _ConvolvedUnits.apply(  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ numbers (tested).
 Shapes: B batch, H heads, C tokens of a chunk, M memories that adapt, K head width, E hidden width.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -59,23 +60,20 @@ class TraceGradients(NamedTuple):
     decay: Float[Tensor, "B H C"]
 
 
-def has_closed_backward(rule: WriteRule) -> bool:
-    """Whether a rule has a hand-written backward: only what `WriteRule` names first may differ from its defaults."""
-    common = WriteRule(
-        rule.chunk,
-        rule.chunk_generators,
-        rule.adapt,
-        rule.rates,
-        targets=rule.targets,
-        targets_generators=rule.targets_generators,
-        erase=rule.erase,
-        erase_since=rule.erase_since,
-        erase_since_generators=rule.erase_since_generators,
-        read=rule.read,
-        rate_stretch=rule.rate_stretch,
-        rate_shares=rule.rate_shares,
-    )
-    return rule == common and rule.read != "border"
+_COMMON = (
+    *("chunk", "chunk_generators", "adapt", "rates", "rate_stretch", "rate_shares"),
+    *("targets", "targets_generators", "erase", "erase_since", "erase_since_generators", "read"),
+)
+_RARE = {field.name: field.default for field in fields(WriteRule) if field.name not in _COMMON}
+
+
+def has_closed_backward(rule: WriteRule, *, momentum: bool = False) -> bool:
+    """Whether a rule has a hand-written backward: rarer options have their defaults, and reads are not at borders.
+
+    momentum: it may have that as well, whose backward is written in C only.
+    """
+    rare = (name for name in _RARE if not (momentum and name == "momentum"))
+    return rule.read != "border" and all(getattr(rule, name) == _RARE[name] for name in rare)
 
 
 class _LayerGradients(NamedTuple):

@@ -8,8 +8,6 @@ Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidde
 """
 
 import ctypes
-import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,12 +82,11 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
 def missing(rule: WriteRule) -> str | None:
     """What of a rule the C library does not have; None when it has all."""
     if rule.momentum and (rule.erase != "none" or rule.read != "inclusive"):
         return "it has momentum with erase none and inclusive reads only, as in Titans"
-    if not has_closed_backward(replace(rule, momentum=False)):
+    if not has_closed_backward(rule, momentum=True):
         return "it has the rules without the rarer options only (see has_closed_backward in ops/memory_backward.py)"
     return None
 
@@ -137,6 +134,7 @@ def self_modify(
     return MemoryOutput(found[0], after, found[1], found[2])
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def finish(
     inputs: MemoryInputs,
     start: MemoryWeights,
@@ -157,7 +155,7 @@ def finish(
         ConfigError: there is no working C compiler.
         IndexError: a row that is not there.
     """
-    pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets)
+    pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets, rows)
     if rows is not None:
         check_rows(rows, state.current.inner.shape[0])
         rows = rows.to("cpu", torch.long).contiguous()
@@ -178,10 +176,17 @@ def _checked(
     rule: WriteRule,
     position: int,
     resets: Bool[Tensor, "B T"] | None,
+    rows: Int[Tensor, " B"] | None = None,
 ) -> tuple[tuple[Piece, ...], Tensor | None, tuple[Tensor | None, ...]]:
     """Pieces of a call, what each keeps of the rows before it, and the tensors as the library wants them."""
     assert unsupported(rule, inputs, start) is None
     check_momentum(rule, inputs, state)
+    batch = inputs.key.shape[0]
+    streams = state.current.inner.shape[0]
+    shapes = [part.shape for weights in state if weights is not None for part in weights]
+    expected = [(streams, *part.shape) for part in start] * (len(shapes) // 2)
+    assert shapes == expected, f"a state of shapes {shapes} for memories of shapes {expected}"
+    assert batch == (streams if rows is None else len(rows)), "the library reads a stream for each row of tokens"
     cpu_library.check_usable()
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
     pieces = cut(inputs.key.shape[1], position, rule)
