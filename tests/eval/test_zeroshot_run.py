@@ -19,6 +19,7 @@ from nested_lm.eval.zeroshot import tasks
 from nested_lm.eval.zeroshot.compare import compare, comparison_lines
 from nested_lm.eval.zeroshot.data_folder import (
     MANIFEST,
+    _hellaswag_cleaning,
     digest_of_documents,
     make_data_folder,
     read_manifest,
@@ -61,6 +62,9 @@ HELLASWAG = [
     }
 ]
 """As published: the harness makes query and choices of it."""
+
+LINES = "".join(json.dumps(row | {"idx": number}) + "\n" for number in range(99) for row in ROWS["boolq"])
+PACKED = gzip.compress(LINES.encode(), mtime=0)
 
 
 def write_rows(folder, rows=ROWS):
@@ -297,6 +301,18 @@ def test_a_model_without_a_memory_cannot_memorise(measure, tmp_path):
     assert results(tmp_path) == []
 
 
+def test_a_gain_is_of_a_document_and_in_its_nats_where_perplexity_counts(measure):
+    """WikiText, the one task whose documents have sizes, has no question and so no gain."""
+    result = load_result(measure(tasks=("wikitext", "lambada_openai"), memorize=(Memorize(passes=1),)))
+    plain, memorized = (arm.tasks[-1] for arm in result.metrics.arms)
+    assert [entry.task for entry in result.metrics.arms[1].tasks] == ["lambada_openai"]
+    saved = [before - after for before, after in zip(plain.values["nats"], memorized.values["nats"], strict=True)]
+    assert memorized.gain.value == pytest.approx(sum(saved) / len(saved))
+    assert any("perplexities in nats a document; !: its interval excludes zero" in line for line in measure.said)
+    measure(tasks=("lambada_openai",), name="plain")
+    assert not any("nats a document" in line for line in measure.said)
+
+
 class TestComparison:
     @pytest.fixture
     def two(self, measure):
@@ -358,14 +374,42 @@ class TestDataFolder:
     def test_what_is_wrong_is_named_and_leaves_the_folder_as_it_was(self, folder, tmp_path):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         short = write_rows(tmp_path / "short", {"piqa": [{"goal": "a", "sol1": "b", "label": 0}], "boolq": []})
+        write_rows(short, {"hellaswag": [{"ctx_a": "a", "ctx_b": "b", "activity_label": "c", "label": "0"}]})
         for names, message in (
+            (("hellaswag",), r"hellaswag\.jsonl, document 0 of task hellaswag has no field 'endings'"),
             (("piqa",), r"piqa\.jsonl, document 0 of task piqa has no field 'sol2'"),
             (("boolq",), "no document for task boolq"),
-            (("hellaswag",), r"has no file for task hellaswag; looked for hellaswag\.jsonl\.gz"),
+            (("openbookqa",), r"has no file for task openbookqa; looked for openbookqa\.jsonl\.gz"),
         ):
             with pytest.raises(DataError, match=message):
                 make_data_folder(folder, names, source=short, report=lambda line: None)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("boolq.jsonl.gz", PACKED[:-20], "cannot be read: Compressed file ended.*\n  See that.* fetch it again"),
+            ("boolq.jsonl.gz", PACKED[:10] + b"\xff" * 20, "cannot be read: Error -3 .*\n  See that"),
+            ("boolq.json", b'{"data": [{"label": 1}]}', "found an object with the fields 'data' instead of a list"),
+            ("boolq.json", b"7", "found int 7 instead of a list of documents\n  Write .* a line into a .jsonl file"),
+            ("boolq.json", b'["the navy"]', "document 0: found str 'the navy'; a document is an object"),
+            ("boolq.jsonl", b"[1, 2]\n", "document 0: found list .1, 2.; a document is an object"),
+        ],
+        ids=["cut", "garbled", "object", "number", "string", "list"],
+    )
+    def test_a_damaged_file_and_one_of_another_form_are_named(self, name, content, message, tmp_path):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}.* ?{message}"):
+            make_data_folder(tmp_path / "data", ("boolq",), source=tmp_path, report=print)
+        assert not (tmp_path / "data").exists()
+
+    def test_published_hellaswag_needs_the_release_of_the_harness_that_scores_it(self, monkeypatch, tmp_path):
+        _hellaswag_cleaning.cache_clear()
+        monkeypatch.setattr("nested_lm.eval.zeroshot.harness.importlib.metadata.version", lambda name: "0.4.99")
+        with pytest.raises(ConfigError, match=r"lm-eval 0\.4\.99 is installed"):
+            make_data_folder(
+                tmp_path / "data", ("hellaswag",), source=write_rows(tmp_path, {"hellaswag": HELLASWAG}), report=print
+            )
 
     def test_a_missing_task_and_a_damaged_manifest_are_named(self, folder):
         with pytest.raises(DataError, match=r"holds no documents for hellaswag; it has wikitext(?s:.*)zeroshot-data"):

@@ -9,7 +9,7 @@ from nested_lm.eval.zeroshot.memorize import MemorizedStarts, check_memorize, le
 from nested_lm.eval.zeroshot.sequences import Likelihood, ModelScorer, Scored, split
 from nested_lm.eval.zeroshot.settings import Memorize, parse_memorize
 from nested_lm.nn.state import iterate_tensors
-from tests.streaming.models import PARTS, build, overflowing
+from tests.streaming.models import PARTS, build, overflowing, tokens
 
 TOLERANCE = 1e-10  # float64; forks and batches change rounding only
 PROMISED = 1e-6  # float32 sums of a few tokens, in nats
@@ -87,12 +87,14 @@ def test_order_of_documents_changes_no_bit(name, documents):
 
 
 def test_nothing_is_read_twice(documents):
-    read = []
-    scorer = ModelScorer(build("hope"), batch_rows=4, on_tokens=read.append)
+    reported, given = [], []
+    scorer = ModelScorer(build("hope"), batch_rows=4, on_tokens=reported.append)
+    scorer.model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].numel()))
     scorer.score(documents)
     assert all(tail.tokens.size for entry in documents for tail in split(0, entry).tails)
-    padding = sum(read) - scorer.planned_tokens(documents)
-    assert 0 <= padding < 0.3 * sum(read)
+    assert sum(reported) == scorer.planned_tokens(documents)
+    padding = sum(given) - sum(reported)
+    assert 0 < padding < 0.3 * sum(given)
     everything = ModelScorer(scorer.model, batch_rows=4, shared=False).planned_tokens(documents)
     assert everything == sum(len(sequence.tokens) - 1 for entry in documents for sequence in entry)
     assert everything > 1.4 * scorer.planned_tokens(documents)
@@ -210,6 +212,43 @@ class TestMemorize:
             assert torch.equal(found.memory.current.inner, start.memory.current.inner)
         starts = MemorizedStarts(model, documents, Memorize(levels=("level1",)), BOUNDARY)
         ModelScorer(model, batch_rows=4, starts=starts).score(documents)
+
+    @pytest.mark.parametrize(
+        ("name", "number"),  # texts of one period of the fastest level, of three and of four
+        [("hope_in_context", 4), ("hope_in_context", 6), ("attention_in_context", 6), ("attention_in_context", 2)],
+    )
+    def test_chosen_levels_keep_their_clock(self, name, number, documents):
+        model = build(name)
+        names = level_names(model)
+        following = torch.cat([torch.zeros(1, 1, dtype=torch.long), tokens(1, 25)], dim=1)
+
+        def starts(levels):
+            return MemorizedStarts(model, documents, Memorize(levels=levels), BOUNDARY).states([number])
+
+        @torch.no_grad()
+        def read(state, *cuts):
+            """Logits after a memorised text, read up to each cut by itself."""
+            logits = []
+            for part in following.tensor_split(cuts, dim=1):
+                output = model(part, state=state)
+                state = output.state
+                logits.append(output.logits)
+            return torch.cat(logits, dim=1)
+
+        everything = starts(names)
+        torch.testing.assert_close(read(everything), read(starts(None)), rtol=0, atol=TOLERANCE)
+        for state in (everything, starts(names[-1:])):
+            whole = read(state)
+            for cut in range(1, following.shape[1]):
+                torch.testing.assert_close(read(state, cut), whole, rtol=0, atol=TOLERANCE)
+
+    def test_chosen_levels_give_the_same_scores_without_sharing(self, documents):
+        model = build("hope_in_context")
+        starts = MemorizedStarts(model, documents, Memorize(levels=("level0", "level1")), BOUNDARY)
+        shared, unshared = (
+            ModelScorer(model, batch_rows=4, shared=shared, starts=starts).score(documents) for shared in (True, False)
+        )
+        assert_equal(shared, unshared)
 
     @pytest.mark.parametrize(
         ("name", "text", "message"),

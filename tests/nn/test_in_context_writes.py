@@ -90,6 +90,19 @@ class TestPositionsAsValues:
             expected = learned(32, [(token, token + 1) for token in range(border)])
             torch.testing.assert_close(level.distance[0].inner[0], expected)
 
+    def test_a_border_whose_write_is_done_counts_the_period_before_it(self):
+        ids, read = torch.arange(31)[None], toy(self.PERIODS, 32)
+        for border in (2, 4, 6, 8, 12):
+            state = read(ids[:, :border]).state
+            written = read(ids[:, border : border + 1], state=state).state.in_context
+            done = replace(state, in_context=written._replace(border=(), window=written.window[:, :0]))
+            for cut in range(border + 1, 31):
+                first = read(ids[:, border:cut], state=done).state
+                levels = read(ids[:, cut:], state=first).state.in_context.levels
+                for level, last in zip(levels, (30, 30, 24), strict=True):
+                    expected = learned(32, [(token, token + 1) for token in range(last)])
+                    torch.testing.assert_close(level.distance[0].inner[0], expected)
+
     def test_a_prediction_across_a_document_start_does_not_count(self):
         ids, resets = torch.arange(31)[None], torch.zeros(1, 31, dtype=torch.bool)
         resets[0, 8] = True

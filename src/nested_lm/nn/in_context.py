@@ -56,7 +56,8 @@ class InContextState(NamedTuple):
 
     levels: those that write, fastest first.
     border: the blocks' states where the running segment began.
-    window: its tokens so far; a full one waits for the next token, the target of its last prediction.
+    window: its tokens so far; a full one waits for the next token, the target of its last prediction. An empty one has
+        nothing to wait with: the stream stands at its start, or where `border` is and all before it was written.
     starts: rows in which a document starts at its first token.
     segments: segments of the row's document that have been written.
     """
@@ -233,7 +234,7 @@ class _Reading:
         rows = memory.window.shape[0]
         # Without a second document every row has the same age, which needs no look at the device.
         is_uniform = not restarts and not state.packed
-        self.ages = [max(0, state.position - 1) // writer.period] * rows if is_uniform else memory.segments.tolist()
+        self.ages = [self.border.position // writer.period] * rows if is_uniform else memory.segments.tolist()
         self.may_start = state.packed  # whether `starts` may be true somewhere, known without a look at the device
         self.kept: _Pass | None = None
         self.outputs: list[ModelOutput] = []

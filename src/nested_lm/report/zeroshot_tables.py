@@ -137,7 +137,7 @@ def _memorized(labels: Sequence[str], found: Sequence[ZeroShotMetrics], columns:
                 first = TASKS[name].printed[0] == metric
                 detail = f"plain {_number(metric, plain.metrics[metric].value)}"
                 if first and memorized.gain is not None:
-                    unit = "" if metric in _ACCURACIES else " nats"
+                    unit = "" if metric in _ACCURACIES else " nats a document"
                     detail += f"; gain {memorized.gain.value:+.3f}{unit}, {_span(memorized.gain, signed=True)}"
                 cells.append(Cell(_number(metric, memorized.metrics[metric].value), detail))
             if any_here:

@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from pydantic import ValidationError
 from nested_lm.config.section import Count, Section
 from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import DataError, pip_install
+from nested_lm.eval.zeroshot.harness import require_harness
 from nested_lm.eval.zeroshot.tasks import TASKS, ZeroShotTask
 
 MANIFEST = "MANIFEST.json"
 _SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet", ".json")
+_PUBLISHED_HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 _AGAIN = "Make the folder again with `nested-lm eval zeroshot-data`."
 
 
@@ -48,7 +52,8 @@ def make_data_folder(
     Returns: the manifest.
 
     Raises:
-        DataError: a file is missing or lacks fields, or the hub cannot be reached; that task's old file stays.
+        DataError: a file is missing, damaged or lacks fields, or the hub cannot be reached; that task's old file stays.
+        ConfigError: HellaSwag as published needs the harness, which is missing or another release.
     """
     path = output / MANIFEST
     entries = dict(read_manifest(output).tasks) if path.exists() else {}
@@ -172,42 +177,88 @@ def _from_files(task: ZeroShotTask, folder: Path) -> tuple[Iterator[dict[str, An
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+    """Rows of a file.
 
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            yield from json.loads(path.read_text(encoding="utf-8"))
-        else:
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8") as file:
-                yield from map(json.loads, file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    Raises:
+        DataError: it cannot be read to its end, or holds something else than rows.
+    """
+    try:
+        for index, row in enumerate(_parse(path)):
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path}, document {index}: found {_describe(row)}; a document is an object with its fields by name"
+                )
+            yield row
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}\n  See that it may be read and is of the format its name ends in; "
+            "fetch it again where it is cut short or damaged."
+        ) from error
+
+
+def _parse(path: Path) -> Iterator[Any]:
+    """What a file holds a row, whatever that is."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    elif path.suffix == ".json":
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise DataError(
+                f"{path}: found {_describe(found)} instead of a list of documents\n"
+                "  Write [{...}, {...}], or one document a line into a .jsonl file."
+            )
+        yield from found
+    else:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object with the fields {', '.join(map(repr, value)) or 'none'}"
+    return f"{type(value).__name__} {value!r:.60}"
 
 
 def _canonical(task: ZeroShotTask, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a document that its task uses. HellaSwag's are what the harness makes of the published ones."""
-    if task.name == "hellaswag":
-        row = _hellaswag(row)
-    missing = [field for field in task.fields if field not in row]
+    """The fields of a document that its task uses. HellaSwag's are what the harness makes of the published ones.
+
+    Raises:
+        DataError: a field is missing.
+        ConfigError: HellaSwag as published needs the harness, which is missing or another release.
+    """
+    if task.name == "hellaswag" and "gold" in row:
+        row = row | {"label": str(row["gold"])}
+    is_published = task.name == "hellaswag" and "ctx_a" in row
+    missing = [field for field in (_PUBLISHED_HELLASWAG if is_published else task.fields) if field not in row]
     if missing:
         raise DataError(f"{where} of task {task.name} has no field {missing[0]!r}; fields: {', '.join(row)}")
+    if is_published:
+        row = _hellaswag(row)
     return {field: row[field] for field in task.fields}
 
 
 def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
-    """Query, choices and label, whether they are there already or have to be made from the published fields."""
-    if "ctx_a" in row:
-        from lm_eval.tasks.hellaswag.utils import preprocess
+    """Query, choices and label, made of the published fields."""
+    clean = _hellaswag_cleaning()
+    context = row["ctx_a"] + " " + row["ctx_b"].capitalize()
+    return {
+        "query": clean(row["activity_label"] + ": " + context),
+        "choices": [clean(ending) for ending in row["endings"]],
+        "label": str(row["label"]),
+    }
 
-        context = row["ctx_a"] + " " + row["ctx_b"].capitalize()
-        query = preprocess(row["activity_label"] + ": " + context)
-        return {
-            "query": query,
-            "choices": [preprocess(ending) for ending in row["endings"]],
-            "label": str(row["label"]),
-        }
-    return row | {"label": str(row["gold"])} if "gold" in row else row
+
+@cache
+def _hellaswag_cleaning() -> Callable[[str], str]:
+    """The harness's cleaning of texts. Kept, because to ask for the release takes longer than to clean a document.
+
+    Raises:
+        ConfigError: the harness is missing or another release.
+    """
+    require_harness()
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    return preprocess

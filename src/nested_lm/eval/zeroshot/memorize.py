@@ -144,15 +144,14 @@ class MemorizedStarts:
         layers = keep_memories(fresh.layers, state.layers, set(levels), model)
         if model.writer is None:
             return replace(state, layers=layers)
-        # The last segment's write waits for a token after it: read one, and take nothing but the written levels.
+        # The last segment's write waits for a token after it: read one, and take nothing but what was written and when.
         start = torch.full((rows, 1), self.boundary[0], device=next(model.parameters()).device)
-        written = model(start, state=state).state.in_context.levels
+        written = model(start, state=state).state.in_context
         kept = tuple(
             after if f"level{level.level}" in levels else before
-            for level, before, after in zip(model.writer.levels, fresh.in_context.levels, written, strict=True)
+            for level, before, after in zip(model.writer.levels, fresh.in_context.levels, written.levels, strict=True)
         )
-        memory = state.in_context
-        memory = memory._replace(levels=kept, border=layers, window=memory.window[:, :0])
+        memory = written._replace(levels=kept, border=layers, window=written.window[:, :0])
         return replace(state, layers=layers, in_context=memory)
 
 

@@ -54,8 +54,8 @@ class TaskScores(Section):
 
     printed: metrics of the papers' tables, first the one that counts. cut: documents too long to be read whole.
     standard_errors: as the harness computes them; null where it has no formula. values: of each document.
-    gain: of memorising, paired by document: the first printed metric minus that of the plain score; in nats a token
-    less for perplexities; null for the plain score.
+    gain: of memorising, paired by document: the first printed metric minus that of the plain score; for perplexities,
+    by how many nats a document has fewer; null for the plain score.
     """
 
     task: str

@@ -163,7 +163,7 @@ class ModelScorer:
     model: in evaluation mode. batch_rows: streams side by side. shared: False reads every sequence from the start, by
         itself: the slow way, which gives the same numbers.
     starts: where documents start; None: fresh states, which documents that begin alike can share. on_tokens: is told
-        how many tokens have been read.
+        how many tokens have been read; those that tails are padded with are none.
     """
 
     def __init__(
@@ -255,15 +255,23 @@ class ModelScorer:
                 last_only = first >= end - 1
                 final = end == stems.shape[1] and not any(piece.tails for piece in batch)
                 state, found = self._read(part, state, wanted, last_only=last_only, final=final)
+                self._report(part.size)
                 yield from found
                 begin = end
-            for rows, tails, wanted in self._tail_calls(batch, units):
-                yield from self._read(tails, state, wanted, rows=torch.tensor(rows), final=True)[1]
+            for forks, tails, wanted in self._tail_calls(batch, units):
+                rows = torch.tensor([row for row, _ in forks])
+                found = self._read(tails, state, wanted, rows=rows, final=True)[1]
+                self._report(sum(len(tail.tokens) for _, tail in forks))
+                yield from found
+
+    def _report(self, tokens: int) -> None:
+        if self.on_tokens is not None:
+            self.on_tokens(tokens)
 
     def _tail_calls(
         self, batch: list[Split], units: Sequence[_Unit]
-    ) -> Iterator[tuple[list[int], Int[np.ndarray, "B T"], _Wanted]]:
-        """Forks of a batch's states, longest tails first: the row each comes from, padded tails, what to predict."""
+    ) -> Iterator[tuple[list[tuple[int, Tail]], Int[np.ndarray, "B T"], _Wanted]]:
+        """Forks of a batch's states, longest tails first: each one's row and tail, padded tails, what to predict."""
         forks = [(row, tail) for row, piece in enumerate(batch) for tail in piece.tails]
         forks.sort(key=lambda fork: -len(fork[1].tokens))  # stable: equal ones stay in the order of the batch
         begin = 0
@@ -280,7 +288,7 @@ class ModelScorer:
                 unit = units[batch[row].number]
                 for index in tail.sequences:
                     _want(wanted, place, unit.sequences[index], unit.owners[index], len(batch[row].stem), None)
-            yield [row for row, _ in part], tails, wanted
+            yield part, tails, wanted
 
     def _read(
         self,
@@ -296,8 +304,6 @@ class ModelScorer:
         device = next(self.model.parameters()).device
         given = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
         output = self.model(given, state=state, predictions="last" if last_only else "all", final=final, rows=rows)
-        if self.on_tokens is not None:
-            self.on_tokens(tokens.size)
         if not wanted.row:
             return output.state, []
         column = torch.zeros(len(wanted.row), dtype=torch.long) if last_only else torch.tensor(wanted.column)

@@ -140,14 +140,13 @@ def _gold(task: "Task", document: Any) -> Any:
 
 
 def paired_gain(name: str, plain: TaskScores, values: dict[str, tuple[float, ...]], bootstrap: Bootstrap) -> Interval:
-    """What `values` are better than the plain score by, paired by document."""
+    """What `values` are better than the plain score by, paired by document: in nats a document for perplexities."""
     metric = TASKS[name].printed[0]
     if metric in ("acc", "acc_norm"):
         a, b = values[metric], plain.values[metric]
     else:
         a, b = plain.values["nats"], values["nats"]
-    sizes = np.array(values["bytes"]) if "bytes" in values else np.ones(len(a))
-    return bootstrap.paired(np.array(a), np.array(b), sizes)
+    return bootstrap.paired(np.array(a), np.array(b), np.ones(len(a)))
 
 
 def average_accuracy(scores: Sequence[TaskScores], bootstrap: Bootstrap) -> Interval | None:

@@ -87,8 +87,10 @@ def _paper_row(row: PaperRow, columns: Sequence[str]) -> list[str]:
 
 def _notes(result: ResultFile, metrics: ZeroShotMetrics) -> list[str]:
     sources = sorted({row.source for row in nearest_rows(result.identity.parameters)})
+    gain = "gain of memorising: accuracies in points, perplexities in nats a document; !: its interval excludes zero"
     return [
         f"accuracies in percent, n: by length of the answer; 0 shots, lm-eval {metrics.code.harness}",
+        *([gain] if len(metrics.arms) > 1 else []),
         "papers' rows as printed, without seeds or intervals, of other sizes, data and tokenizers: "
         + "; ".join(sources),
         *reading_notes(result),
