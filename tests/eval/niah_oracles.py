@@ -19,6 +19,7 @@ class OracleState:
     recent: tuple[tuple[int, ...], ...]
     frozen: bool = False
     grows: bool = False
+    position: int = 0
 
     def select(self, rows):
         chosen = rows.tolist()
@@ -32,11 +33,11 @@ class OracleState:
         return replace(self, frozen=True)
 
     def num_bytes(self):
-        return sum(len(row) if self.grows else 1 for row in self.memory) * 1024
+        return len(self.memory) * (self.position if self.grows else 1) * 1024
 
 
 class Oracle(nn.Module):
-    """Answers single needles. grows: its state does, a KiB a token, like a cache."""
+    """Answers single needles. grows: its state does, a KiB a token, like a cache, whether it writes or not."""
 
     has_fast_weights = True
 
@@ -51,7 +52,7 @@ class Oracle(nn.Module):
     def initial_state(self, rows):
         return OracleState(((),) * rows, ((),) * rows, grows=not self.has_constant_state)
 
-    def forward(self, tokens, *, state=None, predictions="all"):
+    def forward(self, tokens, *, state=None, predictions="all", final=False):
         state = state or self.initial_state(len(tokens))
         self.rows.append(len(tokens))
         memory, recent, logits = [], [], []
@@ -63,8 +64,9 @@ class Oracle(nn.Module):
             logits.append(torch.stack(found))
             recent.append((*last, *ids)[-RECENT:])
             memory.append(known if state.frozen else (*known, *ids))
-        after = replace(state, memory=tuple(memory), recent=tuple(recent))
-        return SimpleNamespace(logits=torch.stack(logits), state=after)
+        position = state.position + tokens.shape[1]
+        after = replace(state, memory=tuple(memory), recent=tuple(recent), position=position)
+        return SimpleNamespace(logits=torch.stack(logits), state=state if final else after)
 
     def predict(self, memory, recent):
         logits = torch.zeros(self.tokenizer.vocab_size)

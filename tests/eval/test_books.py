@@ -1,5 +1,6 @@
 """Loss by position in long books."""
 
+import json
 import math
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError
 from nested_lm.eval.books import evaluate_books, measure_books, open_books
 from nested_lm.eval.bootstrap import Bootstrap
+from nested_lm.eval.niah.stops import may_go_further
 from nested_lm.eval.results import load_result
+from nested_lm.eval.schema import ResultFile
 from nested_lm.nn.model import token_losses
 
 LENGTH = 300
@@ -75,6 +78,30 @@ def test_a_growing_state_stops_at_the_limit_and_keeps_what_was_read(make_model, 
     assert found.reached < 12_000
     assert found.stopped == f"after {found.reached:,} tokens: the states take 1 MiB, the limit is 1 MiB"
     assert found.positions[-1].last == found.reached - 1
+
+
+def test_a_result_that_stopped_is_kept_until_the_limit_is_raised(make_model, load, tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST).write_text("{}")
+    book, output = tmp_path / "long.txt", tmp_path / "books.json"
+    book.write_text("The union of these states shall keep its army. " * 1200)
+    loaded, lines = load(make_model("attention")), []
+    options = {"length": 12_000, "count": 1, "batch_rows": 1, "output": output, "report": lines.append}
+    evaluate_books(loaded, checkpoint, [book], max_state_mib=1, **options)
+    first = load_result(output)
+    assert (first.metrics.stopped is None, first.metrics.max_state_mib) == (False, 1)
+    evaluate_books(loaded, checkpoint, [book], max_state_mib=1, **options)
+    assert "kept" in lines[-1]
+    assert load_result(output) == first
+    # What was written before the limit was kept does not say that it was high enough.
+    document = first.model_dump(mode="json")
+    del document["metrics"]["max_state_mib"]
+    old = ResultFile.model_validate_json(json.dumps(document)).metrics
+    assert may_go_further(old, 1)
+    evaluate_books(loaded, checkpoint, [book], max_state_mib=64, **options)
+    assert load_result(output).metrics.reached == 12_000
+    assert not may_go_further(load_result(output).metrics, 128)
 
 
 def test_the_shipped_corpus_is_cut_into_stretches_none_twice(tokenizer, monkeypatch):

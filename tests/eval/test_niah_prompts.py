@@ -1,5 +1,6 @@
 """Prompts of needle tasks: exact lengths, exact depths, honest haystacks."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -86,6 +87,34 @@ def _others(made, needle, header, tokenizer):
     return [tokenizer.encode(f" One of the special magic {part}") for part in parts]
 
 
+def shortest_length(name, tokenizer, books):
+    """What the message says of sample 0; others have other needles."""
+    with pytest.raises(DataError) as refused:
+        sample(name, tokenizer, books, length=90)
+    return int(re.search(r"take ([\d,]+) tokens", str(refused.value))[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "count"),
+    [(name, " One of the special magic ", 4) for name in ("mk1", "mv", "mq")] + [("vt", "\nVAR ", 5)],
+)
+@pytest.mark.parametrize("spare", [60, 200])
+def test_a_length_that_holds_the_needles_holds_them_wherever_they_fall(name, begin, count, spare, tokenizer, books):
+    length = shortest_length(name, tokenizer, books) + spare
+    for number in range(30):
+        for prompt in sample(name, tokenizer, books, length=length, depths=(0.0, 1.0), number=number).prompts:
+            assert len(prompt.tokens) == length
+            assert tokenizer.decode(prompt.tokens).count(begin) == count
+            assert list(prompt.needles) == sorted(prompt.needles)
+
+
+def test_needles_that_fit_on_neither_side_of_the_asked_one_are_refused(tokenizer, books):
+    length = shortest_length("mk1", tokenizer, books) + 10
+    assert len(sample("mk1", tokenizer, books, length=length, depths=(0.0, 1.0)).prompts) == 2
+    with pytest.raises(DataError, match="no room for all needles of task mk1 on either side"):
+        sample("mk1", tokenizer, books, length=length, depths=(0.5,))
+
+
 @pytest.mark.parametrize("name", list(TASKS))
 def test_without_the_needles_no_answer_stands_in_the_text(name, tokenizer, books):
     for number in range(3):
@@ -151,6 +180,11 @@ def test_common_words_are_the_most_common_ones(tokenizer, books):
         assert {word for word, _ in counts.most_common(10)} == set(made.references)
         assert {counts[word] for word in made.references} == {often}
         assert counts.most_common(11)[10][1] == seldom
+
+
+def test_a_list_of_common_words_is_filled_whatever_its_last_words_are(tokenizer, books):
+    for length in range(6000, 6020):
+        assert len(sample("cwe", tokenizer, books, length=length, number=3).prompts[0].tokens) == length
 
 
 def test_coded_words_follow_the_dots_in_frequency(tokenizer, books):

@@ -12,6 +12,7 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm.eval.bootstrap import wilson
 from nested_lm.eval.niah.answers import string_match
+from nested_lm.eval.niah.lists import make_list_sample
 from nested_lm.eval.niah.metrics import NeedleLength
 from nested_lm.eval.niah.run import default_output, evaluate_plan, plan_niah
 from nested_lm.eval.niah.settings import GROUPS, parse_settings
@@ -93,7 +94,7 @@ def test_an_oracle_finds_every_needle_and_its_controls_say_why(measure, tokenize
             distances = [cell.distance for cell in scores.cells]
             assert distances == sorted(distances, reverse=True)
             assert len(scores.rows.sample) == 9
-            assert scores.tokens == 12 * entry.length
+            assert scores.tokens == 15 * entry.length  # three depths, no needle, and the middle depth unwritten
             assert scores.tokens_read < scores.tokens
     assert result.settings["haystacks"] == {"s1": "noise", "mk2": "needle"}
     assert result.identity.data_hash == "none"
@@ -132,6 +133,44 @@ def test_a_growing_state_runs_until_memory_ends_and_says_so(measure, tokenizer):
     assert long.stopped == "a state of 1,869 tokens: 4 MiB while it is copied, and the limit is 2 MiB (--max-state-mib)"
     assert longer.stopped == "not tried: the limit of 2 MiB (--max-state-mib) was reached at 2,000 tokens"
     assert not result.metrics.constant_state
+
+
+def test_controls_are_read_fewer_side_by_side_where_prompts_were(measure, tokenizer):
+    model = Oracle(tokenizer, grows=True)
+    result, _ = measure(model, lengths="500", max_state_mib=2, depths="0.5", samples=8, batch_rows=16)
+    (entry,) = result.metrics.tasks[0].lengths
+    assert entry.stopped is None
+    assert len(entry.scores.control_rows.unwritten_nats) == 8
+    assert entry.scores.controls.unwritten.exact.value == 0.0
+
+
+def test_a_result_that_stopped_is_measured_again_under_a_higher_limit_only(measure, tokenizer):
+    options = {"lengths": "500,2000", "depths": "0.5", "samples": 1}
+    stopped, _ = measure(Oracle(tokenizer, grows=True), max_state_mib=2, **options)
+    assert stopped.metrics.tasks[0].lengths[1].scores is None
+    for limit in (1, 2):
+        again, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=limit, **options)
+        assert again == stopped
+        assert "kept" in lines[-1]
+    whole, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=8, **options)
+    assert "stopped at a lower limit than 8 MiB" in lines[0]
+    assert whole.metrics.tasks[0].lengths[1].scores is not None
+    again, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=64, **options)
+    assert again == whole
+    assert "kept" in lines[-1]
+
+
+def test_a_sample_that_cannot_be_made_is_refused_before_anything_is_read(measure, tokenizer, monkeypatch):
+    def make(task, tokenizer, *, length, number, **others):
+        if (length, number) == (700, 2):
+            raise DataError("no room")
+        return make_list_sample(task, tokenizer, length=length, number=number, **others)
+
+    monkeypatch.setattr("nested_lm.eval.niah.suites.make_list_sample", make)
+    model = Blind(tokenizer)
+    with pytest.raises(DataError, match="no room"):
+        measure(model, tasks="fwe", lengths="700,900", batch_rows=2)
+    assert not model.rows
 
 
 @pytest.mark.parametrize("kind", ["self_modifying", "attention"])

@@ -48,7 +48,8 @@ def evaluate_books(
     output: Path,
     report: Callable[[str], None],
 ) -> Path:
-    """Measure and write the result file; one of the same checkpoint, books and task version is kept.
+    """Measure and write the result file; one of the same checkpoint, books and task version is kept, unless it stopped
+    at a lower limit for states.
 
     Args:
         files: books, whose first `length` tokens are read; none: `count` stretches of the shipped corpus.
@@ -83,7 +84,7 @@ def evaluate_books(
             report(found.stopped)
         return found
 
-    measurement = Measurement("books", VERSION, settings, measure)
+    measurement = Measurement("books", VERSION, settings, max_state_mib, measure)
     return measure_once(loaded, checkpoint, measurement, output=output, report=report)
 
 
@@ -162,6 +163,7 @@ def measure_books(
         length=books.shape[1],
         reached=reached,
         stopped=next((part.stopped for part in parts if part.stopped is not None), None),
+        max_state_mib=max_state_mib,
         constant_state=model.has_constant_state,
         carried=over_books,
         fresh=_mean(fresh, bootstrap),

@@ -4,6 +4,7 @@ Source: RULER (arXiv 2404.06654), common_words_extraction.py and freq_words_extr
 adjective-noun pairs at every length; the last entry is cut, or the gap filled with dots, so that lengths are exact.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,6 +27,8 @@ _CODED_LETTERS = 6
 _TOKENS_A_WORD = 50  # of the prompt, for each word of the coded vocabulary
 _FEWEST_WORDS = 8
 _DOTS = " ...."
+_FEWEST_LIST_TOKENS = 250
+"""Of coded text. Ranks are told apart from 53 words on, which fit where one takes less than five tokens on average."""
 
 
 class _Frame(NamedTuple):
@@ -120,7 +123,9 @@ def _common_words(task: Task, tokenizer: TextTokenizer, length: int, rng: np.ran
             raise _too_short(task, length, length - frame.room + tokens(entries(chosen, 0)))
         picked = entries(chosen, others)
         # Words that stand there once fill what is left; the last is cut.
-        picked += range(_NUM_COMMON + others, _NUM_COMMON + others + seldom)
+        spare = itertools.count(_NUM_COMMON + others)
+        while tokens(picked) < frame.room:
+            picked.append(next(spare))
         return frame.prompt([part for at, word in enumerate(picked) for part in (number(at), encoded[word])])
 
     references = tuple(words[:_NUM_COMMON])
@@ -154,9 +159,8 @@ def _frequent_words(task: Task, tokenizer: TextTokenizer, length: int, rng: np.r
         gap = frame.room - int((counts * lengths).sum())
         return frame.prompt([*(encoded[word] for word in picked), np.tile(encoded[0], gap // lengths[0] + 1)])
 
-    fewest = len(_DOTS) * _TOKENS_A_WORD
-    if frame.room < fewest:  # else ranks are not told apart
-        raise _too_short(task, length, length - frame.room + fewest)
+    if frame.room < _FEWEST_LIST_TOKENS:
+        raise _too_short(task, length, length - frame.room + _FEWEST_LIST_TOKENS)
     replaced = [coded[0], *spare, *coded[4:]]
     answer = np.array(tokenizer.encode("".join(f" {word}" for word in asked)))
     return Sample((prompt(coded),), prompt(replaced), None, frame.question, answer, tuple(asked))

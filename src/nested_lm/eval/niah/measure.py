@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,12 @@ class Batching:
     batch_rows: int
 
 
+_AnswerScore = tuple[float, bool, int]
+"""Of one answer: nats a token, exact, rank of its first token."""
+
+_Made = TypeVar("_Made")
+
+
 class Row(NamedTuple):
     """What became of one prompt of the full length. frozen: the same without writes after the text."""
 
@@ -56,7 +62,7 @@ class Row(NamedTuple):
     nats: float
     exact: bool
     rank: int
-    frozen: tuple[float, bool, int] | None
+    frozen: _AnswerScore | None
     output: str
 
 
@@ -67,13 +73,16 @@ class ControlRow(NamedTuple):
     """
 
     sample: int
-    only: tuple[float, bool, int] | None
-    reset: tuple[float, bool, int]
-    unwritten: tuple[float, bool, int] | None
+    only: _AnswerScore | None
+    reset: _AnswerScore
+    unwritten: _AnswerScore | None
 
 
 class Measured(NamedTuple):
-    """All rows of one task and length, samples ascending."""
+    """All rows of one task and length, samples ascending.
+
+    tokens: of all prompts, those of rows and those read without a write, which take `seconds` too.
+    """
 
     rows: list[Row]
     controls: list[ControlRow]
@@ -117,13 +126,14 @@ class _LengthMeasurement:
         rows: list[Row] = []
         controls: list[ControlRow] = []
         for entries in self._batches():
-            rows += self._read(entries)
-            controls += self._control(entries)
+            rows += self._side_by_side(self._score, entries)
+            controls += self._control([entry for entry in entries if not entry.has_needle])
+        unwritten = sum(row.unwritten is not None for row in controls)
         return Measured(
             sorted(rows, key=lambda row: (row.sample, not row.has_needle, row.depth or 0.0)),
             sorted(controls, key=lambda row: row.sample),
             self.state_bytes,
-            len(rows) * self.length,
+            (len(rows) + unwritten) * self.length,
             self.reader.tokens_read - read,
             time.perf_counter() - started,
         )
@@ -142,21 +152,17 @@ class _LengthMeasurement:
                 yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
         yield from waiting.values()
 
-    def _read(self, entries: Sequence[_Entry]) -> list[Row]:
-        """Score prompts, fewer at a time where memory ends."""
-        if len(entries) > self.batch_rows:
-            return self._halves(entries)
-        try:
-            return self._score(entries)
-        except OutOfRoomError:
-            if len(entries) == 1:
-                raise
-            self.batch_rows = len(entries) - len(entries) // 2
-            return self._halves(entries)
-
-    def _halves(self, entries: Sequence[_Entry]) -> list[Row]:
+    def _side_by_side(self, read: Callable[[Sequence[_Entry]], list[_Made]], entries: Sequence[_Entry]) -> list[_Made]:
+        """Read entries together, fewer at a time where memory ends. Returns what `read` makes of each."""
+        if len(entries) <= self.batch_rows:
+            try:
+                return read(entries)
+            except OutOfRoomError:
+                if len(entries) == 1:
+                    raise
+                self.batch_rows = len(entries) - len(entries) // 2
         middle = len(entries) - len(entries) // 2
-        return self._read(entries[:middle]) + self._read(entries[middle:])
+        return self._side_by_side(read, entries[:middle]) + self._side_by_side(read, entries[middle:])
 
     def _score(self, entries: Sequence[_Entry]) -> list[Row]:
         size = len(entries[0].sample.question)
@@ -173,7 +179,7 @@ class _LengthMeasurement:
             max_new_tokens=self.suite.max_new_tokens,
             settled=[functools.partial(self._settled, entry.sample) for entry in entries],
         )
-        frozen: list[tuple[float, bool, int]] | list[None] = [None] * len(entries)
+        frozen: list[_AnswerScore] | list[None] = [None] * len(entries)
         if self.reader.model.has_fast_weights:
             frozen = _each(force(self.reader, read_question(self.reader, state.freeze(), questions), answers))
         end = self.length - size
@@ -195,21 +201,20 @@ class _LengthMeasurement:
         return self.suite.settled(output, sample)
 
     def _control(self, entries: Sequence[_Entry]) -> list[ControlRow]:
-        """Ask each sample without its text, and after a text that wrote nothing."""
-        once = [entry for entry in entries if not entry.has_needle]
+        """Ask each sample without its text, and after a text that wrote nothing. entries: one a sample."""
         start = np.array([[self.tokenizer.start_of_text]])
         rows = []
-        for entry, unwritten in zip(once, self._unwritten(once), strict=True):
+        writes = self.reader.model.has_fast_weights
+        found = self._side_by_side(self._unwritten, entries) if writes else [None] * len(entries)
+        for entry, unwritten in zip(entries, found, strict=True):
             sample = entry.sample
             size = len(sample.question)
             only = None if sample.only is None else self._ask(sample.only[None, :-size], sample)
             rows.append(ControlRow(entry.number, only, self._ask(start, sample), unwritten))
         return rows
 
-    def _unwritten(self, entries: Sequence[_Entry]) -> Sequence[tuple[float, bool, int] | None]:
+    def _unwritten(self, entries: Sequence[_Entry]) -> list[_AnswerScore]:
         """Ask each sample at its middle depth, with writes frozen from the text's first token on."""
-        if not entries or not self.reader.model.has_fast_weights:
-            return [None] * len(entries)
         samples = [entry.sample for entry in entries]
         size = len(samples[0].question)
         prompts = [sample.prompts[len(sample.prompts) // 2].tokens[:-size] for sample in samples]
@@ -217,10 +222,10 @@ class _LengthMeasurement:
         questioned = read_question(self.reader, state, np.stack([sample.question for sample in samples]))
         return _each(force(self.reader, questioned, [sample.answer for sample in samples]))
 
-    def _ask(self, text: np.ndarray, sample: Sample) -> tuple[float, bool, int]:
+    def _ask(self, text: np.ndarray, sample: Sample) -> _AnswerScore:
         questioned = read_question(self.reader, self.reader.read(text), sample.question[None])
         return _each(force(self.reader, questioned, [sample.answer]))[0]
 
 
-def _each(forced: Forced) -> list[tuple[float, bool, int]]:
+def _each(forced: Forced) -> list[_AnswerScore]:
     return list(zip(forced.nats.tolist(), forced.exact.tolist(), forced.rank.tolist(), strict=True))

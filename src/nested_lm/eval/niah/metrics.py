@@ -94,7 +94,7 @@ class LengthScores(Section):
     rows: Rows
     control_rows: ControlRows
     state_bytes: Natural
-    tokens: Natural  # of all prompts
+    tokens: Natural  # of all prompts, those of `unwritten` included; older results leave these out
     tokens_read: Natural  # of texts; what several prompts share, once
     seconds: NonNegativeFloat
 
@@ -173,7 +173,7 @@ class BooksMetrics(Section):
     """Loss by position in long books. Intervals resample books.
 
     length: tokens of each book that were asked for. reached: that were read before the limit for states, or memory,
-    ended it; `stopped` says how.
+    ended it; `stopped` says how. max_state_mib: that limit; null: a result of before it was kept.
     perplexity: exp of the nats a token with carried state.
     """
 
@@ -182,6 +182,7 @@ class BooksMetrics(Section):
     length: Count
     reached: Count
     stopped: str | None
+    max_state_mib: Count | None = None
     constant_state: bool
     carried: Interval
     fresh: Interval
@@ -189,3 +190,7 @@ class BooksMetrics(Section):
     perplexity: Interval
     positions: Annotated[tuple[BookPosition, ...], Field(min_length=1)]
     tokens_per_s: NonNegativeFloat
+
+
+LongTextMetrics = NiahMetrics | BabilongMetrics | BooksMetrics
+"""What is measured within a limit for states."""

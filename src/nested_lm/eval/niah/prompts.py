@@ -193,12 +193,15 @@ class _Builder:
 class _Filling:
     """Takes a sample's text from its start, with the needles in it that have a place of their own.
 
-    placed: share of the plain text before each, and the needle. reserved: tokens of the needle put in by depth.
+    A needle stands behind the first sentence that reaches its place, or before it where the end of the text leaves no
+    more room. placed: share of the plain text before each, and the needle. reserved: tokens of the needle put in by
+    depth.
     """
 
     def __init__(self, builder: _Builder, placed: Placed, *, reserved: int = 0) -> None:
         self.builder = builder
-        # The same places with and without the asked needles, so that both texts agree up to the first of those.
+        # The same places with and without the asked needles, so that both texts agree up to the first of those, or up
+        # to where the end of the text moves a needle.
         plain = builder.room - sum(len(tokens) for tokens in (*builder.needles, *builder.others))
         self.waiting = sorted(((share * plain, unit) for share, unit in placed), key=lambda entry: entry[0])
         self.stream = iter(builder.units)
@@ -207,27 +210,37 @@ class _Filling:
         self.left = builder.room - reserved
 
     def take(self, count: int) -> list[Unit]:
-        """Units of exactly `count` tokens."""
+        """Units of exactly `count` tokens, and the needles that no later call has room for among them.
+
+        Raises:
+            DataError: those take more than `count` tokens: the needle put in by depth stands in the way.
+        """
         taken = []
         self.left -= count
+        owed = self._owed()
+        if owed > count:
+            raise DataError(
+                f"a prompt of {self.builder.length:,} tokens has no room for all needles of task {self.builder.name} "
+                "on either side of the one that is asked for\n  Use longer lengths, or depths nearer to 0 or 1."
+            )
         while count:
+            free = count - owed
             due = bool(self.waiting) and self.waiting[0][0] <= self.plain_tokens
-            unit = self.waiting[0][1] if due else self.next
-            if len(unit.tokens) > count:  # its start if it may be cut, else noise
-                unit = Unit((self.builder.noise if unit.whole else unit.tokens)[:count])
-                if not due and not self.next.whole:
-                    self.next = next(self.stream)
-                self.plain_tokens += count
-            elif due:
+            unit = self.waiting[0][1] if due or not free else self.next
+            if (due and len(unit.tokens) <= count) or not free:
                 del self.waiting[0]
+                owed = max(owed - len(unit.tokens), 0)
             else:
-                self.next = next(self.stream)
+                if not due and (len(unit.tokens) <= free or not unit.whole):
+                    self.next = next(self.stream)
+                if len(unit.tokens) > free:  # its start if it may be cut, else noise
+                    unit = Unit((self.builder.noise if unit.whole else unit.tokens)[:free])
                 self.plain_tokens += len(unit.tokens)
             taken.append(unit)
             count -= len(unit.tokens)
-        if not self.left and self.waiting:
-            raise DataError(
-                f"a prompt of {self.builder.length:,} tokens has no room for all needles of task "
-                f"{self.builder.name} at their depths\n  Use longer lengths."
-            )
         return taken
+
+    def _owed(self) -> int:
+        """Tokens of the first needles that must be taken now, so that the later ones find room in what is left."""
+        sizes = [len(unit.tokens) for _, unit in self.waiting]
+        return next(sum(sizes[:first]) for first in range(len(sizes) + 1) if sum(sizes[first:]) <= self.left)

@@ -13,16 +13,16 @@ from nested_lm.errors import ConfigError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.identity import device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.measure import Batching, Suite, measure_length
-from nested_lm.eval.niah.metrics import BabilongMetrics, NeedleLength, NeedleTask, NiahMetrics
+from nested_lm.eval.niah.metrics import BabilongMetrics, LongTextMetrics, NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
 from nested_lm.eval.niah.settings import NiahSettings
-from nested_lm.eval.niah.stops import first_stop, why_stopped
+from nested_lm.eval.niah.stops import first_stop, may_go_further, why_stopped
 from nested_lm.eval.niah.suites import ruler_suites
 from nested_lm.eval.niah.summary import effective_lengths, effective_words, summarise
 from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.progress import LengthProgress
 from nested_lm.eval.results import labelled, stored_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, Metrics, ResultFile
+from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
@@ -89,21 +89,24 @@ def evaluate_plan(
         DataError: a length without room, or a haystack that is too short: before anything is read.
         NumericsError: a score is not finite; nothing is written.
     """
-    for suite in plan.suites:
-        for length in {plan.lengths[0], plan.lengths[-1]}:
-            suite.make(length, 0)  # refuses at once what cannot be made
-    measurement = Measurement(plan.task, plan.version, plan.settings, lambda: _measure(loaded, plan, report))
+    measurement = Measurement(
+        plan.task, plan.version, plan.settings, plan.max_state_mib, lambda: _measure(loaded, plan, report)
+    )
     return measure_once(loaded, checkpoint, measurement, output=output, report=report)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What goes into one result file. task: its name. settings: what two results must share to be compared."""
+    """What goes into one result file. task: its name. settings: what two results must share to be compared.
+
+    max_state_mib: limit for states; no part of the settings, since it changes no number, but ends what is measured.
+    """
 
     task: str
     version: str
     settings: Mapping[str, Any]
-    measure: Callable[[], Metrics]
+    max_state_mib: int
+    measure: Callable[[], LongTextMetrics]
 
 
 def measure_once(
@@ -114,7 +117,8 @@ def measure_once(
     output: Path,
     report: Callable[[str], None],
 ) -> Path:
-    """Measure and write a result file; a result of the same checkpoint, settings and task version is kept.
+    """Measure and write a result file; a result of the same checkpoint, settings and task version is kept, unless it
+    stopped at a lower limit for states.
 
     Raises:
         ConfigError: the file there holds a result of another run.
@@ -128,9 +132,16 @@ def measure_once(
         "settings": dict(measurement.settings),
         "checkpoint": mark_checkpoint(checkpoint),
     }
-    if stored_result(output, fields, report) is not None:
-        report(f"kept: {output} is of this checkpoint and these settings already")
-        return output
+    old = stored_result(output, fields, report)
+    if old is not None:
+        assert isinstance(old.metrics, LongTextMetrics)
+        if not may_go_further(old.metrics, measurement.max_state_mib):
+            report(f"kept: {output} is of this checkpoint and these settings already")
+            return output
+        report(
+            f"measured again: {output} stopped at a lower limit than {measurement.max_state_mib:,} MiB, or an unknown "
+            "one, and will be replaced"
+        )
     try:
         metrics = measurement.measure()
     except NumericsError as error:
@@ -149,7 +160,16 @@ def measure_once(
     return output
 
 
+def _require_samples(plan: Plan) -> None:
+    """Refuse at once what cannot be made: room ends at the shortest length, the haystack at the longest."""
+    for suite in plan.suites:
+        for length in {plan.lengths[0], plan.lengths[-1]}:
+            for number in range(plan.batching.samples):
+                suite.make(length, number)
+
+
 def _measure(loaded: LoadedCheckpoint, plan: Plan, report: Callable[[str], None]) -> NiahMetrics | BabilongMetrics:
+    _require_samples(plan)
     unwritten = int(loaded.model.has_fast_weights)  # a row more of each sample
     rows = {suite.name: (suite.rows + unwritten) * plan.batching.samples for suite in plan.suites}
     progress = LengthProgress({(name, length): rows[name] * length for name in rows for length in plan.lengths}, report)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from nested_lm.eval.niah.metrics import NeedleLength
+from nested_lm.eval.niah.metrics import BooksMetrics, LongTextMetrics, NeedleLength
 
 LIMIT_WORDS = "the limit is"
 """Every message about states beyond `--max-state-mib` has these words, and no other does."""
@@ -31,3 +31,14 @@ def describe_stop(first: NeedleLength, max_state_mib: int) -> str:
     assert first.stopped is not None
     limited = LIMIT_WORDS in first.stopped
     return f"the limit of {max_state_mib:,} MiB (--max-state-mib) was reached" if limited else "memory ended"
+
+
+def may_go_further(metrics: LongTextMetrics, max_state_mib: int) -> bool:
+    """Whether a result stopped below `max_state_mib`, so that measuring again may reach more. A limit that the result
+    does not tell counts as below.
+    """
+    if isinstance(metrics, BooksMetrics):
+        stopped = metrics.stopped is not None
+    else:
+        stopped = any(first_stop(task.lengths) is not None for task in metrics.tasks)
+    return stopped and (metrics.max_state_mib is None or metrics.max_state_mib < max_state_mib)
