@@ -61,7 +61,7 @@ def test_a_figure_without_numbers_is_none(tmp_path):
 
 @pytest.mark.usefixtures("no_figures")
 def test_missing_matplotlib_names_the_extra():
-    with pytest.raises(ReportError, match=r"pip install 'nested-lm\[plot\]'"):
+    with pytest.raises(ReportError, match=r"pip install -c constraints.txt -e '.\[plot\]'"):
         require_matplotlib()
 
 
