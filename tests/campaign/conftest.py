@@ -14,6 +14,7 @@ import json, os, pathlib, signal, sys, time
 kind, *rest = sys.argv[1:]
 here = pathlib.Path.cwd()
 options = dict(item.split("=", 1) for item in rest if "=" in item)
+suite = rest.pop(0) if rest[0] in ("zeroshot", "niah", "babilong", "books", "continual") else None
 folder = pathlib.Path(options.get("output_dir", rest[0]))
 step = f"{kind} {folder.name}"
 with open("calls.txt", "a") as calls:
@@ -50,7 +51,10 @@ if kind == "train":
         (folder / "metrics.jsonl").write_text(json.dumps({"event": "done"}) + "\\n")
 if kind == "eval":
     (folder / "results").mkdir(exist_ok=True)
-    (folder / "results" / "x.json").write_text("{}")
+    usual = ("language_modelling", "passkey", "sampling") if suite is None else (suite,)
+    names = options["--tasks"].split(",") if suite == "continual" else usual
+    for name in names:
+        (folder / "results" / f"{name}.json").write_text("{}")
 if kind == "report":
     (folder / "report.html").write_text("<p>")
     (folder / "report.md").write_text("#")

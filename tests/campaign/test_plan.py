@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_lm.campaign.ledger import Ledger
-from nested_lm.campaign.plan import run_campaign
+from nested_lm.campaign.plan import run_campaign, state_of
 from nested_lm.campaign.steps import plan_steps
 from nested_lm.errors import CampaignError, ConfigError
 from nested_lm.report.manifest import read_manifest
@@ -146,6 +146,23 @@ def test_the_folder_describes_itself(prefix):
     assert manifest.data == ("text",)
 
 
+def test_settings_changed_and_changed_back_run_again(prefix):
+    run_campaign(campaign(), prefix=prefix)
+    ledger = Ledger(Path("out/ledger.jsonl"))
+    ledger.begin("transformer", "another")  # and then the campaign was killed
+    steps = plan_steps(campaign())
+    assert state_of(steps[2], steps, Ledger(ledger.path)) == (False, "settings changed, runs again")
+
+
+def test_a_step_is_begun_once_for_each_change_of_its_settings(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for fingerprint in ("a", "a", "b", "b", "a"):
+        ledger.begin("step", fingerprint)
+    assert len(ledger.path.read_text().splitlines()) == 3
+    again = Ledger(ledger.path)
+    assert (again.fingerprint("step"), again.last("step"), again.fingerprint("other")) == ("a", None, None)
+
+
 class TestStopped:
     """The campaign in a process of its own, stopped in the middle of a training."""
 
@@ -226,6 +243,22 @@ class TestStopped:
         run_campaign(campaign(), prefix=prefix, say=said.append)
         assert Path("signals.txt").read_text() == "SIGTERM\n"
         assert said[0].startswith(f"step transformer (process {orphan}) outlived")
+        assert calls() == ["train transformer", "eval hope", "eval transformer", "report out"]
+
+    def test_settings_changed_after_an_attempt_whose_end_nobody_recorded(self, start, prefix, calls):
+        behave(train_transformer="wait")
+        process = start()
+        orphan = self.pid_of_step()
+        process.kill()
+        process.wait()
+        os.kill(orphan, signal.SIGKILL)
+        behave()
+        calls()
+        said: list[str] = []
+        run_campaign(campaign(), prefix=prefix, dry_run=True, say=said.append)
+        assert "[3/6] transformer (after data): its end is unknown, continues" in said
+        run_campaign(campaign(seeds=(1, 2)), prefix=prefix)
+        assert list(Path("out").glob("transformer.old-*"))  # `train` would refuse a folder of other settings
         assert calls() == ["train transformer", "eval hope", "eval transformer", "report out"]
 
     def test_two_campaigns_in_one_folder_are_refused(self, start, prefix, calls):

@@ -149,7 +149,7 @@ class TestTasks:
         with pytest.raises(ConfigError, match=r"the 1 CPUs and 0\.5 GPUs"):
             tasks(gpus_per_step=0.5)
         monkeypatch.setitem(sys.modules, "ray", None)
-        with pytest.raises(ConfigError, match=r"(?s)needs ray, which is not installed.*nested-lm\[ray\]"):
+        with pytest.raises(ConfigError, match=r"(?s)needs ray, which is not installed.*\[ray\]"):
             tasks()
 
 

@@ -1,18 +1,25 @@
 """Steps side by side, shared by torchrun, as jobs of a scheduler; grids as steps; what a dry run says of cost."""
 
+import errno
 import json
+import os
 import shlex
 import signal
+import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nested_lm.campaign import ledger as ledger_module
 from nested_lm.campaign import runners
 from nested_lm.campaign.ledger import Ledger
 from nested_lm.campaign.lock import CampaignLock
 from nested_lm.campaign.plan import run_campaign
+from nested_lm.campaign.process import Child, end_all
 from nested_lm.campaign.slurm import JobQueue, StepJob
 from nested_lm.campaign.steps import PlannedStep, describe, plan_steps
 from nested_lm.config.campaign import CampaignConfig, Slurm, Speed
@@ -31,6 +38,18 @@ GRID = {
     "overrides": ["train=smoke"],
     "after": ["data"],
 }
+
+
+def nothing() -> None:
+    """Before a step starts."""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def with_runner(runner: dict[str, object], **changes: object) -> CampaignConfig:
@@ -63,6 +82,54 @@ class TestSideBySide:
             run_campaign(with_runner({"kind": "local", "parallel": 3}), prefix=prefix)
         assert "eval transformer" in calls()
 
+    def test_a_full_disk_ends_the_campaign_after_what_runs_has_saved(self, prefix, monkeypatch):
+        """The campaign cannot go on when it cannot record; nothing may train on behind its back."""
+        Path("behaviour.json").write_text(json.dumps({"train transformer": "wait"}))
+        real = ledger_module._drop_half_line
+
+        def full(path):
+            if Path("ready").exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(path)
+
+        monkeypatch.setattr(ledger_module, "_drop_half_line", full)
+        said: list[str] = []
+        with pytest.raises(CampaignError, match=r"(?s)ledger\.jsonl cannot be written: No space left.*Free some space"):
+            run_campaign(with_runner({"kind": "local", "parallel": 2}), prefix=prefix, say=said.append)
+        assert Path("signals.txt").read_text() == "SIGTERM\n"
+        assert not is_running(int(Path("ready").read_text()))
+        assert any("asking what runs to save and stop" in line and "transformer" in line for line in said)
+
+    def test_a_step_whose_start_cannot_be_noted_is_ended(self, prefix, monkeypatch):
+        Path("behaviour.json").write_text(json.dumps({"data text": "wait"}))
+
+        def full(self, step, pid):
+            while not Path("ready").exists():
+                time.sleep(0.02)
+            raise CampaignError("lock cannot be written")
+
+        monkeypatch.setattr(CampaignLock, "note_step", full)
+        with pytest.raises(CampaignError, match="lock cannot be written"):
+            run_campaign(campaign(), prefix=prefix)
+        assert Path("signals.txt").read_text() == "SIGTERM\n"
+
+
+def test_a_step_gets_the_same_signal_once_and_is_killed_when_it_does_not_end(tmp_path):
+    program = (
+        "import signal, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / 'got')!r}, 'a').write('x'))\n"
+        f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
+        "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(0.05)"
+    )
+    with CampaignLock(tmp_path, say=print) as lock:
+        child = Child([sys.executable, "-S", "-c", program], log=tmp_path / "log", inherit=lock.descriptor)
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        child.stop(signal.SIGTERM)
+        end_all([child], patience_s=0.5)
+        assert child.poll().exit_code == -signal.SIGKILL
+    assert (tmp_path / "got").read_text() == "x"
+
 
 class TestTorchrun:
     def test_trainings_alone_are_shared(self, prefix):
@@ -75,9 +142,34 @@ class TestTorchrun:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
         commands = [shlex.split(line) for line in said[1:12:2]]
         assert commands[1][: len(launcher)] == launcher
-        assert commands[1][len(launcher) :][: len(prefix) + 1] == [*prefix, "train"]
+        assert " ".join([*prefix, "train", "hope/demo"]) in " ".join(commands[1][len(launcher) :])
         assert [command[0] for command in commands] == [sys.executable] * 6
         assert "torch.distributed.run" not in [*commands[0], *commands[3], *commands[5]]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends them")
+    def test_processes_end_with_a_killed_agent(self, tmp_path):
+        program = (
+            "import os, sys, time\nname = os.environ['LOCAL_RANK']\n"
+            f"with open(os.path.join({str(tmp_path)!r}, name), 'w') as file: file.write(str(os.getpid()))\n"
+            "time.sleep(120)"
+        )
+        steps = campaign().model_dump(mode="json")["steps"][:2]
+        steps[1]["overrides"].append("train.strategy=fsdp2")
+        config = with_runner({"kind": "torchrun", "processes": 2}, steps=steps)
+        prefix = (sys.executable, "-S", "-c", program)
+        agent = subprocess.Popen(runners.command_of(plan_steps(config)[1], prefix, config))
+        files = [tmp_path / "0", tmp_path / "1"]
+        end = time.monotonic() + 60
+        while not all(file.exists() and file.read_text() for file in files):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        agent.kill()  # as a second Ctrl-C does
+        agent.wait()
+        pids = [int(file.read_text()) for file in files]
+        end = time.monotonic() + 10
+        while any(map(is_running, pids)):
+            assert time.monotonic() < end, [os.kill(pid, signal.SIGKILL) for pid in pids if is_running(pid)]
+            time.sleep(0.05)
 
     def test_copies_of_a_run_are_refused(self):
         with pytest.raises(ConfigError, match=r"(?s)starts 2 processes, but step 'hope' .*train\.strategy=fsdp2"):
@@ -101,19 +193,48 @@ class TestJobs:
     def test_a_job_runs_its_command_and_an_earlier_one_is_found_again(self, queue, tmp_path):
         command = [sys.executable, "-S", "-c", "print('hello'); raise SystemExit(3)"]
         first = queue()
-        assert self.outcome(first.start("train", "f1", command)).exit_code == 3
+        assert self.outcome(first.start("train", "f1", command, before=nothing)).exit_code == 3
         assert (tmp_path / "logs/train.log").read_text() == "hello\n"
         later = queue()  # the campaign was killed before the end reached its ledger
-        assert self.outcome(later.start("train", "f1", ["/no/such/program"])).exit_code == 3
+        assert self.outcome(later.start("train", "f1", ["/no/such/program"], before=nothing)).exit_code == 3
         later.forget("train")
         assert not (tmp_path / "jobs/train.json").exists()
+
+    def test_a_job_of_other_settings_has_ended_before_its_folder_is_touched(self, queue, tmp_path, monkeypatch):
+        seen: list[str] = []
+
+        class Handle:
+            """A job that ends at the second look after it was cancelled. submitit's local ones cannot be cancelled."""
+
+            job_id = "7"
+
+            def __init__(self, *_) -> None:
+                self.looks = 0
+
+            def cancel(self, check) -> None:
+                seen.append("cancelled")
+
+            def done(self) -> bool:
+                self.looks += 1
+                if self.looks == 2:
+                    seen.append("ended")
+                return self.looks >= 2
+
+        jobs = queue()
+        scheduler = SimpleNamespace(
+            job_class=Handle, update_parameters=lambda **_: None, submit=lambda _: seen.append("submitted") or Handle()
+        )
+        monkeypatch.setattr(jobs, "_executor", scheduler)
+        for fingerprint in ("f1", "f1", "f2"):
+            jobs.start("train", fingerprint, ["true"], before=lambda: seen.append("before"))
+        assert seen == ["before", "submitted", "cancelled", "ended", "before", "submitted"]  # the second f1 is found
 
     def test_a_campaign_killed_while_submitting_asks_for_a_look(self, queue, tmp_path):
         (tmp_path / "jobs").mkdir()
         record = {"job_id": None, "fingerprint": "f", "name": "train-f"}
         (tmp_path / "jobs/train.json").write_text(json.dumps(record))
         with pytest.raises(CampaignError, match=r"(?s)'train-f' may exist.*delete .*train\.json"):
-            queue().start("train", "f", ["true"])
+            queue().start("train", "f", ["true"], before=nothing)
 
     def test_a_campaign_runs_through_jobs(self, prefix, calls, monkeypatch, tmp_path):
         def local(config, folder, lock):
@@ -152,7 +273,7 @@ class TestJobs:
         with pytest.raises(ConfigError, match=r"(?s)cannot submit jobs from this machine.*runner=\{kind: local\}"):
             JobQueue(Slurm.model_validate(SLURM), tmp_path)
         monkeypatch.setitem(sys.modules, "submitit", None)
-        with pytest.raises(ConfigError, match=r"(?s)needs submitit.*nested-lm\[slurm\]"):
+        with pytest.raises(ConfigError, match=r"(?s)needs submitit.*\[slurm\]"):
             JobQueue(Slurm.model_validate(SLURM), tmp_path)
 
 
@@ -278,32 +399,6 @@ def test_suites_are_verbs_of_their_own_and_take_options(prefix):
     ):
         with pytest.raises(ValueError, match=message):
             with_runner({"kind": "local"}, steps=[*steps[:3], {**steps[3], **wrong}])
-
-
-@pytest.mark.parametrize(
-    ("suite", "options", "added", "outputs"),
-    [
-        ("niah", ["--tasks=s1"], (), "results/niah.json"),
-        ("niah", ["--label=long"], (), "results/niah_long.json"),
-        (
-            "zeroshot",
-            ["--label=memorize"],
-            ("--output=out/hope/results/zeroshot_memorize.json",),
-            "results/zeroshot_memorize.json",
-        ),
-        ("babilong", ["--tasks=qa1"], (), "results/babilong.json"),
-        ("books", ["--length=4k"], (), "results/books.json"),
-        ("zeroshot", ["--tasks=piqa"], ("--output=out/hope/results/zeroshot.json",), "results/zeroshot.json"),
-        ("zeroshot", ["--output=out/hope/results/piqa.json"], (), "results/*.json"),
-        ("continual", ["--tasks=facts"], (), "results/*.json"),
-    ],
-)
-def test_a_suite_leaves_its_result_where_the_report_looks(suite, options, added, outputs):
-    steps = campaign().model_dump(mode="json")["steps"]
-    steps[3] |= {"suite": suite, "options": options}
-    step = plan_steps(with_runner({"kind": "local"}, steps=steps))[3]
-    assert step.arguments == ("eval", suite, "out/hope", *options, *added)
-    assert (step.folder / step.outputs).as_posix() == f"out/hope/{outputs}"
 
 
 def with_variables(folder: str | None) -> CampaignConfig:

@@ -1,8 +1,9 @@
-"""What a campaign has done: one JSON line for each finished attempt of a step, never changed afterwards."""
+"""What a campaign has done: a JSON line for each finished attempt of a step and each first start with new settings."""
 
 import json
 import os
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_lm.errors import CampaignError
@@ -22,52 +23,100 @@ class Attempt:
     interrupted: bool  # the campaign was told to stop while the step ran
 
 
+@dataclass(frozen=True)
+class Begin:
+    """A step whose output is of these settings from now on, written before it starts."""
+
+    step: str
+    fingerprint: str
+    began: str
+
+
 class Ledger:
-    """Append-only list of attempts in a file. Use it only while the campaign's lock is held."""
+    """Append-only list of attempts in a file. Use it only while the campaign's lock is held.
+
+    Raises CampaignError when a line is damaged or the file cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.attempts = _read(path)
+        self.attempts: list[Attempt] = []
+        self._fingerprints: dict[str, str] = {}
+        try:
+            entries = _read(path)
+        except OSError as error:
+            raise CampaignError(
+                f"{path} cannot be read: {error.strerror or error}\n  Make it readable and start again."
+            ) from error
+        for entry in entries:
+            self._note(entry)
 
-    def append(self, attempt: Attempt) -> None:
-        """Write one line and wait until it is on disk."""
-        _drop_half_line(self.path)
-        line = json.dumps(asdict(attempt), sort_keys=True) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.attempts.append(attempt)
+    def append(self, entry: Attempt | Begin) -> None:
+        """Write one line and wait until it is on disk. Raises CampaignError when it cannot be written."""
+        line = json.dumps(asdict(entry), sort_keys=True) + "\n"
+        try:
+            _drop_half_line(self.path)
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CampaignError(
+                f"{self.path} cannot be written: {error.strerror or error}\n"
+                f"  What step {entry.step} did is not recorded. Free some space or make the file writable, and start "
+                "the campaign again: the step is looked at again, finished work inside it is kept."
+            ) from error
+        self._note(entry)
+
+    def begin(self, step: str, fingerprint: str) -> None:
+        """Record of which settings a step's output is from now on. Raises as `append`."""
+        if self.fingerprint(step) != fingerprint:
+            self.append(Begin(step, fingerprint, now()))
 
     def last(self, step: str) -> Attempt | None:
         """The newest attempt of a step, None when it was never finished."""
         return next((a for a in reversed(self.attempts) if a.step == step), None)
 
+    def fingerprint(self, step: str) -> str | None:
+        """Of the settings that a step was last started with, whether or not it ended; None: it never was."""
+        return self._fingerprints.get(step)
+
     def order_of_success(self, step: str) -> int | None:
-        """Line number of a step's newest attempt if that one succeeded, else None."""
+        """Position of a step's newest attempt among all attempts if that one succeeded, else None."""
         for index in range(len(self.attempts) - 1, -1, -1):
             if self.attempts[index].step == step:
                 return index if self.attempts[index].exit_code == 0 else None
         return None
 
+    def _note(self, entry: Attempt | Begin) -> None:
+        self._fingerprints[entry.step] = entry.fingerprint
+        if isinstance(entry, Attempt):
+            self.attempts.append(entry)
 
-def _read(path: Path) -> list[Attempt]:
-    """All attempts. A last line without its newline was cut off while it was written: it does not count."""
+
+def now() -> str:
+    """The time as the ledger writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read(path: Path) -> list[Attempt | Begin]:
+    """All entries. A last line without its newline was cut off while it was written: it does not count."""
     if not path.exists():
         return []
-    attempts = []
+    entries: list[Attempt | Begin] = []
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            attempts.append(Attempt(**{**fields, "command": tuple(fields["command"])}))
+            is_begin = "began" in fields
+            entries.append(Begin(**fields) if is_begin else Attempt(**{**fields, "command": tuple(fields["command"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise CampaignError(
                 f"{path} line {number} is not a ledger entry ({error})\n"
                 "  Every line is written by `nested-lm campaign`; the file was edited or damaged.\n"
                 "  Delete that line: at worst its step is looked at again, finished work inside it is kept."
             ) from error
-    return attempts
+    return entries
 
 
 def _drop_half_line(path: Path) -> None:

@@ -4,12 +4,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from nested_lm.campaign.cost import estimate
-from nested_lm.campaign.ledger import Attempt, Ledger
+from nested_lm.campaign.ledger import Attempt, Ledger, now
 from nested_lm.campaign.lock import CampaignLock
 from nested_lm.campaign.process import Outcome, Running, SignalRelay
 from nested_lm.campaign.runners import Runner, command_of, open_runner
@@ -58,7 +57,7 @@ def run_campaign(
     if dry_run:
         _describe(config, steps, Ledger(folder / "ledger.jsonl"), prefix, say)
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     with CampaignLock(folder, say=say) as lock, SignalRelay(say) as relay:
         write_manifest(folder, describe(config, steps))
         _say_left_out(config, say)
@@ -66,6 +65,9 @@ def run_campaign(
         campaign = _Campaign(config, steps, prefix=prefix, runner=runner, relay=relay, say=say)
         try:
             campaign.run()
+        except BaseException:
+            campaign.give_up()
+            raise
         finally:
             runner.close()
     if relay.received is not None:
@@ -86,12 +88,12 @@ def state_of(step: PlannedStep, steps: Sequence[PlannedStep], ledger: Ledger) ->
     """Say whether a step is done: it succeeded with these settings, after all it needs, and left output."""
     last = ledger.last(step.id)
     if last is None:
-        return State(False, "not run yet")
+        return State(False, "not run yet" if ledger.fingerprint(step.id) is None else "its end is unknown, continues")
     if last.interrupted:
         return State(False, "interrupted, continues")
     if last.exit_code != 0:
         return State(False, f"failed before, exit code {last.exit_code}")
-    if last.fingerprint != step.fingerprint:
+    if last.fingerprint != step.fingerprint or ledger.fingerprint(step.id) != step.fingerprint:
         return State(False, "settings changed, runs again")
     if not step.has_output():
         return State(False, f"its output in {step.folder} is missing or not finished, continues")
@@ -171,11 +173,15 @@ class _Campaign:
             return
         command = command_of(step, self._prefix, self._config)
         self._say(f"{label}: {state.reason}\n  {shlex.join(command)}")
-        _set_aside(step, self._ledger, self._say)
-        started = _now()
-        running = self._runner.start(step, command)
+        started = now()
+        running = self._runner.start(step, command, before=lambda: self._prepare(step))
         self._running[step.id] = _Started(step, command, started, running)
         self._relay.attach(running)
+
+    def _prepare(self, step: PlannedStep) -> None:
+        """Make room for the output of a step. The ledger has its settings before the step can write anything."""
+        _set_aside(step, self._ledger, self._say)
+        self._ledger.begin(step.id, step.fingerprint)
 
     def _record(self, started: "_Started", outcome: Outcome) -> None:
         step = started.step
@@ -185,7 +191,7 @@ class _Campaign:
                 command=started.command,
                 fingerprint=step.fingerprint,
                 started=started.at,
-                ended=_now(),
+                ended=now(),
                 exit_code=outcome.exit_code,
                 seconds=round(outcome.seconds, 3),
                 interrupted=self._relay.received is not None,
@@ -199,6 +205,13 @@ class _Campaign:
         elif not step.has_output():
             self.failed[step.id] = f"stopped before its end: no finished output in {step.folder}"
         self._say(f"{self._labels[step.id]}: {self.failed.get(step.id) or f'done in {_duration(outcome.seconds)}'}")
+
+    def give_up(self) -> None:
+        """Say what happens to the steps that run when the campaign itself cannot go on."""
+        if self._runner.outlives:
+            self._leave()
+        elif self._running:
+            self._say(f"the campaign cannot go on; asking what runs to save and stop: {', '.join(self._running)}")
 
     def _leave(self) -> None:
         """Let jobs of a cluster go on: the next call of the campaign waits for them."""
@@ -214,18 +227,36 @@ class _Started(NamedTuple):
 
 
 def _set_aside(step: PlannedStep, ledger: Ledger, say: Callable[[str], None]) -> None:
-    """Rename the output of a step whose settings changed: the stages refuse to mix two configurations in a folder."""
-    last = ledger.last(step.id)
-    if step.kind not in ("data", "train") or last is None or last.fingerprint == step.fingerprint:
+    """Rename the output of a step whose settings changed: the stages refuse to mix two configurations in a folder.
+
+    Raises CampaignError when it cannot be renamed.
+    """
+    fingerprint = ledger.fingerprint(step.id)
+    if step.kind not in ("data", "train") or fingerprint is None or fingerprint == step.fingerprint:
         return
     if step.folder.exists():
-        aside = step.folder.with_name(f"{step.folder.name}.old-{last.fingerprint[:8]}")
+        aside = step.folder.with_name(f"{step.folder.name}.old-{fingerprint[:8]}")
         number = 1
         while aside.exists():
             number += 1
-            aside = aside.with_name(f"{step.folder.name}.old-{last.fingerprint[:8]}-{number}")
-        step.folder.rename(aside)
+            aside = aside.with_name(f"{step.folder.name}.old-{fingerprint[:8]}-{number}")
+        try:
+            step.folder.rename(aside)
+        except OSError as error:
+            raise CampaignError(
+                f"{step.folder} holds output of step {step.id} with other settings and cannot be renamed to "
+                f"{aside.name}: {error.strerror or error}\n  Move or delete it, and start again."
+            ) from error
         say(f"  its earlier output, of other settings, is now {aside}; delete it when you no longer need it")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CampaignError(
+            f"output_dir {folder} cannot be made: {error.strerror or error}\n  Choose a folder this user may write to."
+        ) from error
 
 
 def _describe(
@@ -276,10 +307,6 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _print(text: str) -> None:

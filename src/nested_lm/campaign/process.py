@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, NamedTuple, Protocol
@@ -18,6 +18,14 @@ LOST = 255
 
 SAVE_S = 600.0
 """A training asked to stop finishes its step and writes a checkpoint."""
+
+_TIED = (
+    "import ctypes, os, sys; "
+    "parent = int(sys.argv[2]) or os.getppid(); "
+    "ctypes.CDLL(None).prctl(1, int(sys.argv[1])); "  # PR_SET_PDEATHSIG; it outlives exec
+    "os.getppid() == parent or sys.exit(1); "  # the parent was gone before that
+    "os.execvp(sys.argv[3], sys.argv[3:])"
+)
 
 _ECHO_S = 0.5  # `timeout` and service managers signal a process and its group: the echo is not a second wish
 
@@ -116,6 +124,7 @@ class Child:
     ) -> None:
         shared = terminal and sys.stdout.isatty()
         self._begin = time.monotonic()
+        self._sent: set[signal.Signals] = set()
         try:
             self._child = subprocess.Popen(
                 command,
@@ -148,8 +157,13 @@ class Child:
         return Outcome(exit_code, time.monotonic() - self._begin)
 
     def stop(self, number: signal.Signals) -> None:
-        """Send it a signal; it polls first, so a child that has ended meanwhile is not signalled."""
-        self._child.send_signal(number)
+        """Send it a signal, each once: a training takes the same signal again as the wish to end without saving.
+
+        It polls first, so a child that has ended meanwhile is not signalled.
+        """
+        if number not in self._sent:
+            self._sent.add(number)
+            self._child.send_signal(number)
 
 
 def wait_for(child: subprocess.Popen[bytes], *, timeout_s: float | None = None) -> int | None:
@@ -174,6 +188,31 @@ def end(child: subprocess.Popen[bytes]) -> None:
         raise
     if not ended:
         child.kill()
+
+
+def end_all(started: Collection[Running], *, patience_s: float = SAVE_S) -> None:
+    """Ask what runs to save and stop, and wait for it; kill what does not within the time."""
+    running = [each for each in started if each.poll() is None]
+    for each in running:
+        each.stop(signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
+    is_killed = False
+    while running := [each for each in running if each.poll() is None]:
+        if not is_killed and time.monotonic() > deadline:
+            is_killed = True
+            for each in running:
+                each.stop(signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def tied(command: Sequence[str], *, number: signal.Signals, parent: int | None) -> tuple[str, ...]:
+    """The command line, made so that the kernel sends the command a signal when its parent dies (Linux alone).
+
+    parent: process id; None: whoever starts the command.
+    """
+    if sys.platform != "linux":
+        return tuple(command)
+    return (sys.executable, "-S", "-c", _TIED, str(int(number)), str(parent or 0), *command)
 
 
 def _copy(source: IO[bytes], log: Path) -> None:

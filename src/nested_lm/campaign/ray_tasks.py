@@ -4,23 +4,16 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from nested_lm.campaign.process import LOST, SAVE_S, Outcome, end, wait_for
+from nested_lm.campaign.process import LOST, SAVE_S, Outcome, end, end_all, tied, wait_for
 from nested_lm.config.campaign import Ray
 from nested_lm.errors import ConfigError, pip_install
 
 _NOT_STARTED = 127  # exit code of a command that could not be started, as in a shell
-_TIED = (
-    "import ctypes, os, signal, sys\n"
-    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG; it outlives exec
-    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"  # the worker was gone before that
-    "os.execvp(sys.argv[2], sys.argv[2:])"
-)
 
 
 def run_step(command: Sequence[str], *, folder: Path, log: Path, threads: int, patience_s: float = SAVE_S) -> int:
@@ -38,9 +31,8 @@ def run_step(command: Sequence[str], *, folder: Path, log: Path, threads: int, p
             if not _take(lock, patience_s):
                 _write(output, f"an earlier attempt of this step still runs; it did not end within {patience_s:.0f} s")
                 return LOST
-            tie = (sys.executable, "-S", "-c", _TIED, str(os.getpid())) if sys.platform == "linux" else ()
             child = subprocess.Popen(
-                [*tie, *command],
+                tied(command, number=signal.SIGTERM, parent=os.getpid()),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -136,20 +128,31 @@ class Tasks:
         try:
             _refuse_small(ray.nodes(), config)
         except ConfigError:
-            self.close()
+            self._leave()
             raise
         # A step that lost its node is tried again by the next call of the campaign, with a line in the ledger for each.
         wanted = {"num_cpus": config.cpus_per_step, "num_gpus": config.gpus_per_step, "max_retries": 0}
         self._run: Any = ray.remote(**wanted)(run_step)
+        self._started: dict[str, Task] = {}
 
     def start(self, step: str, command: Sequence[str]) -> Task:
         """Hand a step to Ray."""
         run = self._run.options(name=step)
         log = self._logs / f"{step}.log"
-        return Task(self._ray, run.remote(list(command), folder=Path.cwd(), log=log, threads=self._threads))
+        reference = run.remote(list(command), folder=Path.cwd(), log=log, threads=self._threads)
+        self._started[step] = Task(self._ray, reference)
+        return self._started[step]
+
+    def forget(self, step: str) -> None:
+        """Drop a task that has ended."""
+        self._started.pop(step, None)
 
     def close(self) -> None:
-        """Leave the cluster, or end the Ray that was started here."""
+        """Cancel the tasks that still run and wait until they saved; leave the cluster, or end our own Ray."""
+        end_all(self._started.values())
+        self._leave()
+
+    def _leave(self) -> None:
         if self._is_ours:
             self._ray.shutdown()
 

@@ -1,12 +1,13 @@
 """Where steps run: as processes of this machine, shared by torchrun's processes, as Slurm jobs or as Ray tasks."""
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from nested_lm.campaign.lock import CampaignLock
-from nested_lm.campaign.process import Child, Running
+from nested_lm.campaign.process import Child, Running, end_all, tied
 from nested_lm.campaign.steps import PlannedStep
 from nested_lm.config.campaign import CampaignConfig, Local, Ray, Slurm, Torchrun
 
@@ -17,14 +18,18 @@ class Runner(Protocol):
     parallel: int
     outlives: bool
 
-    def start(self, step: PlannedStep, command: Sequence[str]) -> Running:
-        """Start a step, or find it running. Raises CampaignError when that is impossible."""
+    def start(self, step: PlannedStep, command: Sequence[str], *, before: Callable[[], None]) -> Running:
+        """Start a step, or find it running. Raises CampaignError when that is impossible.
+
+        before: called when nothing writes to the step's folder any more, before the step starts; not for a step that
+            is found running.
+        """
 
     def ended(self, step: PlannedStep) -> None:
         """Forget a step whose end is in the ledger."""
 
     def close(self) -> None:
-        """Give back what it holds. Nothing of its own runs any more, unless it outlives the campaign."""
+        """Give back what it holds. What still runs is asked to save and awaited, unless it outlives the campaign."""
 
 
 class LocalRunner:
@@ -36,10 +41,12 @@ class LocalRunner:
         self.parallel = config.parallel
         self._folder = folder
         self._lock = lock
+        self._children: dict[str, Child] = {}
         self._environment = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
 
-    def start(self, step: PlannedStep, command: Sequence[str]) -> Running:
+    def start(self, step: PlannedStep, command: Sequence[str], *, before: Callable[[], None]) -> Running:
         """Start the process and note it in the lock."""
+        before()
         child = Child(
             command,
             log=log_of(self._folder, step.id),
@@ -47,15 +54,18 @@ class LocalRunner:
             terminal=self.parallel == 1,
             environment=self._environment,
         )
+        self._children[step.id] = child
         self._lock.note_step(step.id, child.pid)
         return child
 
     def ended(self, step: PlannedStep) -> None:
         """Take the process out of the lock."""
+        del self._children[step.id]
         self._lock.forget_step(step.id)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """After an error processes may still run."""
+        end_all(self._children.values())
 
 
 class SlurmRunner:
@@ -70,11 +80,11 @@ class SlurmRunner:
         self._here = LocalRunner(Local(kind="local"), folder, lock)
         self._queue = JobQueue(config, folder, cluster=cluster)
 
-    def start(self, step: PlannedStep, command: Sequence[str]) -> Running:
+    def start(self, step: PlannedStep, command: Sequence[str], *, before: Callable[[], None]) -> Running:
         """Submit the step, or find the job that an earlier call of the campaign submitted."""
         if step.kind == "report":
-            return self._here.start(step, command)
-        return self._queue.start(step.id, step.fingerprint, command)
+            return self._here.start(step, command, before=before)
+        return self._queue.start(step.id, step.fingerprint, command, before=before)
 
     def ended(self, step: PlannedStep) -> None:
         """Forget the job."""
@@ -84,7 +94,8 @@ class SlurmRunner:
             self._queue.forget(step.id)
 
     def close(self) -> None:
-        """Jobs stay in the queue."""
+        """Jobs stay in the queue; a report that runs here ends."""
+        self._here.close()
 
 
 class RayRunner:
@@ -99,18 +110,26 @@ class RayRunner:
         self._here = LocalRunner(Local(kind="local"), folder, lock)
         self._tasks = Tasks(config, folder)
 
-    def start(self, step: PlannedStep, command: Sequence[str]) -> Running:
+    def start(self, step: PlannedStep, command: Sequence[str], *, before: Callable[[], None]) -> Running:
         """Hand the step to Ray."""
-        return self._here.start(step, command) if step.kind == "report" else self._tasks.start(step.id, command)
+        if step.kind == "report":
+            return self._here.start(step, command, before=before)
+        before()
+        return self._tasks.start(step.id, command)
 
     def ended(self, step: PlannedStep) -> None:
-        """Tasks leave nothing behind."""
+        """Forget the task."""
         if step.kind == "report":
             self._here.ended(step)
+        else:
+            self._tasks.forget(step.id)
 
     def close(self) -> None:
         """Leave Ray, or end it where the campaign started it."""
-        self._tasks.close()
+        try:
+            self._here.close()
+        finally:
+            self._tasks.close()
 
 
 def open_runner(config: CampaignConfig, folder: Path, lock: CampaignLock) -> Runner:
@@ -123,12 +142,16 @@ def open_runner(config: CampaignConfig, folder: Path, lock: CampaignLock) -> Run
 
 
 def command_of(step: PlannedStep, prefix: Sequence[str], config: CampaignConfig) -> tuple[str, ...]:
-    """The whole command line of a step; a training that several processes share is started by torchrun."""
+    """The whole command line of a step; a training that several processes share is started by torchrun.
+
+    Its processes are in sessions of their own and would train on when torchrun's agent is killed, without the lock of
+    the campaign: they die with it.
+    """
     command = (*prefix, *step.arguments)
     if step.kind != "train" or config.runner.processes == 1:
         return command
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.runner.processes}")
-    return (sys.executable, *launcher, "--no-python", *command)
+    return (sys.executable, *launcher, "--no-python", *tied(command, number=signal.SIGKILL, parent=None))
 
 
 def log_of(folder: Path, step: str) -> Path:

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,10 @@ class JobQueue:
             **{key: value for key, value in wanted.items() if value is not None},
         )
 
-    def start(self, step: str, fingerprint: str, command: Sequence[str]) -> Job:
+    def start(self, step: str, fingerprint: str, command: Sequence[str], *, before: Callable[[], None]) -> Job:
         """Submit a step, or find the job of an earlier call. A job with other settings is cancelled first.
+
+        before: called when no job of the step runs any more, before one is submitted.
 
         Raises CampaignError when an earlier call was killed while it submitted this step, so that nobody knows the job.
         """
@@ -136,6 +138,8 @@ class JobQueue:
                 return Job(job, poll_s=self._poll_s)
             job.cancel(check=False)
             _await_end(job, step)
+            self.forget(step)
+        before()
         name = f"{step}-{fingerprint[:8]}"
         self._write(step, {"job_id": None, "fingerprint": fingerprint, "name": name})
         self._executor.update_parameters(name=name)

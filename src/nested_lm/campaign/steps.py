@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from nested_lm.campaign.grid import BASE, Arm, plan_arms
+from nested_lm.campaign.results import LABELLED_SUITES, option_of, results_of_run, results_of_suite
 from nested_lm.config.campaign import CampaignConfig, DataStep, EvalStep, GridStep, TrainStep
 from nested_lm.config.load import config_hash, load_ablation, load_data, load_evaluation, load_run, training_hash
 from nested_lm.config.run import RunConfig
@@ -23,10 +24,11 @@ class PlannedStep:
     arguments: of the `nested-lm` command.
     needs: ids of earlier steps that must have succeeded.
     fingerprint: hash of the resolved settings and of the fingerprints of its needs.
-    outputs: a finished step has left a file of this pattern in its folder; without it the step runs again.
+    outputs: a finished step has left a file of each of these patterns in its folder; without one it runs again.
     folder: where the step writes.
     run: configuration of a train step. seconds: that an evaluation is known to take.
     arm: of an ablation grid's train step: the grid's id and the arm.
+    results: of an evaluation, by the names that the report knows; suite: that measures them.
     """
 
     id: str
@@ -35,14 +37,16 @@ class PlannedStep:
     needs: tuple[str, ...]
     fingerprint: str
     folder: Path
-    outputs: str
+    outputs: tuple[str, ...]
     run: RunConfig | None = None
     arm: tuple[str, Arm] | None = None
     seconds: float | None = None
+    results: tuple[str, ...] = ()
+    suite: str = "run"
 
     def has_output(self) -> bool:
         """Whether what the step makes is there. A training that saved and stopped early is not at its end."""
-        if not any(self.folder.glob(self.outputs)):
+        if not all(any(self.folder.glob(pattern)) for pattern in self.outputs):
             return False
         return self.kind != "train" or _reached_the_end(self.folder / "metrics.jsonl")
 
@@ -64,17 +68,21 @@ class _Plan:
         after: Sequence[str],
         settings: str,
         folder: Path,
-        outputs: str,
+        outputs: tuple[str, ...],
         run: RunConfig | None = None,
         arm: tuple[str, Arm] | None = None,
         seconds: float | None = None,
+        results: tuple[str, ...] = (),
+        suite: str = "run",
     ) -> None:
         if id in self.steps:
             raise ConfigError(f"{self.config.name}: two steps became {id!r}; rename the grid or the step")
         needs = tuple(dict.fromkeys(real for name in after for real in self.aliases.get(name, (name,))))
         text = json.dumps([kind, settings, [self.steps[need].fingerprint for need in needs]])
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.steps[id] = PlannedStep(id, kind, arguments, needs, fingerprint, folder, outputs, run, arm, seconds)
+        self.steps[id] = PlannedStep(
+            id, kind, arguments, needs, fingerprint, folder, outputs, run, arm, seconds, results, suite
+        )
 
     def add_run(
         self,
@@ -93,7 +101,7 @@ class _Plan:
             after=after,
             settings=training_hash(run),
             folder=Path(run.output_dir),
-            outputs="checkpoints/*/manifest.json",
+            outputs=("checkpoints/*/manifest.json",),
             run=run,
             arm=arm,
         )
@@ -108,34 +116,39 @@ class _Plan:
         after: Sequence[str] = (),
         seconds: float | None = None,
     ) -> None:
-        folder = self.steps[of].folder
+        folder, run = self.steps[of].folder, self.steps[of].run
+        assert run is not None
+        evaluation = load_evaluation(settings, overrides)
+        results = results_of_run(evaluation, run)
         self.add(
             id,
             "eval",
             ("eval", str(folder), *overrides, "--settings", settings),
             after=(of, *after),
-            settings=config_hash(load_evaluation(settings, overrides)),
+            settings=config_hash(evaluation),
             folder=folder,
-            outputs="results/*.json",
+            outputs=results.files,
             seconds=seconds,
+            results=results.names,
         )
 
     def add_suite(self, step: EvalStep) -> None:
         folder = self.steps[step.run].folder
-        has_own_output = any(option.startswith("--output") for option in step.options)
+        results = results_of_suite(step, folder)
         # Alone of the suites, zeroshot writes outside the run unless it is told where the report looks.
-        label = next((option.removeprefix("--label=") for option in step.options if option.startswith("--label=")), "")
-        result = f"results/{step.suite}_{label}.json" if label else f"results/{step.suite}.json"
-        place = (f"--output={folder / result}",) if step.suite == "zeroshot" else ()
+        is_told = step.suite != "zeroshot" or option_of(step, "output") is not None
+        place = () if is_told else (f"--output={folder / results.files[0]}",)
         self.add(
             step.id,
             "eval",
-            ("eval", step.suite, str(folder), *step.options, *(() if has_own_output else place)),
+            ("eval", step.suite, str(folder), *step.options, *place),
             after=(step.run, *step.after),
             settings=json.dumps([step.suite, *step.options]),
             folder=folder,
-            outputs="results/*.json" if has_own_output or step.suite == "continual" else result,
+            outputs=results.files,
             seconds=step.seconds,
+            results=results.names,
+            suite=step.suite,
         )
 
 
@@ -143,7 +156,7 @@ def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
     """Resolve every step, in the order of the preset, which is one of its dependencies.
 
     Raises ConfigError when a preset of a step cannot be resolved, a variant of a grid changes more than one factor,
-    two runs share a folder, or several processes would train the same run side by side.
+    two steps write to one place, or several processes would train the same run side by side.
     """
     plan = _Plan(config)
     for step in config.steps:
@@ -158,7 +171,7 @@ def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
                 after=step.after,
                 settings=config_hash(data),
                 folder=Path(data.output_dir),
-                outputs="manifest.json",
+                outputs=("manifest.json",),
             )
         elif isinstance(step, TrainStep):
             run = load_run(step.config, step.overrides)
@@ -183,9 +196,10 @@ def plan_steps(config: CampaignConfig) -> tuple[PlannedStep, ...]:
                 after=step.after,
                 settings=config.title,
                 folder=Path(config.output_dir),
-                outputs="report.html",
+                outputs=("report.html",),
             )
     _refuse_shared_folders(config, plan.steps)
+    _refuse_shared_results(config, plan.steps)
     _refuse_copies(config, plan.steps)
     return tuple(plan.steps.values())
 
@@ -303,6 +317,24 @@ def _refuse_shared_folders(config: CampaignConfig, planned: dict[str, PlannedSte
                 f'  Give one another folder, such as overrides: ["output_dir={step.folder}-{step.id}"]'
             )
         owners[folder] = step.id
+
+
+def _refuse_shared_results(config: CampaignConfig, planned: dict[str, PlannedStep]) -> None:
+    """Refuse two evaluations of a run that leave one result: the later would replace it, the report takes but one."""
+    owners: dict[tuple[Path, str], str] = {}
+    for step in planned.values():
+        for result in (*step.results, *step.outputs) if step.kind == "eval" else ():
+            owner = owners.setdefault((step.folder.absolute(), result), step.id)
+            if owner != step.id:
+                repair = (
+                    f"Add --label=... to the options of step {step.id!r}, such as --label=long, to keep both."
+                    if step.suite in LABELLED_SUITES
+                    else "A run has one such result: measure it in one of the steps."
+                )
+                raise ConfigError(
+                    f"{config.name}: steps {owner!r} and {step.id!r} both write result {Path(result).stem!r} of "
+                    f"{step.folder}; the later would replace the earlier\n  {repair}"
+                )
 
 
 def _refuse_copies(config: CampaignConfig, planned: dict[str, PlannedStep]) -> None:
