@@ -33,10 +33,7 @@ class Results(NamedTuple):
 
 def results_of_run(settings: EvalConfig, run: RunConfig) -> Results:
     """What `nested-lm eval RUN` leaves: one result for each task that is set, and the matrix of a chronological run."""
-    names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(settings, name) is not None]
-    if isinstance(run.train.stream, Chronological):
-        names.append("continual")
-    return _in_results(names)
+    return _in_results(settings.tasks(chronological=isinstance(run.train.stream, Chronological)))
 
 
 def results_of_suite(step: EvalStep, folder: Path) -> Results:

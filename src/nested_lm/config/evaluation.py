@@ -47,3 +47,8 @@ class EvalConfig(Section):
     passkey: Passkey | None = None
     sampling: Sampling | None = None
     continual: Continual = Continual()
+
+    def tasks(self, *, chronological: bool) -> tuple[str, ...]:
+        """Tasks asked of a run, in the order they are measured. chronological: it reads in the order of time."""
+        names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(self, name) is not None]
+        return (*names, "continual") if chronological else tuple(names)

@@ -17,7 +17,6 @@ from nested_lm.checkpoint import (
 )
 from nested_lm.commit import current_commit
 from nested_lm.config.evaluation import EvalConfig
-from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import reading_groups
 from nested_lm.data.shards import TokenDataset
@@ -69,7 +68,7 @@ def evaluate_run(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
     evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), settings, device, report)
-    asked = _asked(evaluation.settings, evaluation.config)
+    asked = evaluation.settings.tasks(chronological=isinstance(evaluation.config.train.stream, Chronological))
     for name in tasks or ():
         if name not in asked:
             raise ConfigError(
@@ -77,14 +76,6 @@ def evaluate_run(
                 f"{_TASKS[name].missing}; its tasks: {', '.join(asked) or 'none'}"
             )
     return [evaluation.run(name) for name in tasks or asked]
-
-
-def _asked(settings: EvalConfig, config: RunConfig) -> tuple[str, ...]:
-    """Name the tasks that settings ask of a run, in the order they are measured."""
-    names = [name for name in ("language_modelling", "passkey", "sampling") if getattr(settings, name) is not None]
-    if isinstance(config.train.stream, Chronological):
-        names.append("continual")
-    return tuple(names)
 
 
 class _Evaluation:
