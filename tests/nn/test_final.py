@@ -6,21 +6,9 @@ import torch
 from nested_lm.config.load import load_run
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import iterate_tensors
+from tests.nn.test_frozen import RECURRENT
 
-PRESETS = (
-    "hope/demo",
-    "hope/demo_paper",
-    "hope/demo_in_context",
-    "baselines/transformer_demo",
-    "baselines/sliding_window_demo",
-    "baselines/linear_attention_demo",
-    "baselines/delta_net_demo",
-    "baselines/gated_delta_net_demo",
-    "baselines/titans_lmm_demo",
-    "baselines/titans_mac_demo",
-    "baselines/titans_mag_demo",
-    "baselines/titans_mal_demo",
-)
+PRESETS = (*RECURRENT, "baselines/transformer_demo", "baselines/sliding_window_demo")
 ROWS = torch.tensor([2, 0, 0, 1, 0])
 TOLERANCE = 1e-5  # float32: products of other batches
 
