@@ -352,5 +352,5 @@ class TestLanguages:
 
     def test_without_sacrebleu_the_extra_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sacrebleu", None)
-        with pytest.raises(ConfigError, match=r"nested-lm\[eval\]"):
+        with pytest.raises(ConfigError, match=r"pip install .* -e '\.\[eval\]'"):
             languages.require_chrf()

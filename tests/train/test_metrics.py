@@ -175,7 +175,7 @@ class TestMissingPackages:
             raise ImportError(f"No module named {name!r}", name=extra)
 
         monkeypatch.setattr(metrics.importlib, "import_module", import_module)
-        with pytest.raises(ConfigError, match=rf"{extra} is not installed; run `pip install 'nested-lm\[{extra}\]'`"):
+        with pytest.raises(ConfigError, match=rf"{extra} is not installed; run `pip install .* -e '\.\[{extra}\]'`"):
             open_sinks(logging, tmp_path, resume_step=-1, identity=TestWandb.IDENTITY, resolved={})
 
     def test_nothing_is_imported_unless_asked_for(self, monkeypatch, tmp_path, make_config):
