@@ -25,9 +25,10 @@ from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.interval import Interval
 from nested_lm.eval.niah.haystack import SHIPPED, read_texts
 from nested_lm.eval.niah.metrics import BookPosition, BooksMetrics
-from nested_lm.eval.niah.reading import MIB, OutOfRoomError, memory_watch, reading_mode, segment_length
+from nested_lm.eval.niah.reading import MIB, OutOfRoomError, memory_watch, segment_length
 from nested_lm.eval.niah.run import Measurement, measure_once
 from nested_lm.eval.scoring import position_edges
+from nested_lm.nn.generation import reading_mode
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
 

@@ -9,6 +9,9 @@ import xxhash
 from nested_lm.checkpoint import MANIFEST, LoadedCheckpoint
 from nested_lm.eval.schema import CheckpointMark, RunIdentity
 
+UNKNOWN_DATA = "none"
+"""Stands for the data of a converted model, which was trained on none of ours."""
+
 
 def identify(loaded: LoadedCheckpoint, *, data_hash: Callable[[], str]) -> RunIdentity:
     """Identity of a run. The arm is the kind of mixer and channel memory.

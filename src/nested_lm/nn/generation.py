@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,13 @@ from nested_lm.nn.state import StreamState
 
 SEGMENT_TOKENS = 512
 """Long texts are read in calls of about this many tokens: faster per token than fewer, and more take more memory."""
+
+
+@contextlib.contextmanager
+def reading_mode(model: LanguageModel) -> Iterator[None]:
+    """No gradients; inference mode where the model needs none of its own."""
+    with torch.no_grad() if model.config.writes_in_context else torch.inference_mode():
+        yield
 
 
 class Generation(NamedTuple):

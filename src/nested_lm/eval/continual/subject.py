@@ -24,13 +24,10 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SplitName
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
-from nested_lm.eval.identity import device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
 from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import readable_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
-
-UNKNOWN_DATA = "none"
-"""Stands for the data of a converted model, which was trained on none of ours."""
 
 
 @dataclass

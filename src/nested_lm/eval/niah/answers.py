@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import NumericsError
-from nested_lm.eval.niah.reading import Reader, memory_watch, reading_mode
+from nested_lm.eval.niah.reading import Reader, memory_watch
+from nested_lm.nn.generation import reading_mode
 from nested_lm.nn.state import StreamState
 
 

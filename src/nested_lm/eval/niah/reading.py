@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 
 from nested_lm.eval.niah.stops import LIMIT_WORDS
+from nested_lm.nn.generation import reading_mode
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
@@ -28,13 +29,6 @@ _COPIES = 2
 
 class OutOfRoomError(Exception):
     """The states of some prompts take more memory than there is, or than is allowed. Says how much."""
-
-
-@contextlib.contextmanager
-def reading_mode(model: LanguageModel) -> Iterator[None]:
-    """No gradients; inference mode where the model needs none of its own."""
-    with torch.no_grad() if model.config.writes_in_context else torch.inference_mode():
-        yield
 
 
 @contextlib.contextmanager

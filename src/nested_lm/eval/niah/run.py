@@ -11,7 +11,7 @@ from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.commit import current_commit
 from nested_lm.errors import ConfigError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.identity import device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
 from nested_lm.eval.niah.measure import Batching, Suite, measure_length
 from nested_lm.eval.niah.metrics import BabilongMetrics, LongTextMetrics, NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
@@ -23,9 +23,6 @@ from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.progress import LengthProgress
 from nested_lm.eval.results import labelled, stored_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
-
-UNKNOWN_DATA = "none"
-"""Stands for the data of a converted model, which was trained on none of ours."""
 
 
 @dataclass(frozen=True)

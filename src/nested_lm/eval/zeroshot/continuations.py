@@ -14,8 +14,7 @@ from torch import Tensor
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError
-from nested_lm.eval.niah.reading import reading_mode
-from nested_lm.nn.generation import next_token_probabilities, read_prompt
+from nested_lm.nn.generation import next_token_probabilities, read_prompt, reading_mode
 from nested_lm.nn.model import LanguageModel
 
 _DEFAULT_TOKENS = 256

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from nested_lm.errors import ConfigError
-from nested_lm.eval.niah.reading import reading_mode
 from nested_lm.eval.zeroshot.sequences import Document, nonfinite
 from nested_lm.eval.zeroshot.settings import Memorize
 from nested_lm.nn.attention_cache import AttentionState, BranchedState
 from nested_lm.nn.delta_net import DeltaNetState
-from nested_lm.nn.generation import segment_room
+from nested_lm.nn.generation import reading_mode, segment_room
 from nested_lm.nn.linear_attention import LinearAttentionState
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel

@@ -13,8 +13,7 @@ from nested_lm.commit import current_commit
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.identity import device_name, identify, mark_checkpoint
-from nested_lm.eval.niah.run import UNKNOWN_DATA
+from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
 from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import labelled, stored_result, write_result
 from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile

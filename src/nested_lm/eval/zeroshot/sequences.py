@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.errors import NumericsError
-from nested_lm.eval.niah.reading import reading_mode
-from nested_lm.nn.generation import SEGMENT_TOKENS, segment_room
+from nested_lm.nn.generation import SEGMENT_TOKENS, reading_mode, segment_room
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.nn.state import StreamState
