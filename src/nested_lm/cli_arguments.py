@@ -83,13 +83,26 @@ def reports_errors(verb: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def require_device(device: Device) -> None:
+    """Refuse a GPU where there is none.
+
+    Raises:
+        ConfigError: with the repair.
+    """
+    if device is not Device.cuda:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
+
+
 def open_checkpoint(source: Path, device: Device) -> "LoadedCheckpoint":
     """Load the model that a verb names, on the device it asks for."""
     import torch
 
     from nested_lm.checkpoint import find_checkpoint, load_model
 
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
+    require_device(device)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
     return load_model(find_checkpoint(source, report=functools.partial(typer.echo, err=True)), device=chosen)

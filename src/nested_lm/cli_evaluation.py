@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from nested_lm import cli_continual, cli_needles, cli_zeroshot
-from nested_lm.cli_arguments import Device, SettingsOverrides, reports_errors
+from nested_lm.cli_arguments import Device, SettingsOverrides, reports_errors, require_device
 from nested_lm.errors import CheckpointError, ConfigError
 
 
@@ -52,6 +52,7 @@ def evaluate(
         raise CheckpointError(f"{run_dir} is not a folder; name a run folder that `nested-lm train` wrote")
     if overrides and settings is None:
         raise ConfigError(f"{overrides[0]!r} changes settings that are not named; name them with --settings PRESET")
+    require_device(device)
     from nested_lm.config.load import load_evaluation
     from nested_lm.eval.runner import evaluate_run
 

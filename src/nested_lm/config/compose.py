@@ -114,12 +114,9 @@ def preset_titles(folder: str | None = None) -> dict[str, str]:
     folders = sorted({name.partition("/")[0] for name in names})
     if folder is not None and folder not in folders:
         raise ConfigError(f"no folder of presets is called `{folder}`; choose one of {', '.join(folders)}")
-    chosen = [name for name in names if _in_listing(name.partition("/")[0], folder)]
+    listed = [group for group in folders if group not in ("model", "train")] if folder is None else [folder]
+    chosen = [name for name in names if name.partition("/")[0] in listed]
     return {name: _title(presets_folder() / f"{name}.yaml") for name in chosen}
-
-
-def _in_listing(group: str, folder: str | None) -> bool:
-    return group not in ("model", "train") if folder is None else group == folder
 
 
 def _title(file: Path) -> str:

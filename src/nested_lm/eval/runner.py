@@ -65,8 +65,6 @@ def evaluate_run(
         raise CheckpointError(
             f"{run_dir} has no valid checkpoint below {_CHECKPOINTS}/; train the run first: `nested-lm train`"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
     evaluation = _Evaluation(run_dir, newest, load_model(newest, device="cpu"), settings, device, report)
     asked = evaluation.settings.tasks(chronological=isinstance(evaluation.config.train.stream, Chronological))
     for name in tasks or ():

@@ -157,7 +157,6 @@ def finish(
     """
     pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets, rows)
     if rows is not None:
-        check_rows(rows, state.current.inner.shape[0])
         rows = rows.to("cpu", torch.long).contiguous()
     named = _named(tensors, keep)
     call, kept_alive = _call(rule, pieces, named)
@@ -187,6 +186,8 @@ def _checked(
     expected = [(streams, *part.shape) for part in start] * (len(shapes) // 2)
     assert shapes == expected, f"a state of shapes {shapes} for memories of shapes {expected}"
     assert batch == (streams if rows is None else len(rows)), "the library reads a stream for each row of tokens"
+    if rows is not None:
+        check_rows(rows, streams)
     cpu_library.check_usable()
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
     pieces = cut(inputs.key.shape[1], position, rule)
