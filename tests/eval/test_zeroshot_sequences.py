@@ -76,6 +76,17 @@ def test_forked_is_unforked_in_float32(documents):
             assert a.nats == pytest.approx(b.nats, rel=PROMISED)
 
 
+def test_one_call_or_forks(documents):
+    model = build("hope")
+    expected = [[alone(model, sequence) for sequence in entry] for entry in documents]
+    scorer = ModelScorer(model, batch_rows=4)
+    assert scorer.branches
+    scorer.call_tokens = 40  # not all fit in a call
+    assert_equal(scorer.score(documents), expected)
+    scorer.branches = False
+    assert_equal(scorer.score(documents), expected)
+
+
 @pytest.mark.parametrize("name", ["hope", "hope_in_context", "transformer"])
 def test_order_of_documents_changes_no_bit(name, documents):
     model = build(name, torch.float32)

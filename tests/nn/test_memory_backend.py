@@ -81,9 +81,9 @@ class TestWithACompiler:
         problem = Problem(make_rule(4), tokens=2)
         problem.leaves = {name: leaf.detach().to("meta") for name, leaf in problem.leaves.items()}
         inputs, start, *_ = problem.arguments()
-        assert not uses_library("auto", problem.rule, inputs, start)
+        assert not uses_library("auto", problem.rule, inputs.key, start)
         with pytest.raises(ConfigError, match="the tensors are on `meta`"):
-            uses_library("cpu", problem.rule, inputs, start)
+            uses_library("cpu", problem.rule, inputs.key, start)
 
 
 class TestWithoutACompiler:

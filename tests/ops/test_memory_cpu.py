@@ -52,7 +52,7 @@ SUPPORTED = {
 
 def reason(problem):
     inputs, start, *_ = problem.arguments()
-    return memory_cpu.unsupported(problem.rule, inputs, start)
+    return memory_cpu.unsupported(problem.rule, inputs.key, start)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
@@ -41,24 +41,24 @@ def run_memories(
     if twice and backend == "cpu":
         raise once_only(backend)
     run: Callable[..., MemoryOutput] = partial(memory_cpu.self_modify, recompute=recompute)
-    if twice or not uses_library(backend, rule, inputs, start):
+    if twice or not uses_library(backend, rule, inputs.key, start):
         run = partial(memory_chunked.self_modify, recompute=recompute, differentiable_twice=twice)
         if context.rows is not None:
             state = map_tensors(state, partial(take_rows, rows=context.rows))
     elif context.final:
-        run = partial(memory_cpu.finish, rows=context.rows)
+        run = partial(memory_cpu.finish, rows=context.rows, borders=context.borders)
     return run(inputs, start, readout, state, rule=rule, position=context.position, resets=context.resets)
 
 
-def uses_library(backend: MemoryBackend, rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> bool:
-    """Whether the C library is asked for; with `auto`, whether it can run.
+def uses_library(backend: MemoryBackend, rule: WriteRule, key: Tensor, start: MemoryWeights) -> bool:
+    """Whether the C library is asked for; with `auto`, whether it can run. key: a tensor as keys are.
 
     Raises:
         ConfigError: asked for where it cannot run.
     """
-    if backend == "torch" or isinstance(inputs.key, FakeTensor):  # who counts operations computes nothing
+    if backend == "torch" or isinstance(key, FakeTensor):  # who counts operations computes nothing
         return False
-    reason = memory_cpu.unsupported(rule, inputs, start)
+    reason = memory_cpu.unsupported(rule, key, start)
     if backend == "auto":
         return reason is None and _is_library_there()
     if reason is not None:
@@ -75,13 +75,19 @@ def convolved_units(
     num_heads: int,
     unit_values: bool,
     backend: MemoryBackend,
+    borders: Int[Tensor, "B N"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, key and value of every head, unit(silu(conv(x))), and the tail of the next call."""
+    """Query, key and value of every head, unit(silu(conv(x))), and the tail of the next call.
+
+    borders: see `StepContext`; in C only.
+    """
     computes = x.device.type == "cpu" and x.dtype in cpu_library.C_TYPES and not isinstance(x, FakeTensor)
     if backend != "torch" and computes and _is_library_there():
         age = None if resets is None else tokens_since_reset(resets)
-        units = front_cpu.convolved_units(x, conv.weight, tail, age, num_heads=num_heads, unit_values=unit_values)
+        options = {"num_heads": num_heads, "unit_values": unit_values}
+        units = front_cpu.convolved_units(x, conv.weight, tail, age, **options, borders=borders)
         return *units, conv.next_tail(x, tail, age)
+    assert borders is None, "rows branch in C only"
     mixed, tail = conv(x, tail, resets)
     query, key, value = functional.silu(mixed).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
     return unit(query), unit(key), unit(value) if unit_values else value, tail

@@ -5,12 +5,13 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +25,7 @@ from nested_lm.nn.layers import RMSNorm, StepContext
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
 from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
+from nested_lm.ops.memory import check_borders
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
 
@@ -74,6 +76,11 @@ class LanguageModel(nn.Module):
         found = (module.rule.adapt for module in self.modules() if isinstance(module, SelfModifyingTitans))
         return next(found, ())
 
+    @property
+    def reads_branches(self) -> bool:
+        """Whether `forward` takes `borders`: where self-modifying memories in C are all that knows of other tokens."""
+        return self.writer is None and all(getattr(block.mixer, "reads_branches", False) for block in self.blocks)
+
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
         layers = tuple(block.mixer.initial_state(batch_size) for block in self.blocks)
@@ -88,9 +95,10 @@ class LanguageModel(nn.Module):
         *,
         resets: Bool[Tensor, "B T"] | None = None,
         state: StreamState | None = None,
-        predictions: Literal["all", "last"] = "all",
+        predictions: Literal["all", "last"] | Int[Tensor, "n 2"] = "all",
         final: bool = False,
         rows: Int[Tensor, " B"] | None = None,
+        borders: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Predict the token after each token.
 
@@ -104,15 +112,21 @@ class LanguageModel(nn.Module):
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
+                Rows and columns of tokens: logits of those, of shape (n, V).
             final: the streams end with this call, and the output has the state that was given. Without gradients,
                 memories in C then leave out what is there to go on from, which is half of the work for a few tokens
                 of many streams; other mixers may do it in vain.
             rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
                 call of a self-modifying mixer in C that is not inside another mixer, no state is copied. None: its own.
+            borders: where the branches of each row of tokens begin, and where the last one ends: texts behind one
+                another that all go on from what comes before the first one (`check_borders` in ops/memory.py), as
+                several rows would from one state. Only in a final call without gradients of a model that
+                `reads_branches`; logits of tokens behind the last branch mean nothing. None: rows do not branch.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
-                the state is of a model with another configuration, or has other streams than the tokens.
+                the state is of a model with another configuration, or has other streams than the tokens; borders that
+                are none, or where rows cannot branch.
             IndexError: a row that the state does not have.
         """
         given = state = self.initial_state(tokens.shape[0]) if state is None else state
@@ -123,14 +137,22 @@ class LanguageModel(nn.Module):
         ends = final and not torch.is_grad_enabled()
         if rows is not None and (not ends or self.writer is not None or state.packed or resets is not None):
             state, rows = state.select(rows), None
-        last = predictions == "last"
+        if borders is not None:
+            borders = borders.to("cpu", torch.long).contiguous()
+            check_borders(borders, *tokens.shape)
+        if borders is not None and not (ends and resets is None and self.reads_branches):
+            raise ValueError(
+                "rows branch in a final call without gradients and document starts, of a model that reads branches: "
+                "self-modifying memories in C (model.mixer.backend), and no levels with an in-context clock"
+            )
         if self.writer is None or state.frozen:
             fast = tuple({} for _ in self.blocks) if self.writer is None else self.writer.fast_copies(state)
-            output = self._predict(tokens, resets, state, fast, last_only=last, final=ends, rows=rows)
+            chosen = partial(_choose, predictions=predictions)
+            output = self._predict(tokens, resets, state, fast, chosen, final=ends, rows=rows, borders=borders)
         else:
             twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
             output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
-            output = output._replace(logits=output.logits[:, -1:]) if last else output
+            output = output._replace(logits=_choose(output.logits, predictions))
         return output._replace(state=given) if final else output
 
     def _predict(
@@ -139,18 +161,20 @@ class LanguageModel(nn.Module):
         resets: Bool[Tensor, "B T"] | None,
         state: StreamState,
         fast: Fast,
+        chosen: Callable[[Tensor], Tensor] = lambda x: x,
         *,
-        last_only: bool = False,
         twice: range = range(0),
         final: bool = False,
         rows: Int[Tensor, " B"] | None = None,
+        borders: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way.
 
-        twice: layers whose mixers' gradients will be differentiated again. final, rows: see `StepContext`.
+        chosen: takes the tokens to predict after. twice: layers whose mixers' gradients will be differentiated again.
+        final, rows, borders: see `StepContext`.
         """
         context, packed = self._context(resets, state, tokens.shape[1])
-        context = context._replace(final=final)
+        context = context._replace(final=final, borders=borders)
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
@@ -168,7 +192,7 @@ class LanguageModel(nn.Module):
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in found.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits = functional.linear(self.norm(x[:, -1:] if last_only else x), head)
+        logits = functional.linear(self.norm(chosen(x)), head)
         after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
         return ModelOutput(logits, after, stats)
 
@@ -251,3 +275,10 @@ class LanguageModel(nn.Module):
                 block.mixer.initialise(normal)
             if hasattr(block.channel, "initialise"):
                 block.channel.initialise()
+
+
+def _choose(x: Float[Tensor, "B T D"], predictions: Literal["all", "last"] | Int[Tensor, "n 2"]) -> Tensor:
+    """The tokens to predict after, see `LanguageModel.forward`."""
+    if isinstance(predictions, Tensor):
+        return x[predictions[:, 0], predictions[:, 1]]
+    return x[:, -1:] if predictions == "last" else x

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from nested_lm.ops import cpu_library
 from nested_lm.ops.memory import NORM_FLOOR
 
-_COUNTS = ("B", "T", "H", "K", "W", "unit_values")
-_POINTERS = ("x", "weight", "tail", "age", *("query", "key", "value"), *("g_query", "g_key", "g_value"))
+_COUNTS = ("B", "T", "H", "K", "W", "unit_values", "branches")
+_POINTERS = ("x", "weight", "tail", "age", "borders", *("query", "key", "value"), *("g_query", "g_key", "g_value"))
 _GRADIENTS = ("g_x", "g_weight", "g_tail")
 
 
@@ -38,6 +38,7 @@ def convolved_units(
     *,
     num_heads: int,
     unit_values: bool,
+    borders: Int[Tensor, "B N"] | None = None,
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H K"], Float[Tensor, "B T H K"]]:
     """Query, key and value: unit(silu(conv(x))), each channel convolved with the tokens before it.
 
@@ -48,6 +49,8 @@ def convolved_units(
         age: tokens since the document began: older ones are not seen. None: all are.
         num_heads: H.
         unit_values: whether values are scaled to unit length as queries and keys are.
+        borders: where the branches of each row begin, and the last one ends (see `check_borders` in ops/memory.py);
+            before each comes what comes before the first one. Without gradients only. None: rows do not branch.
 
     Raises:
         ConfigError: there is no working C compiler.
@@ -56,8 +59,10 @@ def convolved_units(
     assert tail.shape == expected, f"a tail of shape {tuple(tail.shape)} for tokens that need {expected}"
     cpu_library.check_usable()
     tensors = (part.to(x.dtype).contiguous() for part in (x, weight, tail))
+    assert borders is None or not torch.is_grad_enabled(), "branches have no backward"
+    assert borders is None or len(borders) == len(x), "a line of borders for each row"
     query, key, value = _ConvolvedUnits.apply(  # type: ignore[no-untyped-call]
-        num_heads, unit_values, None if age is None else age.contiguous(), *tensors
+        num_heads, unit_values, *(None if part is None else part.contiguous() for part in (age, borders)), *tensors
     )
     return query, key, value
 
@@ -67,14 +72,23 @@ class _ConvolvedUnits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, num_heads: int, unit_values: bool, age: Tensor | None, x: Tensor, weight: Tensor, tail: Tensor
+        ctx: Any,
+        num_heads: int,
+        unit_values: bool,
+        age: Tensor | None,
+        borders: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.num_heads, ctx.unit_values = num_heads, unit_values
         batch, tokens, channels = x.shape
         width = channels // 3 // num_heads
         found = tuple(torch.empty(batch, tokens, num_heads, width, dtype=x.dtype) for _ in range(3))
         call = _call(num_heads, unit_values, age, x, weight, tail)
-        cpu_library.point(call, dict(zip(("query", "key", "value"), found, strict=True)))
+        if borders is not None:
+            call.branches = borders.shape[1] - 1
+        cpu_library.point(call, {**dict(zip(("query", "key", "value"), found, strict=True)), "borders": borders})
         cpu_library.run("front", call, x.dtype, batch * 3 * num_heads)
         ctx.save_for_backward(age, x, weight, tail)
         return found
@@ -90,11 +104,12 @@ class _ConvolvedUnits(torch.autograd.Function):
         cpu_library.point(call, dict(zip(("g_query", "g_key", "g_value"), sent, strict=True)))
         cpu_library.point(call, dict(zip(_GRADIENTS, (of_x, of_weight, of_tail), strict=True)))
         cpu_library.run("front_backward", call, x.dtype, x.shape[0] * 3 * ctx.num_heads)
-        return None, None, None, of_x, of_weight.sum(0), of_tail
+        return None, None, None, None, of_x, of_weight.sum(0), of_tail
 
 
 def _call(num_heads: int, unit_values: bool, age: Tensor | None, x: Tensor, weight: Tensor, tail: Tensor) -> _Front:
     batch, tokens, channels = x.shape
-    call = _Front(batch, tokens, num_heads, channels // 3 // num_heads, weight.shape[1], unit_values, NORM_FLOOR)
+    width = channels // 3 // num_heads
+    call = _Front(B=batch, T=tokens, H=num_heads, K=width, W=weight.shape[1], unit_values=unit_values, floor=NORM_FLOOR)
     cpu_library.point(call, {"x": x, "weight": weight, "tail": tail, "age": age})
     return call

@@ -176,6 +176,28 @@ def check_rows(rows: Int[Tensor, " B"], streams: int) -> None:
         raise IndexError(f"rows {rows.tolist()} of a state of {streams} streams; allowed are 0 to {streams - 1}")
 
 
+def check_borders(borders: Int[Tensor, "B N"], rows: int, tokens: int) -> None:
+    """Refuse borders of branches that are none.
+
+    Args:
+        borders: where the branches of each row begin, and the last one ends. What comes before the first one, in the
+            same place of all rows, is the stem; every branch goes on from there as if it came right behind it, and may
+            be empty.
+        rows, tokens: numbers of rows, and of tokens of each.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if borders.dim() != 2 or borders.shape[0] != rows:
+        raise ValueError(f"borders of shape {tuple(borders.shape)} for {rows} rows; a line for each row is needed")
+    if borders.shape[1] < 2 or int(borders[:, 0].min()) < 1 or int(borders[:, 0].max()) != int(borders[:, 0].min()):
+        raise ValueError(
+            f"first borders {borders[:, :1].flatten().tolist()}: branches begin after a stem of one length"
+        )
+    if bool((borders.diff() < 0).any()) or int(borders[:, -1].max()) > tokens:
+        raise ValueError(f"borders {borders.tolist()} do not rise, or leave the {tokens} tokens of a row")
+
+
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:
     """Set the fast weights of the rows where `keep` is 0 back to the start."""
     factor = keep.view(-1, 1, 1, 1, 1)

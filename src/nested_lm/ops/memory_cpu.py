@@ -26,6 +26,7 @@ from nested_lm.ops.memory import (
     MemoryOutput,
     MemoryState,
     MemoryWeights,
+    check_borders,
     check_momentum,
     check_rows,
     shares_of_heads,
@@ -37,7 +38,7 @@ from nested_lm.write_rule import WriteRule
 SHORT = 16
 """With pieces shorter than this many tokens, weights are kept for every so many tokens only."""
 
-_COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group")
+_COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group", "stem_pieces", "branches")
 _SWITCHES = (
     *("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay"),
     *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive", "momentum", "mean"),
@@ -69,7 +70,7 @@ _GRADIENTS = (
     ),
     *(f"g_first_{name}" for name in _STATE),
 )
-_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", *_FOUND, *_SENT, *_GRADIENTS)
+_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", "borders", *_FOUND, *_SENT, *_GRADIENTS)
 
 
 class _Call(ctypes.Structure):
@@ -91,18 +92,18 @@ def missing(rule: WriteRule) -> str | None:
     return None
 
 
-def unsupported(rule: WriteRule, inputs: MemoryInputs, start: MemoryWeights) -> str | None:
+def unsupported(rule: WriteRule, key: Tensor, start: MemoryWeights) -> str | None:
     """Why the C library cannot compute a call; None when it can. Says nothing about whether it can be compiled."""
     reason = missing(rule)
     if reason is not None:
         return reason
-    if inputs.key.device.type != "cpu":
-        return f"the tensors are on `{inputs.key.device.type}`"
+    if key.device.type != "cpu":
+        return f"the tensors are on `{key.device.type}`"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on, and it computes in float32 and float64 only"
-    if torch.promote_types(inputs.key.dtype, start.inner.dtype) not in cpu_library.C_TYPES:
-        return f"it computes in float32 and float64 only, not in {inputs.key.dtype}"
-    if isinstance(inputs.key, FakeTensor):
+    if torch.promote_types(key.dtype, start.inner.dtype) not in cpu_library.C_TYPES:
+        return f"it computes in float32 and float64 only, not in {key.dtype}"
+    if isinstance(key, FakeTensor):
         return "the tensors have no values"
     return None
 
@@ -144,24 +145,38 @@ def finish(
     rule: WriteRule,
     position: int,
     resets: Bool[Tensor, "B T"] | None,
-    rows: Int[Tensor, " B"] | None,
+    rows: Int[Tensor, " B"] | None = None,
+    borders: Int[Tensor, "B N"] | None = None,
 ) -> MemoryOutput:
     """`self_modify` for streams that end here, without gradients. The state of the output is the one given.
 
     rows: the stream of the state that each row goes on from, which is read where it is; neighbouring rows of one stream
         read it once. None: its own.
+    borders: where the branches of each row begin, the first one in one place for all, and where the last one ends (see
+        `check_borders`). Reads of tokens behind that are 0. None: rows do not branch.
 
     Raises:
         ConfigError: there is no working C compiler.
         IndexError: a row that is not there.
     """
     pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets, rows)
+    assert borders is None or resets is None, "no document starts in rows that branch"
     if rows is not None:
         rows = rows.to("cpu", torch.long).contiguous()
+    stem = pieces
+    if borders is not None:
+        borders = borders.to("cpu", torch.long).contiguous()
+        check_borders(borders, *inputs.key.shape[:2])
+        first, longest = int(borders[0, 0]), int(borders.diff().max())
+        stem = cut(first, position, rule)
+        pieces = (*stem, *cut(longest, position + first, rule))
     named = _named(tensors, keep)
     call, kept_alive = _call(rule, pieces, named)
     found = _room_for_reads(named)
-    cpu_library.point(call, {**found, "rows": rows})
+    if borders is not None:
+        call.stem_pieces, call.branches = len(stem), borders.shape[1] - 1
+        found["reads"].zero_()
+    cpu_library.point(call, {**found, "rows": rows, "borders": borders})
     cpu_library.run("forward", call, named["key"].dtype, call.B * call.H)
     del kept_alive
     return MemoryOutput(found["reads"], state, found["used_rate"], found["used_decay"])
@@ -178,7 +193,7 @@ def _checked(
     rows: Int[Tensor, " B"] | None = None,
 ) -> tuple[tuple[Piece, ...], Tensor | None, tuple[Tensor | None, ...]]:
     """Pieces of a call, what each keeps of the rows before it, and the tensors as the library wants them."""
-    assert unsupported(rule, inputs, start) is None
+    assert unsupported(rule, inputs.key, start) is None
     check_momentum(rule, inputs, state)
     batch = inputs.key.shape[0]
     streams = state.current.inner.shape[0]
@@ -287,7 +302,8 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
     }
     call = _Call(
         B=batch, T=tokens, H=heads, K=width, E=named["start_in"].shape[-2], M=len(rule.adapt), pieces=len(pieces),
-        longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1, **_switches(rule),
+        stem_pieces=len(pieces), longest=longest, group=max(1, SHORT // longest) if longest < SHORT // 2 else 1,
+        **_switches(rule),
         stretch=rule.rate_stretch, norm_floor=NORM_FLOOR, room_floor=ROOM_FLOOR, gradient_floor=GRADIENT_FLOOR,
     )  # fmt: skip
     cpu_library.point(call, {**lists, **named})

@@ -1,10 +1,12 @@
-"""Log-likelihoods of token sequences: what sequences have in common is read once, then forked.
+"""Log-likelihoods of token sequences: what sequences have in common is read once.
 
-That holds within a document (the choices of a question) and between documents (questions about one passage).
+That holds within a document (the choices of a question) and between documents (questions about one passage). Where the
+model reads branches, stems and what follows them are read in one call; else the state after the stems is forked.
 
 Shapes: B rows of a batch, T tokens, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -22,6 +24,7 @@ from nested_lm.nn.state import StreamState
 
 _CALL_TOKENS = 4096
 _CALL_LOGITS = 1 << 26  # 256 MiB in float32
+_CALL_COST = 48  # tokens of padding that cost about as much as another call, where stems and tails are read in one
 _PADDING = 2  # tails of one call are not padded to more than so many times their length
 
 
@@ -77,7 +80,7 @@ class Tail(NamedTuple):
 class Split(NamedTuple):
     """Sequences cut in what all of them begin with and the rests, none of which begins another, and none is empty.
 
-    Last tokens are only predicted.
+    Last tokens are only predicted. Sequences that begin one another are a stem without rests.
     """
 
     number: int
@@ -87,7 +90,12 @@ class Split(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens the model reads."""
-        return len(self.stem) + sum(len(tail.tokens) for tail in self.tails)
+        return len(self.stem) + self.tail_tokens
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens of all tails."""
+        return sum(len(tail.tokens) for tail in self.tails)
 
 
 def split(number: int, document: Document) -> Split:
@@ -96,7 +104,7 @@ def split(number: int, document: Document) -> Split:
     length = min(_agreement(inputs[0], row) for row in inputs)
     assert length >= 1, "sequences begin with one token"
     # In this order what begins with a rest comes right after it.
-    order = sorted(range(len(inputs)), key=lambda index: inputs[index].tolist(), reverse=True)
+    order = sorted(range(len(inputs)), key=lambda index: _in_order(inputs[index]), reverse=True)
     tails: list[Tail] = []
     for index in order:
         rest = inputs[index][length:]
@@ -104,7 +112,14 @@ def split(number: int, document: Document) -> Split:
             tails[-1] = tails[-1]._replace(sequences=(*tails[-1].sequences, index))
         elif len(rest):
             tails.append(Tail(rest, (index,)))
+    if len(tails) == 1:  # what is one text needs no fork
+        return Split(number, inputs[tails[0].sequences[0]], ())
     return Split(number, inputs[0][:length], tuple(tails))
+
+
+def _in_order(tokens: Int[np.ndarray, "T"]) -> bytes:
+    """What sorts as the tokens do, and is compared faster."""
+    return tokens.astype(">u8").tobytes()
 
 
 def _agreement(one: Int[np.ndarray, "T"], other: Int[np.ndarray, "U"]) -> int:
@@ -132,9 +147,7 @@ def _gather(documents: Sequence[Document]) -> list[_Unit]:
     """
     units: list[_Unit] = []
     read = 0  # tokens of the newest unit
-    for unit in sorted(
-        _each_alone(documents), key=lambda unit: [sequence.tokens.tolist() for sequence in unit.sequences]
-    ):
+    for unit in sorted(_each_alone(documents), key=lambda unit: [_in_order(one.tokens) for one in unit.sequences]):
         tokens = split(0, unit.sequences).tokens
         if units and _agreement(units[-1].sequences[0].tokens, unit.sequences[0].tokens) > 1:
             joined = _Unit(units[-1].sequences + unit.sequences, units[-1].owners + unit.owners)
@@ -177,6 +190,7 @@ class ModelScorer:
         self.model, self.batch_rows, self.shared = model, batch_rows, shared
         self.starts, self.on_tokens = starts, on_tokens
         self.call_tokens = max(1, min(_CALL_TOKENS, _CALL_LOGITS // model.config.vocab_size))
+        self.branches = model.reads_branches
 
     def score(self, documents: Sequence[Document]) -> list[list[Likelihood]]:
         """Score every document from its own start.
@@ -219,48 +233,67 @@ class ModelScorer:
         def started(piece: Split) -> int:
             return 0 if self.starts is None else self.starts.length(units[piece.number].owners[0][0])
 
-        def key(piece: Split) -> tuple[int, int, int, bytes]:
-            return (
-                started(piece),
-                len(piece.stem),
-                max((len(tail.tokens) for tail in piece.tails), default=0),
-                b"".join(tokens.tobytes() for tokens in (piece.stem, *(tail.tokens for tail in piece.tails))),
-            )
+        def shape(piece: Split) -> tuple[int, int, bool]:
+            """What the pieces of a batch have in common."""
+            return started(piece), len(piece.stem), self._packs(piece)
 
-        batch: list[Split] = []
-        for piece in sorted(splits, key=key, reverse=True):
-            call = min(len(piece.stem), SEGMENT_TOKENS)
-            full = len(batch) == max(1, min(self.batch_rows, self.call_tokens // call))
-            if batch and (full or len(piece.stem) != len(batch[0].stem) or started(piece) != started(batch[0])):
-                yield batch
-                batch = []
-            batch.append(piece)
-        if batch:
+        def key(piece: Split) -> tuple[tuple[int, int, bool], int, bytes]:
+            tails = [tail.tokens for tail in piece.tails]
+            length = sum(map(len, tails)) if self._packs(piece) else max(map(len, tails), default=0)
+            return shape(piece), length, b"".join(tokens.tobytes() for tokens in (piece.stem, *tails))
+
+        for _, alike in itertools.groupby(sorted(splits, key=key, reverse=True), key=shape):
+            batch: list[Split] = []
+            rows = padding = 0
+            for piece in alike:
+                padding += batch[0].tokens - piece.tokens if batch and self._packs(piece) else 0
+                if batch and (len(batch) == rows or padding > _CALL_COST):
+                    yield batch
+                    batch, padding = [], 0
+                if not batch:
+                    call = min(len(piece.stem), SEGMENT_TOKENS) + (piece.tail_tokens if self._packs(piece) else 0)
+                    rows = max(1, min(self.batch_rows, self.call_tokens // call))
+                batch.append(piece)
             yield batch
+
+    def _packs(self, piece: Split) -> bool:
+        """Whether a stem and its tails are read in one call."""
+        return self.branches and bool(piece.tails) and piece.tokens <= self.call_tokens
 
     def _score_batch(self, batch: list[Split], units: Sequence[_Unit]) -> Iterator[tuple[tuple[int, int], float, bool]]:
         """Loss of each scored token of a batch: document and sequence, nats, and whether the model would choose it."""
         with reading_mode(self.model):
-            state = self.model.initial_state(len(batch))
+            stems = np.stack([piece.stem for piece in batch])
+            packs = self._packs(batch[0])  # so do the others
+            forks = not packs and any(piece.tails for piece in batch)
+            rows = None
             if self.starts is not None:
                 state = self.starts.states([units[piece.number].owners[0][0] for piece in batch])
-            stems = np.stack([piece.stem for piece in batch])
-            first = min(sequence.first for piece in batch for sequence in units[piece.number].sequences) - 1
+            elif forks or stems.shape[1] > segment_room(self.model, 0):
+                state = self.model.initial_state(len(batch))
+            else:  # of one call, and fresh states are alike
+                state, rows = self.model.initial_state(1), torch.zeros(len(batch), dtype=torch.long)
             begin = 0
             while begin < stems.shape[1]:
                 end = min(begin + segment_room(self.model, state.position), stems.shape[1])
                 wanted = _wanted_in_stems(batch, units, begin, end)
                 part = stems[:, begin:end]
-                last_only = first >= end - 1
-                final = end == stems.shape[1] and not any(piece.tails for piece in batch)
-                state, found = self._read(part, state, wanted, last_only=last_only, final=final)
+                if end == stems.shape[1] and packs:
+                    part, borders = _packed(part, batch)
+                    for row, piece in enumerate(batch):
+                        _want_in_tails(wanted, row, piece, units, borders[row])
+                    yield from self._read(part, state, wanted, final=True, rows=rows, borders=borders)[1]
+                    self._report(int(borders[:, -1].sum()))
+                    return
+                final = end == stems.shape[1] and not forks
+                state, found = self._read(part, state, wanted, final=final, rows=rows)
                 self._report(part.size)
                 yield from found
                 begin = end
-            for forks, tails, wanted in self._tail_calls(batch, units):
-                rows = torch.tensor([row for row, _ in forks])
+            for part, tails, wanted in self._tail_calls(batch, units):
+                rows = torch.tensor([row for row, _ in part])
                 found = self._read(tails, state, wanted, rows=rows, final=True)[1]
-                self._report(sum(len(tail.tokens) for _, tail in forks))
+                self._report(sum(len(tail.tokens) for _, tail in part))
                 yield from found
 
     def _report(self, tokens: int) -> None:
@@ -295,22 +328,56 @@ class ModelScorer:
         state: StreamState,
         wanted: _Wanted,
         *,
-        last_only: bool = False,
         final: bool = False,
         rows: Tensor | None = None,
+        borders: Int[np.ndarray, "B N"] | None = None,
     ) -> tuple[StreamState, list[tuple[tuple[int, int], float, bool]]]:
         """One call of the model, and the losses of the wanted predictions."""
         device = next(self.model.parameters()).device
         given = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
-        output = self.model(given, state=state, predictions="last" if last_only else "all", final=final, rows=rows)
+        chosen = torch.tensor([wanted.row, wanted.column], device=device).T.long()
+        branches = None if borders is None else torch.from_numpy(borders)
+        output = self.model(given, state=state, predictions=chosen, final=final, rows=rows, borders=branches)
         if not wanted.row:
             return output.state, []
-        column = torch.zeros(len(wanted.row), dtype=torch.long) if last_only else torch.tensor(wanted.column)
-        logits = output.logits[torch.tensor(wanted.row, device=device), column.to(device)]
-        losses, hits = _lookup(logits, torch.tensor(wanted.token, device=device))
+        losses, hits = _lookup(output.logits, torch.tensor(wanted.token, device=device))
         if not np.isfinite(losses).all():
-            raise nonfinite(self.model, given, state if rows is None else state.select(rows))
+            row, column = chosen[int(np.flatnonzero(~np.isfinite(losses))[0])].tolist()
+            text = given[row] if branches is None else _alone(given[row], branches[row], column)
+            stream = torch.tensor([row]) if rows is None else rows[row : row + 1]
+            raise nonfinite(self.model, text[None], state.select(stream))
         return output.state, list(zip(wanted.sequence, losses.tolist(), hits.tolist(), strict=True))
+
+
+def _packed(stems: Int[np.ndarray, "B S"], batch: list[Split]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B N"]]:
+    """Stems with their tails behind them, padded, and the borders of these for `LanguageModel.forward`."""
+    sizes = np.zeros((len(batch), 1 + max(len(piece.tails) for piece in batch)), dtype=np.int64)
+    sizes[:, 0] = stems.shape[1]
+    for row, piece in enumerate(batch):
+        sizes[row, 1 : 1 + len(piece.tails)] = [len(tail.tokens) for tail in piece.tails]
+    borders = sizes.cumsum(axis=1)
+    tokens = np.zeros((len(batch), borders[:, -1].max()), dtype=np.int64)
+    for row, piece in enumerate(batch):
+        tokens[row, : borders[row, -1]] = np.concatenate([stems[row], *(tail.tokens for tail in piece.tails)])
+    return tokens, borders
+
+
+def _alone(tokens: Int[Tensor, "T"], borders: Int[Tensor, "N"], column: int) -> Tensor:
+    """The stem of a row, and behind it the branch that a column is in."""
+    begins = [begin for begin in borders.tolist() if begin <= column]
+    if not begins:
+        return tokens[: borders[0]]
+    return torch.cat([tokens[: borders[0]], tokens[begins[-1] : borders[borders > column].min()]])
+
+
+def _want_in_tails(
+    wanted: _Wanted, row: int, piece: Split, units: Sequence[_Unit], borders: Int[np.ndarray, "N"]
+) -> None:
+    """Predictions that the tails of a packed row make."""
+    unit = units[piece.number]
+    for tail, begin in zip(piece.tails, borders.tolist(), strict=False):
+        for index in tail.sequences:
+            _want(wanted, row, unit.sequences[index], unit.owners[index], len(piece.stem), None, at=begin)
 
 
 def _wanted_in_stems(batch: list[Split], units: Sequence[_Unit], begin: int, end: int) -> _Wanted:
@@ -323,12 +390,17 @@ def _wanted_in_stems(batch: list[Split], units: Sequence[_Unit], begin: int, end
     return wanted
 
 
-def _want(wanted: _Wanted, row: int, scored: Scored, sequence: tuple[int, int], begin: int, end: int | None) -> None:
-    """Ask for the scored tokens that inputs `begin` to `end` (None: all the rest) of a sequence predict."""
+def _want(
+    wanted: _Wanted, row: int, scored: Scored, sequence: tuple[int, int], begin: int, end: int | None, *, at: int = 0
+) -> None:
+    """Ask for the scored tokens that inputs `begin` to `end` (None: all the rest) of a sequence predict.
+
+    at: the column of the first of them.
+    """
     last = len(scored.tokens) - 1
     positions = range(max(begin, scored.first - 1), last if end is None else min(end, last))
     wanted.row.extend([row] * len(positions))
-    wanted.column.extend(position - begin for position in positions)
+    wanted.column.extend(position - begin + at for position in positions)
     wanted.token.extend(int(scored.tokens[position + 1]) for position in positions)
     wanted.sequence.extend([sequence] * len(positions))
 

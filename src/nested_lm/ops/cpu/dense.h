@@ -208,6 +208,15 @@ INLINE REAL dot(long n, const REAL *x, const REAL *y)
     return total(sum);
 }
 
+/* Whether n numbers, which need not fill whole vectors, are 0; NaN is not. */
+static int all_zero(long n, const REAL *x)
+{
+    int any = 0;
+    for (long begin = 0; begin < n && !any; begin += 512)
+        for (long j = begin; j < n && j < begin + 512; j++) any |= x[j] != 0; /* without a way out, so in vectors */
+    return !any;
+}
+
 /* to (n numbers) += factor * x. */
 INLINE void add_scaled(long n, REAL *to, REAL factor, const REAL *x)
 {

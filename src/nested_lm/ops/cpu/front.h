@@ -4,10 +4,11 @@
    of one of the three, of one head and row. Backward computes the forward pass again. */
 
 typedef struct {
-    int64_t B, T, H, K, W, unit_values;
+    int64_t B, T, H, K, W, unit_values, branches;
     double floor;
     const REAL *x, *weight, *tail; /* B T 3HK, 3HK W (last: the token itself), B W-1 3HK */
     const int64_t *age;            /* B T, tokens since the document began, or null */
+    const int64_t *borders; /* B branches+1, where the branches of a row begin and the last one ends, or null */
     REAL *found[3];                /* query, key, value: B T H K */
     const REAL *sent[3];           /* their gradients */
     REAL *g_x, *g_weight, *g_tail; /* as x; B 3HK W, a part for each row; as tail */
@@ -17,6 +18,7 @@ typedef struct {
 typedef struct {
     const Front *call;
     long Kp, past, row, part, head, channel;
+    long branch, jump; /* where the token's branch begins, and how far that is from the stem; 0 in the stem */
     REAL *x, *weight, *conv, *gate, *g, *g_x, *g_weight;
     void *block;
 } Lane;
@@ -38,7 +40,7 @@ static void enter_lane(Lane *l, int64_t at)
     const Front *c = l->call;
     const long channels = 3 * c->H * c->K;
     l->row = at / (3 * c->H), l->part = at / c->H % 3, l->head = at % c->H;
-    l->channel = (l->part * c->H + l->head) * c->K;
+    l->channel = (l->part * c->H + l->head) * c->K, l->branch = l->jump = 0;
     gather(l->past, c->K, l->Kp, c->tail + l->row * l->past * channels + l->channel, channels, l->x);
     gather(c->T, c->K, l->Kp, c->x + l->row * c->T * channels + l->channel, channels, l->x + l->past * l->Kp);
     EACH(j, c->K) EACH(w, c->W) l->weight[w * l->Kp + j] = c->weight[(l->channel + j) * c->W + w];
@@ -52,6 +54,20 @@ INLINE long first_seen(const Lane *l, long t)
     return age < l->past ? l->past - age : 0;
 }
 
+/* Where the convolution's column w of token t is in l->x: before a branch comes the end of the stem. */
+INLINE long seen(const Lane *l, long t, long w)
+{
+    return t + w < l->branch + l->past ? t + w - l->jump : t + w;
+}
+
+/* Enter token t's branch. */
+static void enter_branch(Lane *l, long t)
+{
+    const Front *c = l->call;
+    const int64_t *borders = c->borders + l->row * (c->branches + 1);
+    EACH(n, c->branches) if (t == borders[n]) l->branch = t, l->jump = t - borders[0];
+}
+
 /* Convolution of token t, its gate, and silu of it in l->g; returns what the row is divided by. */
 static REAL see_token(Lane *l, long t)
 {
@@ -59,7 +75,7 @@ static REAL see_token(Lane *l, long t)
     const long Kp = l->Kp;
     for (long j = 0; j < Kp; j += VL) {
         vec sum = {0};
-        for (long w = first_seen(l, t); w < c->W; w++) sum += load(l->weight + w * Kp + j) * load(l->x + (t + w) * Kp + j);
+        for (long w = first_seen(l, t); w < c->W; w++) sum += load(l->weight + w * Kp + j) * load(l->x + seen(l, t, w) * Kp + j);
         store(l->conv + j, sum);
     }
     activate(Kp, l->conv, l->gate, l->g);
@@ -75,6 +91,7 @@ int front(const Front *c, int64_t first, int64_t last)
     for (int64_t at = first; at < last; at++) {
         enter_lane(l, at);
         EACH(t, c->T) {
+            if (c->branches) enter_branch(l, t);
             const REAL divisor = see_token(l, t);
             scaled(l->Kp, l->g, 1 / divisor, l->g);
             scatter(1, c->K, l->Kp, l->g, c->found[l->part] + ((l->row * c->T + t) * c->H + l->head) * c->K, 0);

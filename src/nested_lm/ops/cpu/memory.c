@@ -13,6 +13,7 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 /* One call. Mirrored by `Call` in memory_cpu.py; the order of the fields is its contract. */
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
+    int64_t stem_pieces, branches; /* pieces after the stem's are of the longest branch, counted from where it begins */
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
     int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators;
     int64_t generated, generated_generators, inclusive, momentum, mean;
@@ -29,6 +30,7 @@ typedef struct {
     const REAL *moving_in, *moving_out;                                /* the same, or null: the momentum */
     const REAL *keep;                                                  /* pieces x B, or null */
     const int64_t *rows; /* B, or null: the row of the weights above that each row goes on from; else its own */
+    const int64_t *borders; /* B x (branches + 1), or null: where the branches of each row begin, and the last one ends */
     REAL *reads, *used_rate, *used_decay;                              /* B T H K, B T H, B T H */
     /* null when no call follows: */
     REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after, *moving_in_after, *moving_out_after;
@@ -66,6 +68,7 @@ typedef struct {
     REAL *border; /* weights at the border, less the start */
     REAL *moving; /* the momentum before the piece */
     int fresh;    /* those are the weights before the piece */
+    int anchored; /* anchor and turned_out are of this border already */
     REAL *x_key, *x_value, *x_query, *key, *value, *query, *key_turned, *ratio, *gram;
     REAL *share, *log_decay, *log_kept, *log_before, *before, *erased, *to_end;
     REAL *long_key, *long_value, *long_query;
@@ -77,6 +80,7 @@ typedef struct {
     REAL *g_key, *g_value, *g_query, *g_share, *g_log_kept, *g_log_before, *g_gram;
     REAL *log_momentum, *log_left, *passed, *kept, *left, *spread, *first, *own_end; /* see momentum.h */
     REAL *g_spread, *g_first, *g_own_end, *g_log_left, *g_moving, g_own_first;
+    REAL *branch_current, *branch_border, *branch_moving; /* weights of a branch that goes on after its first piece */
     REAL *off, *along; /* shares that the erase term takes off, and what they get, see erased_backward */
     REAL *g_write_in, *g_write_out, *g_direction, *g_read_pre, *read_hidden, *g_known_in, *g_known_out;
     void *block;
@@ -123,6 +127,9 @@ static long lay_out(Work *w, REAL *base)
     ROOM(own_end, with * C);
     ROOM(kept, with * C * S), ROOM(left, with * C * S), ROOM(spread, with * C * S), ROOM(g_spread, with * C * S);
     ROOM(g_first, with * C), ROOM(g_own_end, with * C), ROOM(g_log_left, with * C), ROOM(g_moving, with * w->all);
+    const long branching = w->call->pieces > w->call->stem_pieces + 1;
+    ROOM(branch_current, branching * w->all), ROOM(branch_border, branching * w->all);
+    ROOM(branch_moving, branching * with * w->all);
 #undef ROOM
 #define ROOM(field, numbers) (x->field = base ? base + used : NULL, used += padded(numbers))
     EACH(m, M) {
@@ -162,18 +169,18 @@ static int open_work(Work *w, const Call *c)
 
 static void close_work(Work *w) { free(w->block), free(w->memory), free(w->answer); }
 
-static void open_piece(Work *w, long row, long head, long piece)
+static void open_piece(Work *w, long row, long head, long begin, long end, int64_t flags)
 {
-    const Call *c = w->call;
-    w->row = row, w->head = head, w->begin = c->begin[piece], w->C = c->end[piece] - w->begin, w->Cp = padded(w->C);
-    w->fresh = (c->flags[piece] & FRESH) != 0;
+    w->row = row, w->head = head, w->begin = begin, w->C = end - begin, w->Cp = padded(w->C);
+    w->fresh = (flags & FRESH) != 0;
 }
 
-/* Weights of one row and head, as given (E x K, K x E), into transposed padded ones, and back. */
+/* Weights of one row and head, as given (E x K, K x E), into transposed padded ones, and back. Fresh ones are zero. */
 static void read_weights(const Work *w, const REAL *in, const REAL *out, REAL *to)
 {
     const long size = w->K * w->E;
     memset(to, 0, (size_t)w->all * sizeof(REAL));
+    if (all_zero(w->M * size, in) && all_zero(w->M * size, out)) return;
     EACH(m, w->M) {
         transpose(w->E, w->K, in + m * size, w->K, in_of(w, to, m), w->Ep, 0);
         transpose(w->K, w->E, out + m * size, w->E, out_of(w, to, m), w->Kp, 0);
@@ -334,7 +341,7 @@ static void write_memory(Work *w, long m, REAL *current)
     const long C = w->C, K = w->K, E = w->E, Kp = w->Kp, Ep = w->Ep;
     const REAL *in = in_of(w, w->anchor, m), *out = out_of(w, w->anchor, m), limit = c->limits[m];
     REAL *turned_out = w->turned_out + m * w->layer, *hidden = w->wide, *gradient = x->known_in;
-    transpose(E, K, out, Kp, turned_out, Ep, Ep);
+    if (!w->anchored) transpose(E, K, out, Kp, turned_out, Ep, Ep);
     product(C, Ep, K, w->key, Kp, 1, in, Ep, x->pre, Ep, 0, FULL);
     if (x->generated) product(C, Ep, K, w->value, Kp, 1, in, Ep, x->difference, Ep, 0, FULL);
     for (long j = 0; j < C * Ep; j += VL) {
@@ -426,76 +433,23 @@ static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL 
     memcpy(border, current, (size_t)numbers * sizeof(REAL));
 }
 
-static void set_anchor(Work *w, REAL *border, REAL *moving)
+/* anchored: those of the border that was given last, which has not changed. */
+static void set_anchor(Work *w, REAL *border, REAL *moving, int anchored)
 {
-    w->border = border, w->moving = moving;
+    w->border = border, w->moving = moving, w->anchored = anchored;
+    if (anchored) return;
     for (long j = 0; j < w->all; j += VL) store(w->anchor + j, load(w->start + j) + load(border + j));
 }
 
-static void move_border(const Work *w, int64_t flags, const REAL *current, REAL *border)
+/* Returns whether any moved. */
+static int move_border(const Work *w, int64_t flags, const REAL *current, REAL *border)
 {
     const long generators = 2 * (w->M - 1) * w->layer;
     if (flags & MOVES_GENERATORS) memcpy(border, current, (size_t)generators * sizeof(REAL));
     if (flags & MOVES_MEMORY) memcpy(border + generators, current + generators, (size_t)(2 * w->layer) * sizeof(REAL));
+    return (flags & (MOVES_GENERATORS | MOVES_MEMORY)) != 0;
 }
 
-static void emit(Work *w)
-{
-    const Call *c = w->call;
-    const long first = (w->row * c->T + w->begin) * c->H + w->head;
-    scatter(w->C, w->K, w->Kp, w->narrow, c->reads + first * c->K, c->H * c->K);
-    EACH(t, w->C) {
-        c->used_rate[first + t * c->H] = w->share[t] * c->limits[w->M - 1];
-        c->used_decay[first + t * c->H] = (REAL)exp((double)w->log_decay[t]);
-    }
-}
-
-/* Write and read all pieces of rows and heads first to last - 1, head by head (head x rows + row), so that neighbouring
-   rows that go on from one stream find its weights where they are. Returns 0, or 1 without memory. */
-int forward(const Call *c, int64_t first, int64_t last)
-{
-    Work work, *w = &work;
-    if (!open_work(w, c)) return close_work(w), 1;
-    REAL *current = w->g_current, *border = w->g_border; /* no gradients here: their room serves */
-    REAL *moving = c->momentum ? w->g_moving : border;
-    const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
-    const size_t bytes = (size_t)w->all * sizeof(REAL);
-    const int is_final = !c->current_in_after, stays = is_final && c->pieces == 1 && !c->keep;
-    int64_t there = -1; /* whose weights `border`, `current` and `moving` are */
-    for (int64_t lane = first; lane < last; lane++) {
-        const long row = lane % c->B, head = lane / c->B;
-        const int64_t at = row * c->H + head, from = c->rows ? c->rows[row] * c->H + head : at;
-        REAL *saved = c->saved ? c->saved + at * per_head : NULL;
-        if (lane == first || !row) read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
-        if (from != there) {
-            read_weights(w, c->border_in + from * size, c->border_out + from * size, border);
-            read_weights(w, c->current_in + from * size, c->current_out + from * size, current);
-            if (c->momentum) read_weights(w, c->moving_in + from * size, c->moving_out + from * size, moving);
-        }
-        there = stays ? from : -1;
-        EACH(p, c->pieces) {
-            set_back(c, p, row, w->all, current, border, moving);
-            if (saved && p % c->group == 0) {
-                memcpy(saved, current, bytes), saved += w->all;
-                if (!(c->flags[p] & FRESH)) memcpy(saved, border, bytes), saved += w->all;
-                if (c->momentum) memcpy(saved, moving, bytes), saved += w->all;
-            }
-            open_piece(w, row, head, p);
-            set_anchor(w, border, moving);
-            forward_piece(w, current);
-            emit(w);
-            if (is_final && p + 1 == c->pieces) break;
-            carry_all(w, current);
-            move_border(w, c->flags[p], current, border);
-        }
-        if (is_final) continue;
-        write_weights(w, border, c->border_in_after + at * size, c->border_out_after + at * size);
-        write_weights(w, current, c->current_in_after + at * size, c->current_out_after + at * size);
-        if (c->momentum) write_weights(w, moving, c->moving_in_after + at * size, c->moving_out_after + at * size);
-    }
-    close_work(w);
-    return 0;
-}
-
+#include "memory_forward.h"
 #include "memory_backward.h"
 #include "front.h"

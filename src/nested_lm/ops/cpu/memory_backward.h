@@ -373,8 +373,8 @@ int backward(const Call *c, int64_t first, int64_t last)
                 if (p > group) set_back(c, p, row, w->all, current, border, moving);
                 memcpy(states + slots * (p - group) * w->all, room, (size_t)slots * bytes);
                 if (p + 1 == stop) break;
-                open_piece(w, row, head, p);
-                set_anchor(w, border, moving);
+                open_piece(w, row, head, c->begin[p], c->end[p], c->flags[p]);
+                set_anchor(w, border, moving, 0);
                 forward_piece(w, current);
                 carry_all(w, current);
                 move_border(w, c->flags[p], current, border);
@@ -382,8 +382,8 @@ int backward(const Call *c, int64_t first, int64_t last)
             for (int64_t p = stop - 1; p >= group; p--) {
                 REAL *before = states + slots * (p - group) * w->all;
                 move_border_backward(w, c->flags[p]);
-                open_piece(w, row, head, p);
-                set_anchor(w, before + w->all, before + (slots - 1) * w->all);
+                open_piece(w, row, head, c->begin[p], c->end[p], c->flags[p]);
+                set_anchor(w, before + w->all, before + (slots - 1) * w->all, 0);
                 forward_piece(w, before);
                 piece_backward(w, before);
                 if (!(c->flags[p] & ALIGNED) || !c->keep) continue;

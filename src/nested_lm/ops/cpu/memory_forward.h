@@ -1,0 +1,92 @@
+/* Forward of memory.c: all pieces of a row and head, and the branches that may follow. */
+
+static void emit(Work *w)
+{
+    const Call *c = w->call;
+    const long first = (w->row * c->T + w->begin) * c->H + w->head;
+    scatter(w->C, w->K, w->Kp, w->narrow, c->reads + first * c->K, c->H * c->K);
+    EACH(t, w->C) {
+        c->used_rate[first + t * c->H] = w->share[t] * c->limits[w->M - 1];
+        c->used_decay[first + t * c->H] = (REAL)exp((double)w->log_decay[t]);
+    }
+}
+
+/* Write and read what a row branches into. Each branch goes on from the weights after the stem, and leaves them as they
+   are: their copies are written where it is longer than its first piece. Returns whether the anchor is the border's. */
+static int read_branches(Work *w, long row, long head, REAL *current, REAL *border, REAL *moving, int anchored)
+{
+    const Call *c = w->call;
+    const int64_t *borders = c->borders + row * (c->branches + 1);
+    const size_t bytes = (size_t)w->all * sizeof(REAL);
+    EACH(n, c->branches) {
+        REAL *now = current, *at_border = border, *momentum = moving;
+        int moved = 0;
+        for (long p = c->stem_pieces; p < c->pieces && borders[n] + c->begin[p] < borders[n + 1]; p++) {
+            const long end = borders[n] + c->end[p] < borders[n + 1] ? borders[n] + c->end[p] : borders[n + 1];
+            open_piece(w, row, head, borders[n] + c->begin[p], end, c->flags[p]);
+            set_anchor(w, at_border, momentum, anchored);
+            forward_piece(w, now);
+            emit(w);
+            anchored = 1;
+            if (end == borders[n + 1]) break;
+            if (p == c->stem_pieces) {
+                now = memcpy(w->branch_current, current, bytes), at_border = memcpy(w->branch_border, border, bytes);
+                if (c->momentum) momentum = w->moving = memcpy(w->branch_moving, moving, bytes);
+            }
+            carry_all(w, now);
+            if (move_border(w, c->flags[p], now, at_border)) anchored = 0, moved = 1;
+        }
+        if (moved) anchored = 0;
+    }
+    return anchored;
+}
+
+/* Write and read all pieces of rows and heads first to last - 1, head by head (head x rows + row), so that neighbouring
+   rows that go on from one stream find its weights where they are. Returns 0, or 1 without memory. */
+int forward(const Call *c, int64_t first, int64_t last)
+{
+    Work work, *w = &work;
+    if (!open_work(w, c)) return close_work(w), 1;
+    REAL *current = w->g_current, *border = w->g_border; /* no gradients here: their room serves */
+    REAL *moving = c->momentum ? w->g_moving : border;
+    const int64_t size = c->M * c->K * c->E, per_head = saved_numbers(c);
+    const size_t bytes = (size_t)w->all * sizeof(REAL);
+    const int is_final = !c->current_in_after, stays = is_final && c->pieces == 1 && !c->keep;
+    int64_t there = -1, border_there = -1; /* whose weights `current` and `moving`, and `border`, are */
+    for (int64_t lane = first; lane < last; lane++) {
+        const long row = lane % c->B, head = lane / c->B;
+        const int64_t at = row * c->H + head, from = c->rows ? c->rows[row] * c->H + head : at;
+        REAL *saved = c->saved ? c->saved + at * per_head : NULL;
+        if (lane == first || !row) read_weights(w, c->start_in + head * size, c->start_out + head * size, w->start);
+        int anchored = from == border_there;
+        if (!anchored) read_weights(w, c->border_in + from * size, c->border_out + from * size, border);
+        if (from != there) {
+            read_weights(w, c->current_in + from * size, c->current_out + from * size, current);
+            if (c->momentum) read_weights(w, c->moving_in + from * size, c->moving_out + from * size, moving);
+        }
+        there = stays ? from : -1, border_there = c->keep ? -1 : from;
+        EACH(p, c->stem_pieces) {
+            set_back(c, p, row, w->all, current, border, moving);
+            if (saved && p % c->group == 0) {
+                memcpy(saved, current, bytes), saved += w->all;
+                if (!(c->flags[p] & FRESH)) memcpy(saved, border, bytes), saved += w->all;
+                if (c->momentum) memcpy(saved, moving, bytes), saved += w->all;
+            }
+            open_piece(w, row, head, c->begin[p], c->end[p], c->flags[p]);
+            set_anchor(w, border, moving, anchored && !c->keep);
+            forward_piece(w, current);
+            emit(w);
+            anchored = 1;
+            if (is_final && p + 1 == c->pieces) break;
+            carry_all(w, current);
+            if (move_border(w, c->flags[p], current, border)) anchored = 0, border_there = -1;
+        }
+        if (c->branches && !read_branches(w, row, head, current, border, moving, anchored)) border_there = -1;
+        if (is_final) continue;
+        write_weights(w, border, c->border_in_after + at * size, c->border_out_after + at * size);
+        write_weights(w, current, c->current_in_after + at * size, c->current_out_after + at * size);
+        if (c->momentum) write_weights(w, moving, c->moving_in_after + at * size, c->moving_out_after + at * size);
+    }
+    close_work(w);
+    return 0;
+}

@@ -1,0 +1,131 @@
+"""Rows of tokens that branch: what each branch predicts is what it predicts when it is read by itself."""
+
+import itertools
+
+import pytest
+import torch
+
+from nested_lm.nn.state import iterate_tensors
+from tests.nn.test_final import TOLERANCE, build, tokens
+
+PRESETS = ("hope/demo", "baselines/titans_lmm_demo")
+STEMS = (1, 2, 41, 64, 71)  # shorter than the convolution; within a chunk; at a border
+BRANCHES = ((5, 70, 3), (0, 1, 9), (64, 0, 0))  # tokens of each row's branches; some are empty
+
+
+def packed(stem, branches, seed=1):
+    """Rows of stem and branches behind each other, their borders, and what each branch is by itself."""
+    width = stem + max(map(sum, branches)) + 2
+    rows = tokens(len(branches), width, seed)
+    sizes = torch.tensor([[stem, *row] for row in branches])
+    return rows, sizes.cumsum(dim=1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("position", [0, 23])
+@torch.no_grad()
+def test_each_branch_predicts_what_it_does_alone(preset, stem, position):
+    model = build(preset)
+    assert model.reads_branches
+    state = model(tokens(3, position, 0)).state if position else model.initial_state(3)
+    held = [tensor.clone() for tensor in iterate_tensors(state.layers)]
+    rows, borders = packed(stem, BRANCHES)
+    found = model(rows, state=state, final=True, borders=borders)
+    assert found.state is state
+    assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
+    assert torch.isfinite(found.logits).all()
+    for row, edges in enumerate(borders.tolist()):
+        alone = state.select(torch.tensor([row]))
+        for begin, end in itertools.pairwise(edges):
+            text = torch.cat([rows[row, :stem], rows[row, begin:end]])[None]
+            expected = model(text, state=alone).logits[0]
+            torch.testing.assert_close(found.logits[row, :stem], expected[:stem], rtol=TOLERANCE, atol=TOLERANCE)
+            torch.testing.assert_close(found.logits[row, begin:end], expected[stem:], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stem", [41, 71])
+@torch.no_grad()
+def test_of_rows_that_go_on_from_one_stream(stem):
+    model = build("hope/demo")
+    state = model(tokens(2, 23, 0)).state
+    rows, borders = packed(stem, BRANCHES[::-1])  # the first row's only branch moves its borders
+    streams = torch.tensor([1, 1, 0])
+    found = model(rows, state=state, final=True, rows=streams, borders=borders).logits
+    expected = model(rows, state=state.select(streams), final=True, borders=borders).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_in_float64_of_rules_with_borders_of_their_own():
+    model = build(
+        "hope/demo", "model.mixer.chunk=8", "model.mixer.chunk_generators=32", "model.mixer.erase_since=border"
+    )
+    model.double()
+    rows, borders = packed(13, BRANCHES)
+    found = model(rows, final=True, borders=borders).logits
+    for row, edges in enumerate(borders.tolist()):
+        for begin, end in itertools.pairwise(edges):
+            expected = model(torch.cat([rows[row, :13], rows[row, begin:end]])[None]).logits[0, 13:]
+            torch.testing.assert_close(found[row, begin:end], expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_frozen_states_and_chosen_predictions():
+    model = build("hope/demo")
+    state = model(tokens(3, 64, 0)).state.freeze()
+    rows, borders = packed(20, BRANCHES)
+    everything = model(rows, state=state, final=True, borders=borders).logits
+    chosen = torch.tensor([[0, 19], [2, 50], [0, 21]])
+    found = model(rows, state=state, final=True, borders=borders, predictions=chosen).logits
+    torch.testing.assert_close(found, everything[chosen[:, 0], chosen[:, 1]], rtol=TOLERANCE, atol=TOLERANCE)
+    alone = model(torch.cat([rows[2, :20], rows[2, 20:84]])[None], state=state.select(torch.tensor([2]))).logits[0, 50]
+    torch.testing.assert_close(found[1], alone, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "borders",
+    [[[0, 4]], [[5]], [[3, 2]], [[3, 99]], [[3, 6, 5]]],
+    ids=["no stem", "no branch", "falling", "outside", "falling later"],
+)
+@torch.no_grad()
+def test_refuses_borders_that_are_none(borders):
+    model = build("hope/demo")
+    with pytest.raises(ValueError, match="borders"):
+        model(tokens(1, 9, 0), final=True, borders=torch.tensor(borders))
+
+
+@torch.no_grad()
+def test_refuses_stems_of_several_lengths():
+    with pytest.raises(ValueError, match="a line for each row"):
+        build("hope/demo")(tokens(2, 9, 0), final=True, borders=torch.tensor([[3, 9]]))
+    with pytest.raises(ValueError, match="a stem of one length"):
+        build("hope/demo")(tokens(2, 9, 0), final=True, borders=torch.tensor([[3, 9], [4, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("baselines/transformer_demo", ()),
+        ("hope/demo_in_context", ()),
+        ("hope/demo_paper", ()),
+        ("baselines/titans_mac_demo", ()),
+        ("hope/demo", ("model.mixer.backend=torch",)),
+    ],
+)
+@torch.no_grad()
+def test_models_that_do_not_read_them_say_so(preset, overrides):
+    model = build(preset, *overrides)
+    assert not model.reads_branches
+    with pytest.raises(ValueError, match="reads branches"):
+        model(tokens(1, 9, 0), final=True, borders=torch.tensor([[3, 9]]))
+
+
+def test_refuses_gradients_and_documents():
+    model, borders = build("hope/demo"), torch.tensor([[3, 9]])
+    with pytest.raises(ValueError, match="without gradients"):
+        model(tokens(1, 9, 0), final=True, borders=borders)
+    starts = torch.zeros(1, 9, dtype=torch.bool)
+    starts[0, 0] = True
+    with torch.no_grad(), pytest.raises(ValueError, match="document starts"):
+        model(tokens(1, 9, 0), final=True, borders=borders, resets=starts, state=model(tokens(1, 64, 0)).state)
