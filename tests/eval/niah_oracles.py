@@ -40,6 +40,7 @@ class Oracle(nn.Module):
     """Answers single needles. grows: its state does, a KiB a token, like a cache, whether it writes or not."""
 
     has_fast_weights = True
+    frozen_reach = None
 
     def __init__(self, tokenizer, *, grows=False):
         super().__init__()

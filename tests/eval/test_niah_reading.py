@@ -11,8 +11,8 @@ from nested_lm.nn.model import LanguageModel
 TOLERANCE = 2e-4  # float32, logits of order 1
 
 
-def build(preset):
-    model = LanguageModel(load_run(preset, ["model.width=32", "model.num_layers=1"]).model).eval()
+def build(preset, *overrides):
+    model = LanguageModel(load_run(preset, ["model.width=32", "model.num_layers=1", *overrides]).model).eval()
     model.initialise(1)
     with torch.no_grad():
         model.embedding.weight.mul_(10.0)
@@ -48,6 +48,36 @@ def test_shared_prefixes_change_no_state_and_save_reading(preset):
     assert sum(told) == texts.size
     # The copy costs nothing, the others what lies behind the border of 128 tokens before they part.
     assert reader.tokens_read == 700 + (700 - 512) + (700 - 256) + 700 + 700
+
+
+@pytest.mark.parametrize(
+    ("preset", "reach"),
+    [
+        ("hope/demo", 6),  # two layers, three tokens each
+        ("baselines/titans_lmm_demo", 6),
+        ("hope/demo_in_context", None),
+        ("baselines/gated_delta_net_demo", None),
+        ("baselines/titans_mag_demo", None),
+        ("baselines/transformer_demo", None),
+    ],
+)
+@torch.no_grad()
+def test_without_writes_only_what_a_state_depends_on_is_read(preset, reach):
+    model = build(preset, "model.num_layers=2")
+    assert model.frozen_reach == reach
+    told = []
+    reader = Reader(model, 1024 * MIB, told.append)
+    texts = prompts()[:, -300:]
+    question = torch.randint(0, 2048, (6, 20), generator=torch.Generator().manual_seed(0))
+    found = model(question, state=reader.read(texts, writes=False)).logits
+    whole = model(torch.from_numpy(texts), state=model.initial_state(6).freeze()).state
+    torch.testing.assert_close(found, model(question, state=whole).logits, atol=TOLERANCE, rtol=0)
+    assert sum(told) == texts.size
+    if reach is not None:
+        assert reader.tokens_read <= 6 * reach
+        assert not torch.allclose(found, model(question, state=reader.read(texts)).logits, atol=TOLERANCE)
+        less = model(torch.from_numpy(texts[:, 301 - reach :]), state=model.initial_state(6).freeze()).state
+        assert not torch.allclose(found, model(question, state=less).logits, atol=TOLERANCE)
 
 
 def test_a_recurrent_state_takes_the_same_memory_at_every_length():

@@ -71,6 +71,16 @@ class LanguageModel(nn.Module):
         return self.writer is not None or any(not isinstance(block.mixer, Attention) for block in self.blocks)
 
     @property
+    def frozen_reach(self) -> int | None:
+        """Tokens after which a frozen state no longer depends on those before; None: it may depend on all.
+
+        Self-modifying memories that nothing is written to know other tokens by their convolutions only.
+        """
+        if self.writer is not None or not all(isinstance(block.mixer, SelfModifyingTitans) for block in self.blocks):
+            return None
+        return sum(block.mixer.config.conv_width - 1 for block in self.blocks)
+
+    @property
     def memories(self) -> tuple[str, ...]:
         """Names of the self-modifying memories of a head; none when no block has any."""
         found = (module.rule.adapt for module in self.modules() if isinstance(module, SelfModifyingTitans))

@@ -75,11 +75,16 @@ class Reader:
         """Read prompts from fresh states. Returns their states, a row for each.
 
         Prompts that agree up to the end of a segment are one row until then; where they part, its state is forked.
-        That is exact: a state is a function of the tokens before it. writes: False never writes fast weights.
+        That is exact: a state is a function of the tokens before it. writes: False never writes fast weights; where a
+        state then depends on its last tokens only, no others are read.
 
         Raises:
             OutOfRoomError: memory ended, or the states would pass the limit.
         """
+        reach = None if writes else self.model.frozen_reach
+        if reach is not None and reach < prompts.shape[1]:
+            self.on_tokens(prompts[:, : prompts.shape[1] - max(reach, 1)].size)
+            prompts = prompts[:, prompts.shape[1] - max(reach, 1) :]
         rows, length = prompts.shape
         step = segment_length(length, self.model.config.alignment)
         group = np.zeros(rows, dtype=np.int64)  # the row that stands for each prompt
