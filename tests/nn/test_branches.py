@@ -21,6 +21,17 @@ def packed(stem, branches, seed=1):
     return rows, sizes.cumsum(dim=1)
 
 
+def assert_alone(model, state, rows, borders, logits):
+    """Each branch predicts what it does when it is read behind the stem by itself."""
+    for row, (stem, *ends) in enumerate(borders.tolist()):
+        alone = state.select(torch.tensor([row]))
+        for begin, end in itertools.pairwise([stem, *ends]):
+            text = torch.cat([rows[row, :stem], rows[row, begin:end]])[None]
+            expected = model(text, state=alone).logits[0]
+            torch.testing.assert_close(logits[row, :stem], expected[:stem], rtol=TOLERANCE, atol=TOLERANCE)
+            torch.testing.assert_close(logits[row, begin:end], expected[stem:], rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("position", [0, 23])
@@ -35,13 +46,16 @@ def test_each_branch_predicts_what_it_does_alone(preset, stem, position):
     assert found.state is state
     assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
     assert torch.isfinite(found.logits).all()
-    for row, edges in enumerate(borders.tolist()):
-        alone = state.select(torch.tensor([row]))
-        for begin, end in itertools.pairwise(edges):
-            text = torch.cat([rows[row, :stem], rows[row, begin:end]])[None]
-            expected = model(text, state=alone).logits[0]
-            torch.testing.assert_close(found.logits[row, :stem], expected[:stem], rtol=TOLERANCE, atol=TOLERANCE)
-            torch.testing.assert_close(found.logits[row, begin:end], expected[stem:], rtol=TOLERANCE, atol=TOLERANCE)
+    assert_alone(model, state, rows, borders, found.logits)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_many_short_branches_that_are_read_together(preset):
+    model = build(preset)
+    state = model(tokens(2, 23, 0)).state
+    rows, borders = packed(30, ((3, 1, 0, 2) * 12, (14, 9, 10, 11, 1) + (1,) * 43))  # the 11th token meets a border
+    assert_alone(model, state, rows, borders, model(rows, state=state, final=True, borders=borders).logits)
 
 
 @pytest.mark.parametrize("stem", [41, 71])

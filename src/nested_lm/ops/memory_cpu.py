@@ -35,10 +35,13 @@ from nested_lm.ops.memory_backward import has_closed_backward
 from nested_lm.ops.memory_chunked import Piece, cut
 from nested_lm.write_rule import WriteRule
 
+ABREAST = 32
+"""Short branches of a row are read together, in pieces of up to so many tokens: a few at a time cost more a token."""
+
 SHORT = 16
 """With pieces shorter than this many tokens, weights are kept for every so many tokens only."""
 
-_COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group", "stem_pieces", "branches")
+_COUNTS = ("B", "T", "H", "K", "E", "M", "pieces", "longest", "group", "stem_pieces", "branches", "abreast")
 _SWITCHES = (
     *("k", "eta", "alpha", "v", "q", "erase_in", "erase_out", "erase_after_decay"),
     *("since_border", "since_border_generators", "generated", "generated_generators", "inclusive", "momentum", "mean"),
@@ -174,7 +177,8 @@ def finish(
     call, kept_alive = _call(rule, pieces, named)
     found = _room_for_reads(named)
     if borders is not None:
-        call.stem_pieces, call.branches = len(stem), borders.shape[1] - 1
+        call.stem_pieces, call.branches, call.abreast = len(stem), borders.shape[1] - 1, ABREAST
+        call.longest = max(call.longest, ABREAST)
         found["reads"].zero_()
     cpu_library.point(call, {**found, "rows": rows, "borders": borders})
     cpu_library.run("forward", call, named["key"].dtype, call.B * call.H)

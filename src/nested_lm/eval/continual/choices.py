@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 
 from nested_lm.errors import CheckpointError, NumericsError
 from nested_lm.eval.progress import Progress
-from nested_lm.nn.generation import read_prompt
+from nested_lm.nn.generation import SEGMENT_TOKENS, read_prompt
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
 _ROWS = 128  # rows of answers read side by side
+_CALL_LOGITS = 1 << 26  # of one call, 256 MiB in float32
 _MIB = 1 << 20
 
 
@@ -33,7 +34,8 @@ def score_choices(
 ) -> Float[np.ndarray, "contexts choices"]:
     """Mean nats a token of every answer after every context.
 
-    A context is read once; each answer goes on from a fork of its state.
+    A context is read once, and each answer goes on from there: in the same call where the model reads branches, else
+    from a fork of its state.
 
     Args:
         state: of one stream; None for one that has read nothing.
@@ -44,17 +46,24 @@ def score_choices(
         NumericsError: a likelihood is not finite.
     """
     start = model.initial_state(1) if state is None else state
+    asked = 1 + sum(len(choice) - 1 for choice in choices)  # predictions of one context
+    packs = model.reads_branches and asked > 1 and asked * model.config.vocab_size <= _CALL_LOGITS
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     scores = np.empty((len(contexts), len(choices)))
     begin = 0
     while begin < len(order):
         length = len(contexts[order[begin]])
-        rows = [index for index in order[begin : begin + batch_size] if len(contexts[index]) == length]
+        one_call = packs and length <= SEGMENT_TOKENS
+        count = min(batch_size, _CALL_LOGITS // (asked * model.config.vocab_size)) if one_call else batch_size
+        rows = [index for index in order[begin : begin + count] if len(contexts[index]) == length]
         device = next(model.parameters()).device
         tokens = torch.from_numpy(np.stack([contexts[index] for index in rows])).to(device)
-        forked = start.select(torch.zeros(len(rows), dtype=torch.long))
-        logits, after = read_prompt(model, tokens, state=forked)
-        scores[rows] = _answers(model, logits.float().log_softmax(dim=-1), after, choices)
+        streams = torch.zeros(len(rows), dtype=torch.long)
+        if one_call:
+            scores[rows] = _answers_as_branches(model, tokens, start, streams, choices)
+        else:
+            logits, after = read_prompt(model, tokens, state=start.select(streams))
+            scores[rows] = _answers(model, logits.float().log_softmax(dim=-1), after, choices)
         begin += len(rows)
         if progress is not None:
             progress.add(choice_tokens([contexts[index] for index in rows], choices))
@@ -69,6 +78,32 @@ def score_choices(
 def choice_tokens(contexts: Sequence[np.ndarray], choices: Sequence[np.ndarray]) -> int:
     """Tokens that `score_choices` reads: contexts, and after each all answers but their last token."""
     return sum(map(len, contexts)) + len(contexts) * sum(len(choice) - 1 for choice in choices)
+
+
+def _answers_as_branches(
+    model: LanguageModel,
+    contexts: Int[torch.Tensor, "B n"],
+    state: StreamState,
+    streams: Int[torch.Tensor, "B"],
+    choices: Sequence[np.ndarray],
+) -> Float[np.ndarray, "B C"]:
+    """Mean nats of each answer, read behind its context in one call. streams: of the state, where the contexts go on."""
+    rows, length = contexts.shape
+    borders = torch.tensor([length, *(len(choice) - 1 for choice in choices)]).cumsum(dim=0)
+    rests = torch.from_numpy(np.concatenate([choice[:-1] for choice in choices])).to(contexts.device)
+    tokens = torch.cat([contexts, rests.expand(rows, -1)], dim=1)
+    # All answers begin where the context ends, and go on in their branches.
+    asked = torch.arange(length - 1, tokens.shape[1])
+    predictions = torch.cartesian_prod(torch.arange(rows), asked).to(contexts.device)
+    logits = model(
+        tokens, state=state, rows=streams, final=True, borders=borders.expand(rows, -1), predictions=predictions
+    ).logits
+    likelihood = logits.float().log_softmax(dim=-1).unflatten(0, (rows, len(asked)))
+    found = np.empty((rows, len(choices)))
+    for column, (choice, begin) in enumerate(zip(choices, (borders[:-1] - length + 1).tolist(), strict=True)):
+        places = torch.tensor([0, *range(begin, begin + len(choice) - 1)])
+        found[:, column] = -likelihood[:, places, torch.from_numpy(choice)].double().mean(dim=1).cpu().numpy()
+    return found
 
 
 def _answers(

@@ -13,7 +13,7 @@ enum { MOVES_GENERATORS = 1, MOVES_MEMORY = 2, ALIGNED = 4, FRESH = 8 };
 /* One call. Mirrored by `Call` in memory_cpu.py; the order of the fields is its contract. */
 typedef struct {
     int64_t B, T, H, K, E, M, pieces, longest, group;
-    int64_t stem_pieces, branches; /* pieces after the stem's are of the longest branch, counted from where it begins */
+    int64_t stem_pieces, branches, abreast; /* pieces after the stem's are of the longest branch, from where it begins */
     int64_t k, eta, alpha, v, q; /* place of each generator, -1 without it */
     int64_t erase_in, erase_out, erase_after_decay, since_border, since_border_generators;
     int64_t generated, generated_generators, inclusive, momentum, mean;
@@ -68,6 +68,7 @@ typedef struct {
     REAL *border; /* weights at the border, less the start */
     REAL *moving; /* the momentum before the piece */
     int fresh;    /* those are the weights before the piece */
+    long *origin; /* of each token the first one that it knows of the piece: where its branch begins */
     int anchored; /* anchor and turned_out are of this border already */
     REAL *x_key, *x_value, *x_query, *key, *value, *query, *key_turned, *ratio, *gram;
     REAL *share, *log_decay, *log_kept, *log_before, *before, *erased, *to_end;
@@ -154,7 +155,8 @@ static int open_work(Work *w, const Call *c)
     w->layer = w->Kp * w->Ep, w->all = 2 * w->M * w->layer;
     w->memory = calloc((size_t)w->M, sizeof(Memory));
     w->answer = calloc((size_t)w->M, sizeof(Answer));
-    if (!w->memory || !w->answer) return 0;
+    w->origin = calloc((size_t)c->longest, sizeof(long));
+    if (!w->memory || !w->answer || !w->origin) return 0;
     const size_t bytes = (size_t)lay_out(w, NULL) * sizeof(REAL);
     if (posix_memalign(&w->block, 64, bytes)) return 0;
     memset(w->block, 0, bytes);
@@ -167,7 +169,7 @@ static int open_work(Work *w, const Call *c)
     return 1;
 }
 
-static void close_work(Work *w) { free(w->block), free(w->memory), free(w->answer); }
+static void close_work(Work *w) { free(w->block), free(w->memory), free(w->answer), free(w->origin); }
 
 static void open_piece(Work *w, long row, long head, long begin, long end, int64_t flags)
 {
@@ -265,6 +267,7 @@ static void accumulate(Work *w)
 {
     REAL sum = 0;
     EACH(t, w->C) {
+        if (w->origin[t] == t) sum = 0;
         w->log_before[t] = sum;
         sum += w->log_decay[t];
         w->log_kept[t] = sum;
@@ -282,6 +285,7 @@ static void accumulate(Work *w)
             store(ratio + i, exponential(w->log_before[t] - load(w->log_kept + i)));
             for (long s = t; s < i + VL; s++) ratio[s] = 0;
         }
+        EACH(i, w->origin[t]) ratio[i] = 0;
     }
     transpose(w->C, w->K, w->key, w->Kp, w->key_turned, w->Cp, w->Cp);
     product(w->C, w->Cp, w->K, w->key, w->Kp, 1, w->key_turned, w->Cp, w->gram, w->Cp, 0, LOWER_RESULT);

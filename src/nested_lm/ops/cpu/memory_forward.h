@@ -11,32 +11,67 @@ static void emit(Work *w)
     }
 }
 
+/* The branch after those that are read with branch n in one piece: as many as fit, if they end within their first. */
+static long together(const Call *c, const int64_t *borders, long n)
+{
+    const int64_t whole = c->end[c->stem_pieces];
+    long last = n + 1;
+    if (borders[last] - borders[n] > whole) return last;
+    while (last < c->branches && borders[last + 1] - borders[last] <= whole && borders[last + 1] - borders[n] <= c->abreast)
+        last++;
+    return last;
+}
+
+/* Read branches n to last - 1 in one piece, in which the tokens of each know those of no other. */
+static void read_abreast(Work *w, const int64_t *borders, long n, long last, REAL *current)
+{
+    for (long i = n; i < last; i++)
+        for (int64_t t = borders[i]; t < borders[i + 1]; t++) w->origin[t - borders[n]] = borders[i] - borders[n];
+    forward_piece(w, current);
+    emit(w);
+    memset(w->origin, 0, (size_t)w->C * sizeof(long));
+}
+
+/* Write and read a branch that is longer than its first piece, on copies of the weights. Returns whether a border moved. */
+static int read_long(Work *w, const int64_t *borders, long n, const REAL *current, const REAL *border, const REAL *moving,
+                     int anchored)
+{
+    const Call *c = w->call;
+    const size_t bytes = (size_t)w->all * sizeof(REAL);
+    REAL *now = memcpy(w->branch_current, current, bytes), *at_border = memcpy(w->branch_border, border, bytes);
+    REAL *momentum = c->momentum ? memcpy(w->branch_moving, moving, bytes) : NULL;
+    int moved = 0;
+    for (long p = c->stem_pieces;; p++) {
+        const long end = borders[n] + c->end[p] < borders[n + 1] ? borders[n] + c->end[p] : borders[n + 1];
+        open_piece(w, w->row, w->head, borders[n] + c->begin[p], end, c->flags[p]);
+        set_anchor(w, at_border, momentum, anchored);
+        forward_piece(w, now);
+        emit(w);
+        if (end == borders[n + 1]) return moved;
+        carry_all(w, now);
+        anchored = !move_border(w, c->flags[p], now, at_border);
+        moved |= !anchored;
+    }
+}
+
 /* Write and read what a row branches into. Each branch goes on from the weights after the stem, and leaves them as they
-   are: their copies are written where it is longer than its first piece. Returns whether the anchor is the border's. */
+   are. Returns whether the anchor is still the border's. */
 static int read_branches(Work *w, long row, long head, REAL *current, REAL *border, REAL *moving, int anchored)
 {
     const Call *c = w->call;
     const int64_t *borders = c->borders + row * (c->branches + 1);
-    const size_t bytes = (size_t)w->all * sizeof(REAL);
-    EACH(n, c->branches) {
-        REAL *now = current, *at_border = border, *momentum = moving;
-        int moved = 0;
-        for (long p = c->stem_pieces; p < c->pieces && borders[n] + c->begin[p] < borders[n + 1]; p++) {
-            const long end = borders[n] + c->end[p] < borders[n + 1] ? borders[n] + c->end[p] : borders[n + 1];
-            open_piece(w, row, head, borders[n] + c->begin[p], end, c->flags[p]);
-            set_anchor(w, at_border, momentum, anchored);
-            forward_piece(w, now);
-            emit(w);
-            anchored = 1;
-            if (end == borders[n + 1]) break;
-            if (p == c->stem_pieces) {
-                now = memcpy(w->branch_current, current, bytes), at_border = memcpy(w->branch_border, border, bytes);
-                if (c->momentum) momentum = w->moving = memcpy(w->branch_moving, moving, bytes);
-            }
-            carry_all(w, now);
-            if (move_border(w, c->flags[p], now, at_border)) anchored = 0, moved = 1;
+    if (c->pieces == c->stem_pieces) return anchored; /* all are empty */
+    for (long n = 0, last; n < c->branches; n = last) {
+        last = together(c, borders, n);
+        if (borders[last] == borders[n]) continue;
+        if (borders[n + 1] - borders[n] > c->end[c->stem_pieces]) {
+            anchored = !read_long(w, borders, n, current, border, moving, anchored);
+            continue;
         }
-        if (moved) anchored = 0;
+        open_piece(w, row, head, borders[n], borders[last], c->flags[c->stem_pieces]);
+        set_anchor(w, border, moving, anchored);
+        read_abreast(w, borders, n, last, current);
+        anchored = 1;
     }
     return anchored;
 }

@@ -5,12 +5,13 @@
    momentum before the piece has. own_end[i], the last row of `left`, and the last of passed[t]: what the momentum itself
    keeps of them at the end. */
 
-static void lower_ratios(long C, long Cp, const REAL *logs, REAL *ratios)
+static void lower_ratios(const Work *w, const REAL *logs, REAL *ratios)
 {
-    EACH(t, C) {
-        REAL *row = ratios + t * Cp;
+    EACH(t, w->C) {
+        REAL *row = ratios + t * w->Cp;
         for (long i = 0; i <= t; i += VL) store(row + i, exponential(logs[t] - load(logs + i)));
-        for (long i = t + 1; i < Cp; i++) row[i] = 0;
+        for (long i = t + 1; i < w->Cp; i++) row[i] = 0;
+        EACH(i, w->origin[t]) row[i] = 0;
     }
 }
 
@@ -20,11 +21,12 @@ static void spread_momentum(Work *w)
     const long C = w->C, Cp = w->Cp;
     REAL sum = 0;
     EACH(t, C) {
+        if (w->origin[t] == t) sum = 0;
         w->log_left[t] = sum += w->log_momentum[t];
         w->passed[t] = (REAL)exp((double)sum);
     }
-    lower_ratios(C, Cp, w->log_kept, w->kept);
-    lower_ratios(C, Cp, w->log_left, w->left);
+    lower_ratios(w, w->log_kept, w->kept);
+    lower_ratios(w, w->log_left, w->left);
     if (w->call->mean) {
         REAL *entering = w->own_end; /* its room, until below */
         EACH(i, C) entering[i] = (REAL)-expm1((double)w->log_momentum[i]);
