@@ -87,7 +87,7 @@ def _answers_as_branches(
     streams: Int[torch.Tensor, "B"],
     choices: Sequence[np.ndarray],
 ) -> Float[np.ndarray, "B C"]:
-    """Mean nats of each answer, read behind its context in one call. streams: of the state, where the contexts go on."""
+    """Mean nats of each answer, read behind its context in one call. streams: those of the state to go on from."""
     rows, length = contexts.shape
     borders = torch.tensor([length, *(len(choice) - 1 for choice in choices)]).cumsum(dim=0)
     rests = torch.from_numpy(np.concatenate([choice[:-1] for choice in choices])).to(contexts.device)
