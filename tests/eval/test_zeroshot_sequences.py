@@ -7,6 +7,7 @@ import torch
 from nested_lm.errors import ConfigError, NumericsError
 from nested_lm.eval.zeroshot.memorize import MemorizedStarts, check_memorize, level_names, shared_text
 from nested_lm.eval.zeroshot.sequences import Likelihood, ModelScorer, Scored, split
+from nested_lm.eval.zeroshot.sequences import _alone as alone_in_row
 from nested_lm.eval.zeroshot.settings import Memorize, parse_memorize
 from nested_lm.nn.state import iterate_tensors
 from tests.streaming.models import PARTS, build, overflowing, tokens
@@ -50,6 +51,15 @@ def alone(model, sequence):
     )
 
 
+def calls_of(model, work):
+    """Rows and numbers of tokens of every call of a model."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, given: seen.append((given[0].shape[0], given[0].numel())))
+    work()
+    hook.remove()
+    return seen
+
+
 def assert_equal(found, expected, tolerance=TOLERANCE):
     assert [len(row) for row in found] == [len(row) for row in expected]
     for row, wanted in zip(found, expected, strict=True):
@@ -80,11 +90,54 @@ def test_one_call_or_forks(documents):
     model = build("hope")
     expected = [[alone(model, sequence) for sequence in entry] for entry in documents]
     scorer = ModelScorer(model, batch_rows=4)
-    assert scorer.branches
-    scorer.call_tokens = 40  # not all fit in a call
-    assert_equal(scorer.score(documents), expected)
-    scorer.branches = False
-    assert_equal(scorer.score(documents), expected)
+    assert model.reads_branches
+    for call_tokens in (4096, 40, 1):  # all fit in a call, some, none
+        scorer.call_tokens = call_tokens
+        sizes = calls_of(model, lambda: assert_equal(scorer.score(documents), expected))
+        assert all(size <= call_tokens or rows == 1 for rows, size in sizes)
+    assert len(sizes) > len(documents)
+
+
+def test_rows_are_padded_by_less_than_a_call_costs():
+    rng = np.random.default_rng(0)
+    documents = [document(rng, 12, tail, tail + 1, tail + 2) for tail in range(2, 40)]
+    scorer = ModelScorer(build("hope"), batch_rows=32)
+    sizes = calls_of(scorer.model, lambda: scorer.score(documents))
+    assert sum(size for _, size in sizes) <= scorer.planned_tokens(documents) + 48 * len(sizes)
+    assert len(sizes) < len(documents)
+
+
+def test_sequences_that_begin_one_another_are_one_text():
+    one, other = Scored(np.array([0, 5, 6, 7]), 2), Scored(np.array([0, 5, 6, 7, 8, 9]), 2)
+    found = split(3, (one, other))
+    assert found.tails == ()
+    assert found.stem.tolist() == [0, 5, 6, 7, 8]
+
+
+def test_long_stems_of_several_documents_do_not_meet():
+    rng = np.random.default_rng(0)
+    model = build("hope")
+    documents = [document(rng, 600, *tails) for tails in ((3,), (3,), (2, 4), (2, 4))]
+    expected = [[alone(model, sequence) for sequence in entry] for entry in documents]
+    assert_equal(ModelScorer(model, batch_rows=2).score(documents), expected)
+
+
+def test_a_branch_alone_is_its_stem_and_itself():
+    row = torch.tensor([0, 5, 6, 7, 8, 60, 8, 0])
+    cuts = torch.tensor([3, 5, 5, 7])
+    found = [alone_in_row(row, cuts, column).tolist() for column in (1, 4, 5)]
+    assert found == [[0, 5, 6], [0, 5, 6, 7, 8], [0, 5, 6, 60, 8]]
+
+
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_batches_of_documents_that_are_alike_do_not_depend_on_their_order(first):
+    a = tuple(Scored(np.array([0, 1, *end, 2]), 2) for end in ([9, 3], [4]))
+    b = tuple(Scored(np.array([0, 1, *end, 2]), 2) for end in ([9], [3, 4]))
+    documents = [a, b] if first == "A" else [b, a]
+    scorer = ModelScorer(build("hope"), batch_rows=1)
+    batches = scorer._batches([split(number, entry) for number, entry in enumerate(documents)], [])
+    found = [[tail.tokens.tolist() for tail in batch[0].tails] for batch in batches]
+    assert found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("name", ["hope", "hope_in_context", "transformer"])

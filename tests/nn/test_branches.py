@@ -14,16 +14,16 @@ BRANCHES = ((5, 70, 3), (0, 1, 9), (64, 0, 0))  # tokens of each row's branches;
 
 
 def packed(stem, branches, seed=1):
-    """Rows of stem and branches behind each other, their borders, and what each branch is by itself."""
+    """Rows of stem and branches behind each other, and where these begin and end."""
     width = stem + max(map(sum, branches)) + 2
     rows = tokens(len(branches), width, seed)
     sizes = torch.tensor([[stem, *row] for row in branches])
     return rows, sizes.cumsum(dim=1)
 
 
-def assert_alone(model, state, rows, borders, logits):
+def assert_alone(model, state, rows, branches, logits):
     """Each branch predicts what it does when it is read behind the stem by itself."""
-    for row, (stem, *ends) in enumerate(borders.tolist()):
+    for row, (stem, *ends) in enumerate(branches.tolist()):
         alone = state.select(torch.tensor([row]))
         for begin, end in itertools.pairwise([stem, *ends]):
             text = torch.cat([rows[row, :stem], rows[row, begin:end]])[None]
@@ -41,12 +41,12 @@ def test_each_branch_predicts_what_it_does_alone(preset, stem, position):
     assert model.reads_branches
     state = model(tokens(3, position, 0)).state if position else model.initial_state(3)
     held = [tensor.clone() for tensor in iterate_tensors(state.layers)]
-    rows, borders = packed(stem, BRANCHES)
-    found = model(rows, state=state, final=True, borders=borders)
+    rows, branches = packed(stem, BRANCHES)
+    found = model(rows, state=state, final=True, branches=branches)
     assert found.state is state
     assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
     assert torch.isfinite(found.logits).all()
-    assert_alone(model, state, rows, borders, found.logits)
+    assert_alone(model, state, rows, branches, found.logits)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -54,19 +54,20 @@ def test_each_branch_predicts_what_it_does_alone(preset, stem, position):
 def test_many_short_branches_that_are_read_together(preset):
     model = build(preset)
     state = model(tokens(2, 23, 0)).state
-    rows, borders = packed(30, ((3, 1, 0, 2) * 12, (14, 9, 10, 11, 1) + (1,) * 43))  # the 11th token meets a border
-    assert_alone(model, state, rows, borders, model(rows, state=state, final=True, borders=borders).logits)
+    rows, branches = packed(30, ((3, 1, 0, 2) * 12, (14, 9, 10, 11, 1) + (1,) * 43))  # the 11th token meets a border
+    assert_alone(model, state, rows, branches, model(rows, state=state, final=True, branches=branches).logits)
 
 
-@pytest.mark.parametrize("stem", [41, 71])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stem", [5, 41, 71])  # in the chunk of the state; beyond a border
 @torch.no_grad()
-def test_of_rows_that_go_on_from_one_stream(stem):
-    model = build("hope/demo")
+def test_of_rows_that_go_on_from_one_stream(preset, stem):
+    model = build(preset)
     state = model(tokens(2, 23, 0)).state
-    rows, borders = packed(stem, BRANCHES[::-1])  # the first row's only branch moves its borders
+    rows, branches = packed(stem, BRANCHES[::-1])  # the first row's only branch moves its borders
     streams = torch.tensor([1, 1, 0])
-    found = model(rows, state=state, final=True, rows=streams, borders=borders).logits
-    expected = model(rows, state=state.select(streams), final=True, borders=borders).logits
+    found = model(rows, state=state, final=True, rows=streams, branches=branches).logits
+    expected = model(rows, state=state.select(streams), final=True, branches=branches).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -76,9 +77,9 @@ def test_in_float64_of_rules_with_borders_of_their_own():
         "hope/demo", "model.mixer.chunk=8", "model.mixer.chunk_generators=32", "model.mixer.erase_since=border"
     )
     model.double()
-    rows, borders = packed(13, BRANCHES)
-    found = model(rows, final=True, borders=borders).logits
-    for row, edges in enumerate(borders.tolist()):
+    rows, branches = packed(13, BRANCHES)
+    found = model(rows, final=True, branches=branches).logits
+    for row, edges in enumerate(branches.tolist()):
         for begin, end in itertools.pairwise(edges):
             expected = model(torch.cat([rows[row, :13], rows[row, begin:end]])[None]).logits[0, 13:]
             torch.testing.assert_close(found[row, begin:end], expected, rtol=1e-10, atol=1e-10)
@@ -88,33 +89,33 @@ def test_in_float64_of_rules_with_borders_of_their_own():
 def test_frozen_states_and_chosen_predictions():
     model = build("hope/demo")
     state = model(tokens(3, 64, 0)).state.freeze()
-    rows, borders = packed(20, BRANCHES)
-    everything = model(rows, state=state, final=True, borders=borders).logits
+    rows, branches = packed(20, BRANCHES)
+    everything = model(rows, state=state, final=True, branches=branches).logits
     chosen = torch.tensor([[0, 19], [2, 50], [0, 21]])
-    found = model(rows, state=state, final=True, borders=borders, predictions=chosen).logits
+    found = model(rows, state=state, final=True, branches=branches, places=chosen).logits[0]
     torch.testing.assert_close(found, everything[chosen[:, 0], chosen[:, 1]], rtol=TOLERANCE, atol=TOLERANCE)
     alone = model(torch.cat([rows[2, :20], rows[2, 20:84]])[None], state=state.select(torch.tensor([2]))).logits[0, 50]
     torch.testing.assert_close(found[1], alone, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    "borders",
+    "branches",
     [[[0, 4]], [[5]], [[3, 2]], [[3, 99]], [[3, 6, 5]]],
     ids=["no stem", "no branch", "falling", "outside", "falling later"],
 )
 @torch.no_grad()
-def test_refuses_borders_that_are_none(borders):
+def test_refuses_borders_that_are_none(branches):
     model = build("hope/demo")
-    with pytest.raises(ValueError, match="borders"):
-        model(tokens(1, 9, 0), final=True, borders=torch.tensor(borders))
+    with pytest.raises(ValueError, match="branches"):
+        model(tokens(1, 9, 0), final=True, branches=torch.tensor(branches))
 
 
 @torch.no_grad()
 def test_refuses_stems_of_several_lengths():
     with pytest.raises(ValueError, match="a line for each row"):
-        build("hope/demo")(tokens(2, 9, 0), final=True, borders=torch.tensor([[3, 9]]))
-    with pytest.raises(ValueError, match="a stem of one length"):
-        build("hope/demo")(tokens(2, 9, 0), final=True, borders=torch.tensor([[3, 9], [4, 9]]))
+        build("hope/demo")(tokens(2, 9, 0), final=True, branches=torch.tensor([[3, 9]]))
+    with pytest.raises(ValueError, match="of one length in all rows"):
+        build("hope/demo")(tokens(2, 9, 0), final=True, branches=torch.tensor([[3, 9], [4, 9]]))
 
 
 @pytest.mark.parametrize(
@@ -132,14 +133,14 @@ def test_models_that_do_not_read_them_say_so(preset, overrides):
     model = build(preset, *overrides)
     assert not model.reads_branches
     with pytest.raises(ValueError, match="reads branches"):
-        model(tokens(1, 9, 0), final=True, borders=torch.tensor([[3, 9]]))
+        model(tokens(1, 9, 0), final=True, branches=torch.tensor([[3, 9]]))
 
 
 def test_refuses_gradients_and_documents():
-    model, borders = build("hope/demo"), torch.tensor([[3, 9]])
+    model, branches = build("hope/demo"), torch.tensor([[3, 9]])
     with pytest.raises(ValueError, match="without gradients"):
-        model(tokens(1, 9, 0), final=True, borders=borders)
+        model(tokens(1, 9, 0), final=True, branches=branches)
     starts = torch.zeros(1, 9, dtype=torch.bool)
     starts[0, 0] = True
     with torch.no_grad(), pytest.raises(ValueError, match="document starts"):
-        model(tokens(1, 9, 0), final=True, borders=borders, resets=starts, state=model(tokens(1, 64, 0)).state)
+        model(tokens(1, 9, 0), final=True, branches=branches, resets=starts, state=model(tokens(1, 64, 0)).state)

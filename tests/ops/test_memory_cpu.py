@@ -350,7 +350,7 @@ class TestTheLastCall:
             here = state if chosen is None else map_tensors(state, lambda x: x.index_select(0, rows))
             expected = memory_cpu.self_modify(inputs, start, readout, here, rule=problem.rule, position=1, resets=None)
             found = memory_cpu.finish(
-                inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=chosen
+                inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=chosen, branches=None
             )
             assert found.state is state
             assert identical((found.reads, found.rate, found.decay), (expected.reads, expected.rate, expected.decay))
@@ -366,7 +366,7 @@ class TestTheLastCall:
             torch.set_num_threads(count)
             try:
                 output = memory_cpu.finish(
-                    inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=rows
+                    inputs, start, readout, state, rule=problem.rule, position=1, resets=None, rows=rows, branches=None
                 )
             finally:
                 torch.set_num_threads(1)
@@ -383,9 +383,9 @@ def test_what_would_be_read_beyond_its_end_is_not():
     with pytest.raises(AssertionError, match="a stream for each row of tokens"):
         memory_cpu.self_modify(inputs, start, readout, fewer, **call)
     with pytest.raises(AssertionError, match="a stream for each row of tokens"):
-        memory_cpu.finish(inputs, start, readout, state, **call, rows=torch.tensor([0, 1]))
+        memory_cpu.finish(inputs, start, readout, state, **call, rows=torch.tensor([0, 1]), branches=None)
     with pytest.raises(IndexError, match="allowed are 0 to 1"):
-        memory_cpu.finish(inputs, start, readout, fewer, **call, rows=torch.tensor([0, 1, 2]))
+        memory_cpu.finish(inputs, start, readout, fewer, **call, rows=torch.tensor([0, 1, 2]), branches=None)
     narrow = map_tensors(state, lambda x: x[..., :-1])
     with pytest.raises(AssertionError, match="a state of shapes"):
         memory_cpu.self_modify(inputs, start, readout, narrow, **call)

@@ -28,7 +28,7 @@ class StepContext(NamedTuple):
     final: no call follows, and no gradient will be asked for: what state a block returns does not matter.
     rows: in a final call, the stream of the state that each row goes on from; None: its own. Only given to mixers that
         say `takes_rows`.
-    borders: in a final call, where the branches of each row begin, and the last one ends (`check_borders` in
+    branches: in a final call, where the branches of each row begin, and the last one ends (`check_branches` in
         ops/memory.py). Only given to mixers that say `reads_branches`.
     """
 
@@ -39,7 +39,7 @@ class StepContext(NamedTuple):
     differentiable_twice: bool = False
     final: bool = False
     rows: Int[Tensor, " B"] | None = None
-    borders: Int[Tensor, "B N"] | None = None
+    branches: Int[Tensor, "B N"] | None = None
 
 
 def once_only(backend: str) -> ConfigError:

@@ -1,6 +1,5 @@
 """What computes the self-modifying memories: matrix products of torch, or this project's C for processors."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,13 +39,15 @@ def run_memories(
     twice = context.differentiable_twice
     if twice and backend == "cpu":
         raise once_only(backend)
-    run: Callable[..., MemoryOutput] = partial(memory_cpu.self_modify, recompute=recompute)
+    run: partial[MemoryOutput] = partial(memory_cpu.self_modify, recompute=recompute)
     if twice or not uses_library(backend, rule, inputs.key, start):
         run = partial(memory_chunked.self_modify, recompute=recompute, differentiable_twice=twice)
         if context.rows is not None:
             state = map_tensors(state, partial(take_rows, rows=context.rows))
     elif context.final:
-        run = partial(memory_cpu.finish, rows=context.rows, borders=context.borders)
+        run = partial(memory_cpu.finish, rows=context.rows, branches=context.branches)
+    in_c = context.final and run.func is memory_cpu.finish
+    assert context.branches is None or in_c, "rows branch in final calls in C only"
     return run(inputs, start, readout, state, rule=rule, position=context.position, resets=context.resets)
 
 
@@ -66,6 +67,13 @@ def uses_library(backend: MemoryBackend, rule: WriteRule, key: Tensor, start: Me
     return True
 
 
+def branches_in_c(backend: MemoryBackend, rule: WriteRule, projection: Tensor, start: MemoryWeights) -> bool:
+    """Whether rows of tokens may branch: with convolution and memories in C. projection: weight of what makes keys."""
+    if backend == "torch" or projection.dtype not in cpu_library.C_TYPES:
+        return False
+    return memory_cpu.unsupported(rule, projection, start) is None and _is_library_there()
+
+
 def convolved_units(
     conv: CausalConv,
     x: Float[Tensor, "B T 3HK"],
@@ -75,19 +83,19 @@ def convolved_units(
     num_heads: int,
     unit_values: bool,
     backend: MemoryBackend,
-    borders: Int[Tensor, "B N"] | None = None,
+    branches: Int[Tensor, "B N"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, key and value of every head, unit(silu(conv(x))), and the tail of the next call.
 
-    borders: see `StepContext`; in C only.
+    branches: see `StepContext`; in C only.
     """
     computes = x.device.type == "cpu" and x.dtype in cpu_library.C_TYPES and not isinstance(x, FakeTensor)
     if backend != "torch" and computes and _is_library_there():
         age = None if resets is None else tokens_since_reset(resets)
         options = {"num_heads": num_heads, "unit_values": unit_values}
-        units = front_cpu.convolved_units(x, conv.weight, tail, age, **options, borders=borders)
+        units = front_cpu.convolved_units(x, conv.weight, tail, age, **options, branches=branches)
         return *units, conv.next_tail(x, tail, age)
-    assert borders is None, "rows branch in C only"
+    assert branches is None, "rows branch in C only"
     mixed, tail = conv(x, tail, resets)
     query, key, value = functional.silu(mixed).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
     return unit(query), unit(key), unit(value) if unit_values else value, tail

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ from nested_lm.nn.layers import RMSNorm, StepContext
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
 from nested_lm.nn.self_modifying import SelfModifyingTitans
 from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
-from nested_lm.ops.memory import check_borders
+from nested_lm.ops.memory import check_branches
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
 
@@ -88,7 +87,7 @@ class LanguageModel(nn.Module):
 
     @property
     def reads_branches(self) -> bool:
-        """Whether `forward` takes `borders`: where self-modifying memories in C are all that knows of other tokens."""
+        """Whether `forward` takes `branches`: where self-modifying memories in C are all that knows of other tokens."""
         return self.writer is None and all(getattr(block.mixer, "reads_branches", False) for block in self.blocks)
 
     def initial_state(self, batch_size: int) -> StreamState:
@@ -105,10 +104,11 @@ class LanguageModel(nn.Module):
         *,
         resets: Bool[Tensor, "B T"] | None = None,
         state: StreamState | None = None,
-        predictions: Literal["all", "last"] | Int[Tensor, "n 2"] = "all",
+        predictions: Literal["all", "last"] = "all",
+        places: Int[Tensor, "n 2"] | None = None,
         final: bool = False,
         rows: Int[Tensor, " B"] | None = None,
-        borders: Int[Tensor, "B N"] | None = None,
+        branches: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Predict the token after each token.
 
@@ -122,20 +122,20 @@ class LanguageModel(nn.Module):
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
-                Rows and columns of tokens: logits of those, of shape (n, V).
+            places: rows and columns of the tokens to predict after, instead: the logits have the shape (1, n, V).
             final: the streams end with this call, and the output has the state that was given. Without gradients,
                 memories in C then leave out what is there to go on from, which is half of the work for a few tokens
                 of many streams; other mixers may do it in vain.
             rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
                 call of a self-modifying mixer in C that is not inside another mixer, no state is copied. None: its own.
-            borders: where the branches of each row of tokens begin, and where the last one ends: texts behind one
-                another that all go on from what comes before the first one (`check_borders` in ops/memory.py), as
+            branches: where the branches of each row of tokens begin, and where the last one ends: texts behind one
+                another that all go on from what comes before the first one (`check_branches` in ops/memory.py), as
                 several rows would from one state. Only in a final call without gradients of a model that
                 `reads_branches`; logits of tokens behind the last branch mean nothing. None: rows do not branch.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
-                the state is of a model with another configuration, or has other streams than the tokens; borders that
+                the state is of a model with another configuration, or has other streams than the tokens; branches that
                 are none, or where rows cannot branch.
             IndexError: a row that the state does not have.
         """
@@ -147,22 +147,23 @@ class LanguageModel(nn.Module):
         ends = final and not torch.is_grad_enabled()
         if rows is not None and (not ends or self.writer is not None or state.packed or resets is not None):
             state, rows = state.select(rows), None
-        if borders is not None:
-            borders = borders.to("cpu", torch.long).contiguous()
-            check_borders(borders, *tokens.shape)
-        if borders is not None and not (ends and resets is None and self.reads_branches):
+        if branches is not None:
+            branches = check_branches(branches, *tokens.shape)
+        if branches is not None and not (ends and resets is None and self.reads_branches):
             raise ValueError(
                 "rows branch in a final call without gradients and document starts, of a model that reads branches: "
                 "self-modifying memories in C (model.mixer.backend), and no levels with an in-context clock"
             )
+        last = predictions == "last"
         if self.writer is None or state.frozen:
             fast = tuple({} for _ in self.blocks) if self.writer is None else self.writer.fast_copies(state)
-            chosen = partial(_choose, predictions=predictions)
-            output = self._predict(tokens, resets, state, fast, chosen, final=ends, rows=rows, borders=borders)
+            output = self._predict(
+                tokens, resets, state, fast, last=last, places=places, final=ends, rows=rows, branches=branches
+            )
         else:
             twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
             output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
-            output = output._replace(logits=_choose(output.logits, predictions))
+            output = output._replace(logits=_choose(output.logits, last=last, places=places))
         return output._replace(state=given) if final else output
 
     def _predict(
@@ -171,20 +172,21 @@ class LanguageModel(nn.Module):
         resets: Bool[Tensor, "B T"] | None,
         state: StreamState,
         fast: Fast,
-        chosen: Callable[[Tensor], Tensor] = lambda x: x,
         *,
+        last: bool = False,
+        places: Int[Tensor, "n 2"] | None = None,
         twice: range = range(0),
         final: bool = False,
         rows: Int[Tensor, " B"] | None = None,
-        borders: Int[Tensor, "B N"] | None = None,
+        branches: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way.
 
-        chosen: takes the tokens to predict after. twice: layers whose mixers' gradients will be differentiated again.
-        final, rows, borders: see `StepContext`.
+        last, places: what to predict after, see `_choose`. twice: layers whose mixers' gradients will be differentiated
+        again. final, rows, branches: see `StepContext`.
         """
         context, packed = self._context(resets, state, tokens.shape[1])
-        context = context._replace(final=final, borders=borders)
+        context = context._replace(final=final, branches=branches)
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
@@ -202,7 +204,7 @@ class LanguageModel(nn.Module):
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in found.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits = functional.linear(self.norm(chosen(x)), head)
+        logits = functional.linear(self.norm(_choose(x, last=last, places=places)), head)
         after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
         return ModelOutput(logits, after, stats)
 
@@ -287,8 +289,8 @@ class LanguageModel(nn.Module):
                 block.channel.initialise()
 
 
-def _choose(x: Float[Tensor, "B T D"], predictions: Literal["all", "last"] | Int[Tensor, "n 2"]) -> Tensor:
-    """The tokens to predict after, see `LanguageModel.forward`."""
-    if isinstance(predictions, Tensor):
-        return x[predictions[:, 0], predictions[:, 1]]
-    return x[:, -1:] if predictions == "last" else x
+def _choose(x: Float[Tensor, "B T D"], *, last: bool, places: Int[Tensor, "n 2"] | None) -> Float[Tensor, "_B _T D"]:
+    """The tokens to predict after: those in some places, as one row, the last of each row, or all."""
+    if places is not None:
+        return x[places[:, 0], places[:, 1]][None]
+    return x[:, -1:] if last else x

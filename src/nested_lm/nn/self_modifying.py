@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
-from nested_lm.nn.memory_backend import convolved_units, run_memories, uses_library
+from nested_lm.nn.memory_backend import branches_in_c, convolved_units, run_memories
 from nested_lm.nn.state import take_rows
 from nested_lm.ops.memory import (
     GateReadout,
@@ -71,8 +71,8 @@ class SelfModifyingTitans(nn.Module):
 
     @property
     def reads_branches(self) -> bool:
-        """Whether `StepContext.borders` may say how rows branch: with memories in C, if they can run."""
-        return uses_library(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
+        """Whether `StepContext.branches` may say how rows branch: where all of it runs in C."""
+        return branches_in_c(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
 
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class SelfModifyingTitans(nn.Module):
             num_heads=config.num_heads,
             unit_values=config.unit_values,
             backend="torch" if context.differentiable_twice else config.backend,
-            borders=context.borders,
+            branches=context.branches,
         )
         gates = list((self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2))
         if config.retention == "full":

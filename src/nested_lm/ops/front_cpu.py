@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nested_lm.ops import cpu_library
-from nested_lm.ops.memory import NORM_FLOOR
+from nested_lm.ops.memory import NORM_FLOOR, check_branches
 
 _COUNTS = ("B", "T", "H", "K", "W", "unit_values", "branches")
-_POINTERS = ("x", "weight", "tail", "age", "borders", *("query", "key", "value"), *("g_query", "g_key", "g_value"))
+_POINTERS = ("x", "weight", "tail", "age", "cuts", *("query", "key", "value"), *("g_query", "g_key", "g_value"))
 _GRADIENTS = ("g_x", "g_weight", "g_tail")
 
 
@@ -38,7 +38,7 @@ def convolved_units(
     *,
     num_heads: int,
     unit_values: bool,
-    borders: Int[Tensor, "B N"] | None = None,
+    branches: Int[Tensor, "B N"] | None = None,
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H K"], Float[Tensor, "B T H K"]]:
     """Query, key and value: unit(silu(conv(x))), each channel convolved with the tokens before it.
 
@@ -49,20 +49,22 @@ def convolved_units(
         age: tokens since the document began: older ones are not seen. None: all are.
         num_heads: H.
         unit_values: whether values are scaled to unit length as queries and keys are.
-        borders: where the branches of each row begin, and the last one ends (see `check_borders` in ops/memory.py);
+        branches: where the branches of each row begin, and the last one ends (see `check_branches` in ops/memory.py);
             before each comes what comes before the first one. Without gradients only. None: rows do not branch.
 
     Raises:
         ConfigError: there is no working C compiler.
+        ValueError: branches that are none.
     """
     expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     assert tail.shape == expected, f"a tail of shape {tuple(tail.shape)} for tokens that need {expected}"
     cpu_library.check_usable()
     tensors = (part.to(x.dtype).contiguous() for part in (x, weight, tail))
-    assert borders is None or not torch.is_grad_enabled(), "branches have no backward"
-    assert borders is None or len(borders) == len(x), "a line of borders for each row"
+    if branches is not None:
+        assert not torch.is_grad_enabled(), "branches have no backward"
+        branches = check_branches(branches, *x.shape[:2])
     query, key, value = _ConvolvedUnits.apply(  # type: ignore[no-untyped-call]
-        num_heads, unit_values, *(None if part is None else part.contiguous() for part in (age, borders)), *tensors
+        num_heads, unit_values, None if age is None else age.contiguous(), branches, *tensors
     )
     return query, key, value
 
@@ -76,7 +78,7 @@ class _ConvolvedUnits(torch.autograd.Function):
         num_heads: int,
         unit_values: bool,
         age: Tensor | None,
-        borders: Tensor | None,
+        branches: Tensor | None,
         x: Tensor,
         weight: Tensor,
         tail: Tensor,
@@ -86,9 +88,9 @@ class _ConvolvedUnits(torch.autograd.Function):
         width = channels // 3 // num_heads
         found = tuple(torch.empty(batch, tokens, num_heads, width, dtype=x.dtype) for _ in range(3))
         call = _call(num_heads, unit_values, age, x, weight, tail)
-        if borders is not None:
-            call.branches = borders.shape[1] - 1
-        cpu_library.point(call, {**dict(zip(("query", "key", "value"), found, strict=True)), "borders": borders})
+        if branches is not None:
+            call.branches = branches.shape[1] - 1
+        cpu_library.point(call, {**dict(zip(("query", "key", "value"), found, strict=True)), "cuts": branches})
         cpu_library.run("front", call, x.dtype, batch * 3 * num_heads)
         ctx.save_for_backward(age, x, weight, tail)
         return found

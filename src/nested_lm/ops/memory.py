@@ -176,11 +176,11 @@ def check_rows(rows: Int[Tensor, " B"], streams: int) -> None:
         raise IndexError(f"rows {rows.tolist()} of a state of {streams} streams; allowed are 0 to {streams - 1}")
 
 
-def check_borders(borders: Int[Tensor, "B N"], rows: int, tokens: int) -> None:
-    """Refuse borders of branches that are none.
+def check_branches(branches: Int[Tensor, "B N"], rows: int, tokens: int) -> Int[Tensor, "B N"]:
+    """Return where rows of tokens branch as the C library wants it; refuse what are no branches.
 
     Args:
-        borders: where the branches of each row begin, and the last one ends. What comes before the first one, in the
+        branches: where the branches of each row begin, and the last one ends. What comes before the first one, in the
             same place of all rows, is the stem; every branch goes on from there as if it came right behind it, and may
             be empty.
         rows, tokens: numbers of rows, and of tokens of each.
@@ -188,14 +188,15 @@ def check_borders(borders: Int[Tensor, "B N"], rows: int, tokens: int) -> None:
     Raises:
         ValueError: with what is wrong.
     """
-    if borders.dim() != 2 or borders.shape[0] != rows:
-        raise ValueError(f"borders of shape {tuple(borders.shape)} for {rows} rows; a line for each row is needed")
-    if borders.shape[1] < 2 or int(borders[:, 0].min()) < 1 or int(borders[:, 0].max()) != int(borders[:, 0].min()):
-        raise ValueError(
-            f"first borders {borders[:, :1].flatten().tolist()}: branches begin after a stem of one length"
-        )
-    if bool((borders.diff() < 0).any()) or int(borders[:, -1].max()) > tokens:
-        raise ValueError(f"borders {borders.tolist()} do not rise, or leave the {tokens} tokens of a row")
+    if branches.dim() != 2 or branches.shape[0] != rows:
+        raise ValueError(f"branches of shape {tuple(branches.shape)} for {rows} rows; a line for each row is needed")
+    branches = branches.to("cpu", torch.long).contiguous()
+    first = branches[:, 0].tolist()
+    if branches.shape[1] < 2 or min(first) < 1 or min(first) != max(first):
+        raise ValueError(f"first branches at {first}: they begin behind a stem, of one length in all rows")
+    if bool((branches.diff() < 0).any()) or int(branches[:, -1].max()) > tokens:
+        raise ValueError(f"branches {branches.tolist()} do not rise, or leave the {tokens} tokens of a row")
+    return branches
 
 
 def reset_rows(weights: MemoryWeights, keep: Float[Tensor, " B"]) -> MemoryWeights:

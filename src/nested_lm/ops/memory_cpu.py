@@ -26,7 +26,7 @@ from nested_lm.ops.memory import (
     MemoryOutput,
     MemoryState,
     MemoryWeights,
-    check_borders,
+    check_branches,
     check_momentum,
     check_rows,
     shares_of_heads,
@@ -73,7 +73,7 @@ _GRADIENTS = (
     ),
     *(f"g_first_{name}" for name in _STATE),
 )
-_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", "borders", *_FOUND, *_SENT, *_GRADIENTS)
+_POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", "cuts", *_FOUND, *_SENT, *_GRADIENTS)
 
 
 class _Call(ctypes.Structure):
@@ -148,39 +148,40 @@ def finish(
     rule: WriteRule,
     position: int,
     resets: Bool[Tensor, "B T"] | None,
-    rows: Int[Tensor, " B"] | None = None,
-    borders: Int[Tensor, "B N"] | None = None,
+    rows: Int[Tensor, " B"] | None,
+    branches: Int[Tensor, "B N"] | None,
 ) -> MemoryOutput:
     """`self_modify` for streams that end here, without gradients. The state of the output is the one given.
 
     rows: the stream of the state that each row goes on from, which is read where it is; neighbouring rows of one stream
         read it once. None: its own.
-    borders: where the branches of each row begin, the first one in one place for all, and where the last one ends (see
-        `check_borders`). Reads of tokens behind that are 0. None: rows do not branch.
+    branches: where the branches of each row begin, and the last one ends (see `check_branches`). What the output has of
+        tokens behind that is 0. None: rows do not branch.
 
     Raises:
         ConfigError: there is no working C compiler.
         IndexError: a row that is not there.
+        ValueError: branches that are none.
     """
     pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets, rows)
-    assert borders is None or resets is None, "no document starts in rows that branch"
+    assert branches is None or resets is None, "no document starts in rows that branch"
     if rows is not None:
         rows = rows.to("cpu", torch.long).contiguous()
     stem = pieces
-    if borders is not None:
-        borders = borders.to("cpu", torch.long).contiguous()
-        check_borders(borders, *inputs.key.shape[:2])
-        first, longest = int(borders[0, 0]), int(borders.diff().max())
+    if branches is not None:
+        branches = check_branches(branches, *inputs.key.shape[:2])
+        first, longest = int(branches[0, 0]), int(branches.diff().max())
         stem = cut(first, position, rule)
         pieces = (*stem, *cut(longest, position + first, rule))
     named = _named(tensors, keep)
     call, kept_alive = _call(rule, pieces, named)
     found = _room_for_reads(named)
-    if borders is not None:
-        call.stem_pieces, call.branches, call.abreast = len(stem), borders.shape[1] - 1, ABREAST
+    if branches is not None:
+        call.stem_pieces, call.branches, call.abreast = len(stem), branches.shape[1] - 1, ABREAST
         call.longest = max(call.longest, ABREAST)
-        found["reads"].zero_()
-    cpu_library.point(call, {**found, "rows": rows, "borders": borders})
+        for tensor in found.values():
+            tensor.zero_()
+    cpu_library.point(call, {**found, "rows": rows, "cuts": branches})
     cpu_library.run("forward", call, named["key"].dtype, call.B * call.H)
     del kept_alive
     return MemoryOutput(found["reads"], state, found["used_rate"], found["used_decay"])

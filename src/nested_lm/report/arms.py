@@ -77,7 +77,8 @@ def _trends(rows: Sequence[SweepRow]) -> str:
                 f"{trend.score} with {trend.clock}: {found.value:+.2f} (p = {found.p_value:.3g}, at least "
                 f"{found.smallest_p:.3g}, n = {found.n})"
             )
-    return f"Rank correlations of {'; '.join(sentences)}." if sentences else "Too few for a rank correlation."
+    several = f" {len(sentences)} tests, not corrected for their number." if len(sentences) > 1 else ""
+    return f"Rank correlations of {'; '.join(sentences)}.{several}" if sentences else "Too few for a rank correlation."
 
 
 def seeds(campaign: Campaign) -> list[Shown]:

@@ -89,21 +89,19 @@ def _answers_as_branches(
 ) -> Float[np.ndarray, "B C"]:
     """Mean nats of each answer, read behind its context in one call. streams: those of the state to go on from."""
     rows, length = contexts.shape
-    borders = torch.tensor([length, *(len(choice) - 1 for choice in choices)]).cumsum(dim=0)
+    branches = torch.tensor([length, *(len(choice) - 1 for choice in choices)]).cumsum(dim=0)
     rests = torch.from_numpy(np.concatenate([choice[:-1] for choice in choices])).to(contexts.device)
     tokens = torch.cat([contexts, rests.expand(rows, -1)], dim=1)
     # All answers begin where the context ends, and go on in their branches.
     asked = torch.arange(length - 1, tokens.shape[1])
-    predictions = torch.cartesian_prod(torch.arange(rows), asked).to(contexts.device)
-    logits = model(
-        tokens, state=state, rows=streams, final=True, borders=borders.expand(rows, -1), predictions=predictions
-    ).logits
-    likelihood = logits.float().log_softmax(dim=-1).unflatten(0, (rows, len(asked)))
-    found = np.empty((rows, len(choices)))
-    for column, (choice, begin) in enumerate(zip(choices, (borders[:-1] - length + 1).tolist(), strict=True)):
-        places = torch.tensor([0, *range(begin, begin + len(choice) - 1)])
-        found[:, column] = -likelihood[:, places, torch.from_numpy(choice)].double().mean(dim=1).cpu().numpy()
-    return found
+    places = torch.cartesian_prod(torch.arange(rows), asked).to(contexts.device)
+    found = model(tokens, state=state, rows=streams, final=True, branches=branches.expand(rows, -1), places=places)
+    likelihood = found.logits[0].float().log_softmax(dim=-1).unflatten(0, (rows, len(asked)))
+    nats = np.empty((rows, len(choices)))
+    for column, (choice, begin) in enumerate(zip(choices, (branches[:-1] - length + 1).tolist(), strict=True)):
+        told = torch.tensor([0, *range(begin, begin + len(choice) - 1)])
+        nats[:, column] = -likelihood[:, told, torch.from_numpy(choice)].double().mean(dim=1).cpu().numpy()
+    return nats
 
 
 def _answers(

@@ -22,6 +22,8 @@ from nested_lm.eval.interval import Interval, Natural
 from nested_lm.eval.results import content_digest, load_result, require_comparable
 from nested_lm.eval.schema import ContinualMetrics, ResultFile, RunIdentity
 
+_Clock = Literal["log slowest period", "log fastest period", "number of levels"]
+
 
 class SweepRow(Section):
     """One run of the sweep. forgetting: mean over all but the last segment, at the end, in bits per byte."""
@@ -41,7 +43,7 @@ class SweepRow(Section):
 class Trend(Section):
     """Rank correlation over the runs of one property of the clocks with one score."""
 
-    clock: Literal["log slowest period", "number of levels"]
+    clock: _Clock
     score: Literal["forgetting", "accuracy"]
     correlation: CorrelationScore | None
 
@@ -142,8 +144,9 @@ def _other(run: Path, task: str, matrix: ResultFile) -> object | None:
 def trends(rows: Sequence[SweepRow], *, permutations: int, seed: int) -> tuple[Trend, ...]:
     """Rank correlations over the runs that have levels, with permutation tests."""
     levelled = [row for row in rows if row.periods]
-    clocks: dict[Literal["log slowest period", "number of levels"], list[float]] = {
+    clocks: dict[_Clock, list[float]] = {
         "log slowest period": [math.log(row.periods[-1]) for row in levelled],
+        "log fastest period": [math.log(row.periods[0]) for row in levelled],
         "number of levels": [float(len(row.periods)) for row in levelled],
     }
     scores: dict[Literal["forgetting", "accuracy"], list[float]] = {

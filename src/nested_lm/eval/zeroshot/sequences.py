@@ -78,9 +78,10 @@ class Tail(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Sequences cut in what all of them begin with and the rests, none of which begins another, and none is empty.
+    """Sequences cut in what all of them begin with, the stem, and the rests, the tails.
 
-    Last tokens are only predicted. Sequences that begin one another are a stem without rests.
+    No tail begins another, and none is empty. There are none, or several: sequences that begin one another are all in
+    the stem. Last tokens are only predicted.
     """
 
     number: int
@@ -96,6 +97,11 @@ class Split(NamedTuple):
     def tail_tokens(self) -> int:
         """Tokens of all tails."""
         return sum(len(tail.tokens) for tail in self.tails)
+
+    @property
+    def call_tokens(self) -> int:
+        """Tokens of a call that reads the end of the stem with all tails behind it, at most."""
+        return min(len(self.stem), SEGMENT_TOKENS) + self.tail_tokens
 
 
 def split(number: int, document: Document) -> Split:
@@ -143,7 +149,7 @@ def _each_alone(documents: Sequence[Document]) -> list[_Unit]:
 def _gather(documents: Sequence[Document]) -> list[_Unit]:
     """Documents, those that begin alike joined where that saves half of the tokens of the one that joins.
 
-    A smaller gain would be lost to tails of unequal length, which are padded.
+    A smaller gain would be lost to tails of unequal length, which are padded where states are forked.
     """
     units: list[_Unit] = []
     read = 0  # tokens of the newest unit
@@ -190,7 +196,7 @@ class ModelScorer:
         self.model, self.batch_rows, self.shared = model, batch_rows, shared
         self.starts, self.on_tokens = starts, on_tokens
         self.call_tokens = max(1, min(_CALL_TOKENS, _CALL_LOGITS // model.config.vocab_size))
-        self.branches = model.reads_branches
+        self.packs = model.reads_branches
 
     def score(self, documents: Sequence[Document]) -> list[list[Likelihood]]:
         """Score every document from its own start.
@@ -198,6 +204,7 @@ class ModelScorer:
         Raises:
             NumericsError: a prediction is not finite.
         """
+        self.packs = self.model.reads_branches
         units = self._units(documents)
         nats = [np.zeros(len(document)) for document in documents]
         greedy = [np.ones(len(document), dtype=bool) for document in documents]
@@ -237,10 +244,10 @@ class ModelScorer:
             """What the pieces of a batch have in common."""
             return started(piece), len(piece.stem), self._packs(piece)
 
-        def key(piece: Split) -> tuple[tuple[int, int, bool], int, bytes]:
+        def key(piece: Split) -> tuple[tuple[int, int, bool], int, tuple[bytes, ...]]:
             tails = [tail.tokens for tail in piece.tails]
             length = sum(map(len, tails)) if self._packs(piece) else max(map(len, tails), default=0)
-            return shape(piece), length, b"".join(tokens.tobytes() for tokens in (piece.stem, *tails))
+            return shape(piece), length, tuple(_in_order(tokens) for tokens in (piece.stem, *tails))
 
         for _, alike in itertools.groupby(sorted(splits, key=key, reverse=True), key=shape):
             batch: list[Split] = []
@@ -251,14 +258,14 @@ class ModelScorer:
                     yield batch
                     batch, padding = [], 0
                 if not batch:
-                    call = min(len(piece.stem), SEGMENT_TOKENS) + (piece.tail_tokens if self._packs(piece) else 0)
+                    call = piece.call_tokens if self._packs(piece) else min(len(piece.stem), SEGMENT_TOKENS)
                     rows = max(1, min(self.batch_rows, self.call_tokens // call))
                 batch.append(piece)
             yield batch
 
     def _packs(self, piece: Split) -> bool:
         """Whether a stem and its tails are read in one call."""
-        return self.branches and bool(piece.tails) and piece.tokens <= self.call_tokens
+        return self.packs and bool(piece.tails) and piece.call_tokens <= self.call_tokens
 
     def _score_batch(self, batch: list[Split], units: Sequence[_Unit]) -> Iterator[tuple[tuple[int, int], float, bool]]:
         """Loss of each scored token of a batch: document and sequence, nats, and whether the model would choose it."""
@@ -279,11 +286,11 @@ class ModelScorer:
                 wanted = _wanted_in_stems(batch, units, begin, end)
                 part = stems[:, begin:end]
                 if end == stems.shape[1] and packs:
-                    part, borders = _packed(part, batch)
+                    part, branches = _packed(part, batch)
                     for row, piece in enumerate(batch):
-                        _want_in_tails(wanted, row, piece, units, borders[row])
-                    yield from self._read(part, state, wanted, final=True, rows=rows, borders=borders)[1]
-                    self._report(int(borders[:, -1].sum()))
+                        _want_in_tails(wanted, row, piece, units, branches[row])
+                    yield from self._read(part, state, wanted, final=True, rows=rows, branches=branches)[1]
+                    self._report(int(branches[:, -1].sum()))
                     return
                 final = end == stems.shape[1] and not forks
                 state, found = self._read(part, state, wanted, final=final, rows=rows)
@@ -330,52 +337,52 @@ class ModelScorer:
         *,
         final: bool = False,
         rows: Tensor | None = None,
-        borders: Int[np.ndarray, "B N"] | None = None,
+        branches: Int[np.ndarray, "B N"] | None = None,
     ) -> tuple[StreamState, list[tuple[tuple[int, int], float, bool]]]:
         """One call of the model, and the losses of the wanted predictions."""
         device = next(self.model.parameters()).device
         given = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
-        chosen = torch.tensor([wanted.row, wanted.column], device=device).T.long()
-        branches = None if borders is None else torch.from_numpy(borders)
-        output = self.model(given, state=state, predictions=chosen, final=final, rows=rows, borders=branches)
+        places = torch.tensor([wanted.row, wanted.column], device=device).T.long()
+        cuts = None if branches is None else torch.from_numpy(branches)
+        output = self.model(given, state=state, places=places, final=final, rows=rows, branches=cuts)
         if not wanted.row:
             return output.state, []
-        losses, hits = _lookup(output.logits, torch.tensor(wanted.token, device=device))
-        if not np.isfinite(losses).all():
-            row, column = chosen[int(np.flatnonzero(~np.isfinite(losses))[0])].tolist()
-            text = given[row] if branches is None else _alone(given[row], branches[row], column)
+        losses, hits = _lookup(output.logits[0], torch.tensor(wanted.token, device=device))
+        if not np.isfinite(losses).all():  # the first one: in a row it may have spoiled those behind it
+            row, column = places[int(np.flatnonzero(~np.isfinite(losses))[0])].tolist()
+            text = given[row] if cuts is None else _alone(given[row], cuts[row], column)
             stream = torch.tensor([row]) if rows is None else rows[row : row + 1]
             raise nonfinite(self.model, text[None], state.select(stream))
         return output.state, list(zip(wanted.sequence, losses.tolist(), hits.tolist(), strict=True))
 
 
 def _packed(stems: Int[np.ndarray, "B S"], batch: list[Split]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B N"]]:
-    """Stems with their tails behind them, padded, and the borders of these for `LanguageModel.forward`."""
+    """Stems with their tails behind them, padded, and where these begin and end for `LanguageModel.forward`."""
     sizes = np.zeros((len(batch), 1 + max(len(piece.tails) for piece in batch)), dtype=np.int64)
     sizes[:, 0] = stems.shape[1]
     for row, piece in enumerate(batch):
         sizes[row, 1 : 1 + len(piece.tails)] = [len(tail.tokens) for tail in piece.tails]
-    borders = sizes.cumsum(axis=1)
-    tokens = np.zeros((len(batch), borders[:, -1].max()), dtype=np.int64)
+    branches = sizes.cumsum(axis=1)
+    tokens = np.zeros((len(batch), branches[:, -1].max()), dtype=np.int64)
     for row, piece in enumerate(batch):
-        tokens[row, : borders[row, -1]] = np.concatenate([stems[row], *(tail.tokens for tail in piece.tails)])
-    return tokens, borders
+        tokens[row, : branches[row, -1]] = np.concatenate([stems[row], *(tail.tokens for tail in piece.tails)])
+    return tokens, branches
 
 
-def _alone(tokens: Int[Tensor, "T"], borders: Int[Tensor, "N"], column: int) -> Tensor:
+def _alone(tokens: Int[Tensor, "T"], branches: Int[Tensor, "N"], column: int) -> Tensor:
     """The stem of a row, and behind it the branch that a column is in."""
-    begins = [begin for begin in borders.tolist() if begin <= column]
+    begins = [begin for begin in branches.tolist() if begin <= column]
     if not begins:
-        return tokens[: borders[0]]
-    return torch.cat([tokens[: borders[0]], tokens[begins[-1] : borders[borders > column].min()]])
+        return tokens[: branches[0]]
+    return torch.cat([tokens[: branches[0]], tokens[begins[-1] : branches[branches > column].min()]])
 
 
 def _want_in_tails(
-    wanted: _Wanted, row: int, piece: Split, units: Sequence[_Unit], borders: Int[np.ndarray, "N"]
+    wanted: _Wanted, row: int, piece: Split, units: Sequence[_Unit], branches: Int[np.ndarray, "N"]
 ) -> None:
     """Predictions that the tails of a packed row make."""
     unit = units[piece.number]
-    for tail, begin in zip(piece.tails, borders.tolist(), strict=False):
+    for tail, begin in zip(piece.tails, branches[: len(piece.tails)].tolist(), strict=True):
         for index in tail.sequences:
             _want(wanted, row, unit.sequences[index], unit.owners[index], len(piece.stem), None, at=begin)
 

@@ -8,7 +8,7 @@ typedef struct {
     double floor;
     const REAL *x, *weight, *tail; /* B T 3HK, 3HK W (last: the token itself), B W-1 3HK */
     const int64_t *age;            /* B T, tokens since the document began, or null */
-    const int64_t *borders; /* B branches+1, where the branches of a row begin and the last one ends, or null */
+    const int64_t *cuts; /* B branches+1, where the branches of a row begin and the last one ends, or null */
     REAL *found[3];                /* query, key, value: B T H K */
     const REAL *sent[3];           /* their gradients */
     REAL *g_x, *g_weight, *g_tail; /* as x; B 3HK W, a part for each row; as tail */
@@ -18,7 +18,7 @@ typedef struct {
 typedef struct {
     const Front *call;
     long Kp, past, row, part, head, channel;
-    long branch, jump; /* where the token's branch begins, and how far that is from the stem; 0 in the stem */
+    long branch, jump, next; /* where the token's branch begins, how far that is from the stem (0 in it), and the next one */
     REAL *x, *weight, *conv, *gate, *g, *g_x, *g_weight;
     void *block;
 } Lane;
@@ -40,7 +40,7 @@ static void enter_lane(Lane *l, int64_t at)
     const Front *c = l->call;
     const long channels = 3 * c->H * c->K;
     l->row = at / (3 * c->H), l->part = at / c->H % 3, l->head = at % c->H;
-    l->channel = (l->part * c->H + l->head) * c->K, l->branch = l->jump = 0;
+    l->channel = (l->part * c->H + l->head) * c->K, l->branch = l->jump = l->next = 0;
     gather(l->past, c->K, l->Kp, c->tail + l->row * l->past * channels + l->channel, channels, l->x);
     gather(c->T, c->K, l->Kp, c->x + l->row * c->T * channels + l->channel, channels, l->x + l->past * l->Kp);
     EACH(j, c->K) EACH(w, c->W) l->weight[w * l->Kp + j] = c->weight[(l->channel + j) * c->W + w];
@@ -60,12 +60,12 @@ INLINE long seen(const Lane *l, long t, long w)
     return t + w < l->branch + l->past ? t + w - l->jump : t + w;
 }
 
-/* Enter token t's branch. */
+/* Enter token t's branch; tokens come in turn. */
 static void enter_branch(Lane *l, long t)
 {
-    const Front *c = l->call;
-    const int64_t *borders = c->borders + l->row * (c->branches + 1);
-    EACH(n, c->branches) if (t == borders[n]) l->branch = t, l->jump = t - borders[0];
+    const int64_t *cuts = l->call->cuts + l->row * (l->call->branches + 1);
+    while (l->next < l->call->branches && cuts[l->next] <= t) l->branch = cuts[l->next++];
+    l->jump = l->next ? l->branch - cuts[0] : 0;
 }
 
 /* Convolution of token t, its gate, and silu of it in l->g; returns what the row is divided by. */

@@ -30,7 +30,7 @@ typedef struct {
     const REAL *moving_in, *moving_out;                                /* the same, or null: the momentum */
     const REAL *keep;                                                  /* pieces x B, or null */
     const int64_t *rows; /* B, or null: the row of the weights above that each row goes on from; else its own */
-    const int64_t *borders; /* B x (branches + 1), or null: where the branches of each row begin, and the last one ends */
+    const int64_t *cuts; /* B x (branches + 1), or null: where the branches of each row begin, and the last one ends */
     REAL *reads, *used_rate, *used_decay;                              /* B T H K, B T H, B T H */
     /* null when no call follows: */
     REAL *border_in_after, *border_out_after, *current_in_after, *current_out_after, *moving_in_after, *moving_out_after;
@@ -248,6 +248,12 @@ static void generate(Work *w)
     }
 }
 
+/* Columns of tokens in other branches become 0. */
+static void clear_foreign(const Work *w, REAL *square)
+{
+    EACH(t, w->C) EACH(i, w->origin[t]) square[t * w->Cp + i] = 0;
+}
+
 #include "momentum.h"
 
 /* mutual products times ratio, 0 on and above the diagonal, where `product` left them unset. */
@@ -285,8 +291,8 @@ static void accumulate(Work *w)
             store(ratio + i, exponential(w->log_before[t] - load(w->log_kept + i)));
             for (long s = t; s < i + VL; s++) ratio[s] = 0;
         }
-        EACH(i, w->origin[t]) ratio[i] = 0;
     }
+    clear_foreign(w, w->ratio);
     transpose(w->C, w->K, w->key, w->Kp, w->key_turned, w->Cp, w->Cp);
     product(w->C, w->Cp, w->K, w->key, w->Kp, 1, w->key_turned, w->Cp, w->gram, w->Cp, 0, LOWER_RESULT);
     weigh(w, w->gram);
@@ -437,7 +443,7 @@ static void set_back(const Call *c, int64_t piece, long row, long numbers, REAL 
     memcpy(border, current, (size_t)numbers * sizeof(REAL));
 }
 
-/* anchored: those of the border that was given last, which has not changed. */
+/* Weights of the border and what is made of them. anchored: they are there already, of this border as it is now. */
 static void set_anchor(Work *w, REAL *border, REAL *moving, int anchored)
 {
     w->border = border, w->moving = moving, w->anchored = anchored;

@@ -12,28 +12,29 @@ static void emit(Work *w)
 }
 
 /* The branch after those that are read with branch n in one piece: as many as fit, if they end within their first. */
-static long together(const Call *c, const int64_t *borders, long n)
+static long together(const Call *c, const int64_t *cuts, long n)
 {
     const int64_t whole = c->end[c->stem_pieces];
     long last = n + 1;
-    if (borders[last] - borders[n] > whole) return last;
-    while (last < c->branches && borders[last + 1] - borders[last] <= whole && borders[last + 1] - borders[n] <= c->abreast)
+    if (cuts[last] - cuts[n] > whole) return last;
+    while (last < c->branches && cuts[last + 1] - cuts[last] <= whole && cuts[last + 1] - cuts[n] <= c->abreast)
         last++;
     return last;
 }
 
-/* Read branches n to last - 1 in one piece, in which the tokens of each know those of no other. */
-static void read_abreast(Work *w, const int64_t *borders, long n, long last, REAL *current)
+/* Read branches n to last - 1 in one piece, in which the tokens of each know those of no other, for these count 0 times.
+   So one that is not finite spoils those behind it. */
+static void read_abreast(Work *w, const int64_t *cuts, long n, long last, REAL *current)
 {
     for (long i = n; i < last; i++)
-        for (int64_t t = borders[i]; t < borders[i + 1]; t++) w->origin[t - borders[n]] = borders[i] - borders[n];
+        for (int64_t t = cuts[i]; t < cuts[i + 1]; t++) w->origin[t - cuts[n]] = cuts[i] - cuts[n];
     forward_piece(w, current);
     emit(w);
     memset(w->origin, 0, (size_t)w->C * sizeof(long));
 }
 
 /* Write and read a branch that is longer than its first piece, on copies of the weights. Returns whether a border moved. */
-static int read_long(Work *w, const int64_t *borders, long n, const REAL *current, const REAL *border, const REAL *moving,
+static int read_long(Work *w, const int64_t *cuts, long n, const REAL *current, const REAL *border, const REAL *moving,
                      int anchored)
 {
     const Call *c = w->call;
@@ -42,12 +43,12 @@ static int read_long(Work *w, const int64_t *borders, long n, const REAL *curren
     REAL *momentum = c->momentum ? memcpy(w->branch_moving, moving, bytes) : NULL;
     int moved = 0;
     for (long p = c->stem_pieces;; p++) {
-        const long end = borders[n] + c->end[p] < borders[n + 1] ? borders[n] + c->end[p] : borders[n + 1];
-        open_piece(w, w->row, w->head, borders[n] + c->begin[p], end, c->flags[p]);
+        const long end = cuts[n] + c->end[p] < cuts[n + 1] ? cuts[n] + c->end[p] : cuts[n + 1];
+        open_piece(w, w->row, w->head, cuts[n] + c->begin[p], end, c->flags[p]);
         set_anchor(w, at_border, momentum, anchored);
         forward_piece(w, now);
         emit(w);
-        if (end == borders[n + 1]) return moved;
+        if (end == cuts[n + 1]) return moved;
         carry_all(w, now);
         anchored = !move_border(w, c->flags[p], now, at_border);
         moved |= !anchored;
@@ -59,18 +60,18 @@ static int read_long(Work *w, const int64_t *borders, long n, const REAL *curren
 static int read_branches(Work *w, long row, long head, REAL *current, REAL *border, REAL *moving, int anchored)
 {
     const Call *c = w->call;
-    const int64_t *borders = c->borders + row * (c->branches + 1);
+    const int64_t *cuts = c->cuts + row * (c->branches + 1);
     if (c->pieces == c->stem_pieces) return anchored; /* all are empty */
     for (long n = 0, last; n < c->branches; n = last) {
-        last = together(c, borders, n);
-        if (borders[last] == borders[n]) continue;
-        if (borders[n + 1] - borders[n] > c->end[c->stem_pieces]) {
-            anchored = !read_long(w, borders, n, current, border, moving, anchored);
+        last = together(c, cuts, n);
+        if (cuts[last] == cuts[n]) continue;
+        if (cuts[n + 1] - cuts[n] > c->end[c->stem_pieces]) {
+            anchored = !read_long(w, cuts, n, current, border, moving, anchored);
             continue;
         }
-        open_piece(w, row, head, borders[n], borders[last], c->flags[c->stem_pieces]);
+        open_piece(w, row, head, cuts[n], cuts[last], c->flags[c->stem_pieces]);
         set_anchor(w, border, moving, anchored);
-        read_abreast(w, borders, n, last, current);
+        read_abreast(w, cuts, n, last, current);
         anchored = 1;
     }
     return anchored;

@@ -11,8 +11,8 @@ static void lower_ratios(const Work *w, const REAL *logs, REAL *ratios)
         REAL *row = ratios + t * w->Cp;
         for (long i = 0; i <= t; i += VL) store(row + i, exponential(logs[t] - load(logs + i)));
         for (long i = t + 1; i < w->Cp; i++) row[i] = 0;
-        EACH(i, w->origin[t]) row[i] = 0;
     }
+    clear_foreign(w, ratios);
 }
 
 /* Everything of a piece that momentum needs; what of each push has arrived at the end takes the place of `to_end`. */
