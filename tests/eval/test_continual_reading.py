@@ -36,6 +36,8 @@ class TestChoices:
         state = read_stream(model, None, tokens(5, 9), start=0, max_state_mib=64)
         contexts, choices = tokens(3, 6, 3), tokens(1, 4, 2)
         found = score_choices(model, state, contexts, choices, batch_size=2)
+        as_lists = [choice.tolist() for choice in choices]
+        np.testing.assert_array_equal(score_choices(model, state, contexts, as_lists, batch_size=2), found)
         for row, context in enumerate(contexts):
             for column, choice in enumerate(choices):
                 text = torch.from_numpy(np.concatenate([context, choice]))[None]

@@ -122,6 +122,15 @@ def test_long_stems_of_several_documents_do_not_meet():
     assert_equal(ModelScorer(model, batch_rows=2).score(documents), expected)
 
 
+def test_a_score_that_is_not_finite_is_traced_to_its_branch():
+    model = build("hope")
+    model.embedding.register_forward_hook(lambda _, given, x: x.masked_fill((given[0] == 60)[..., None], torch.nan))
+    fine, bad = (Scored(np.array([0, 5, 6, *end, 8, 9]), 3) for end in ([9], [60]))
+    other = Scored(np.array([0, 5, 6, 7, 8, 9]), 3)
+    with pytest.raises(NumericsError, match=r"token 3"):
+        ModelScorer(model, batch_rows=4).score([(other, fine), (other, bad, fine)])
+
+
 def test_a_branch_alone_is_its_stem_and_itself():
     row = torch.tensor([0, 5, 6, 7, 8, 60, 8, 0])
     cuts = torch.tensor([3, 5, 5, 7])

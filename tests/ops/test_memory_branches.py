@@ -52,14 +52,14 @@ def test_branches_are_read_as_if_alone(name, chunk, generators, threads):
 
 
 @torch.no_grad()
-def test_a_branch_that_is_not_finite_spoils_none_before_it_and_no_other_row():
+def test_a_branch_that_is_not_finite_spoils_no_stem_and_no_other_row():
     rule = make_rule(8, 8)
     problem = Problem(rule, batch=2, tokens=12, heads=2, width=5, hidden=3, seed=0)
     inputs, start, readout, state = problem.arguments()
     inputs.key[0, 8] = float("nan")
     options = {"rule": rule, "position": 0, "resets": None, "rows": None}
     found = memory_cpu.finish(inputs, start, readout, state, **options, branches=torch.tensor([[4, 7, 9, 12]] * 2))
-    assert torch.isfinite(found.reads[0, :8]).all()
+    assert torch.isfinite(found.reads[0, :4]).all()
     assert not torch.isfinite(found.reads[0, 8]).any()
     assert torch.isfinite(found.reads[1]).all()
 

@@ -27,7 +27,7 @@ def score_choices(
     model: LanguageModel,
     state: StreamState | None,
     contexts: Sequence[Int[np.ndarray, "n"]],
-    choices: Sequence[Int[np.ndarray, "m"]],
+    choices: Sequence[Sequence[int] | Int[np.ndarray, "m"]],
     *,
     batch_size: int,
     progress: Progress | None = None,
@@ -46,6 +46,7 @@ def score_choices(
         NumericsError: a likelihood is not finite.
     """
     start = model.initial_state(1) if state is None else state
+    choices = [np.asarray(choice, dtype=np.int64) for choice in choices]
     asked = 1 + sum(len(choice) - 1 for choice in choices)  # predictions of one context
     packs = model.reads_branches and asked > 1 and asked * model.config.vocab_size <= _CALL_LOGITS
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))

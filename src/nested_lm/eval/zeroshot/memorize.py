@@ -117,7 +117,7 @@ class MemorizedStarts:
             part, before = tokens[:, begin:end], state
             output = self.model(part, state=state, predictions="all" if selects else "last")
             if not torch.isfinite(output.logits).all():
-                raise nonfinite(self.model, part, before)
+                raise nonfinite(self.model, (part, before))
             state = output.state
             if selects:
                 following = torch.cat([tokens[:, begin + 1 : end + 1], tokens[:, :1]], dim=1)[:, : part.shape[1]]

@@ -348,11 +348,14 @@ class ModelScorer:
         if not wanted.row:
             return output.state, []
         losses, hits = _lookup(output.logits[0], torch.tensor(wanted.token, device=device))
-        if not np.isfinite(losses).all():  # the first one: in a row it may have spoiled those behind it
-            row, column = places[int(np.flatnonzero(~np.isfinite(losses))[0])].tolist()
-            text = given[row] if cuts is None else _alone(given[row], cuts[row], column)
-            stream = torch.tensor([row]) if rows is None else rows[row : row + 1]
-            raise nonfinite(self.model, text[None], state.select(stream))
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            streams = torch.arange(len(given)) if rows is None else rows
+            readings = {}
+            for row, column in places[bad].tolist():  # branches that are read together spoil one another
+                text = _alone(given[row], None if cuts is None else cuts[row], column)
+                readings[row, tuple(text.tolist())] = text[None], state.select(streams[row : row + 1])
+            raise nonfinite(self.model, *readings.values())
         return output.state, list(zip(wanted.sequence, losses.tolist(), hits.tolist(), strict=True))
 
 
@@ -369,8 +372,10 @@ def _packed(stems: Int[np.ndarray, "B S"], batch: list[Split]) -> tuple[Int[np.n
     return tokens, branches
 
 
-def _alone(tokens: Int[Tensor, "T"], branches: Int[Tensor, "N"], column: int) -> Tensor:
-    """The stem of a row, and behind it the branch that a column is in."""
+def _alone(tokens: Int[Tensor, "T"], branches: Int[Tensor, "N"] | None, column: int) -> Tensor:
+    """The stem of a row, and behind it the branch that a column is in. None: the row does not branch."""
+    if branches is None:
+        return tokens
     begins = [begin for begin in branches.tolist() if begin <= column]
     if not begins:
         return tokens[: branches[0]]
@@ -419,9 +424,10 @@ def _lookup(logits: Float[Tensor, "n V"], tokens: Int[Tensor, "n"]) -> tuple[np.
     return losses.double().cpu().numpy(), (logits.argmax(dim=1) == tokens).cpu().numpy()
 
 
-def nonfinite(model: LanguageModel, tokens: Tensor, state: StreamState) -> NumericsError:
-    """The error for a call whose predictions are not finite, with the place where it arises."""
-    place = locate_nonfinite(model, tokens, resets=None, state=state)
+def nonfinite(model: LanguageModel, *readings: tuple[Tensor, StreamState]) -> NumericsError:
+    """The error for predictions that are not finite, with the place where that arises. readings: tokens and states."""
+    found = (locate_nonfinite(model, tokens, resets=None, state=state) for tokens, state in readings)
+    place = next((value for value in found if value is not None), None)
     return NumericsError(
         f"a score is not finite; first seen in {place or 'no part of the model when replayed: it is near overflow'}. "
         "Nothing was written. Evaluate an earlier checkpoint, or train with a lower rate; `nested-lm audit` says "

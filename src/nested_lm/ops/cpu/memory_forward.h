@@ -23,7 +23,7 @@ static long together(const Call *c, const int64_t *cuts, long n)
 }
 
 /* Read branches n to last - 1 in one piece, in which the tokens of each know those of no other, for these count 0 times.
-   So one that is not finite spoils those behind it. */
+   So one that is not finite spoils the others. */
 static void read_abreast(Work *w, const int64_t *cuts, long n, long last, REAL *current)
 {
     for (long i = n; i < last; i++)
