@@ -288,7 +288,8 @@ class ModelScorer:
                 if end == stems.shape[1] and packs:
                     part, branches = _packed(part, batch)
                     for row, piece in enumerate(batch):
-                        _want_in_tails(wanted, row, piece, units, branches[row])
+                        for tail, begin in zip(piece.tails, branches[row].tolist(), strict=False):
+                            _want_in_tail(wanted, row, units[piece.number], tail, len(piece.stem), at=begin)
                     yield from self._read(part, state, wanted, final=True, rows=rows, branches=branches)[1]
                     self._report(int(branches[:, -1].sum()))
                     return
@@ -324,9 +325,7 @@ class ModelScorer:
             wanted = _Wanted([], [], [], [])
             for place, (row, tail) in enumerate(part):
                 tails[place, : len(tail.tokens)] = tail.tokens
-                unit = units[batch[row].number]
-                for index in tail.sequences:
-                    _want(wanted, place, unit.sequences[index], unit.owners[index], len(batch[row].stem), None)
+                _want_in_tail(wanted, place, units[batch[row].number], tail, len(batch[row].stem), at=0)
             yield part, tails, wanted
 
     def _read(
@@ -382,14 +381,10 @@ def _alone(tokens: Int[Tensor, "T"], branches: Int[Tensor, "N"] | None, column: 
     return torch.cat([tokens[: branches[0]], tokens[begins[-1] : branches[branches > column].min()]])
 
 
-def _want_in_tails(
-    wanted: _Wanted, row: int, piece: Split, units: Sequence[_Unit], branches: Int[np.ndarray, "N"]
-) -> None:
-    """Predictions that the tails of a packed row make."""
-    unit = units[piece.number]
-    for tail, begin in zip(piece.tails, branches[: len(piece.tails)].tolist(), strict=True):
-        for index in tail.sequences:
-            _want(wanted, row, unit.sequences[index], unit.owners[index], len(piece.stem), None, at=begin)
+def _want_in_tail(wanted: _Wanted, row: int, unit: _Unit, tail: Tail, stem: int, *, at: int) -> None:
+    """Predictions that a tail makes, whose first token is in column `at` of a row. stem: tokens before it in a text."""
+    for index in tail.sequences:
+        _want(wanted, row, unit.sequences[index], unit.owners[index], stem, None, at=at)
 
 
 def _wanted_in_stems(batch: list[Split], units: Sequence[_Unit], begin: int, end: int) -> _Wanted:
