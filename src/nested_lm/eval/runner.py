@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from nested_lm.checkpoint import (
     load_model,
     newest_checkpoint,
 )
-from nested_lm.commit import current_commit
 from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import reading_groups
@@ -25,10 +23,10 @@ from nested_lm.eval import language_modelling, needle, sampling
 from nested_lm.eval.bootstrap import Bootstrap
 from nested_lm.eval.continual import chronological
 from nested_lm.eval.continual.borders import border_checkpoints, mark_borders
-from nested_lm.eval.identity import device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import identify, mark_checkpoint, result_of
 from nested_lm.eval.language_modelling import Reading
 from nested_lm.eval.results import readable_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
+from nested_lm.eval.schema import CheckpointMark, Metrics, RunIdentity
 
 _CHECKPOINTS = "checkpoints"
 
@@ -117,24 +115,18 @@ class _Evaluation:
             return path
         try:
             metrics = task.measure(self)
-            seconds = time.perf_counter() - started
-            result = ResultFile(
-                schema_version=SCHEMA_VERSION,
-                task=name,
-                task_version=task.version,
-                identity=self.identity,
-                settings=settings,
-                checkpoint=mark,
-                device=device_name(self.device),
-                scored_commit=current_commit(),
-                metrics=metrics,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                wall_seconds=seconds,
-            )
+            fields = {
+                "task": name,
+                "task_version": task.version,
+                "identity": self.identity,
+                "settings": settings,
+                "checkpoint": mark,
+            }
+            result = result_of(metrics, fields, device=self.device, started=started)
         except NumericsError as error:
             raise NumericsError(f"{name} on {self.path}: {error}") from error
         write_result(path, result)
-        self.report(f"{name}: {seconds:.1f} s, {path}")
+        self.report(f"{name}: {result.wall_seconds:.1f} s, {path}")
         return path
 
     def _is_current(self, path: Path, version: str, settings: dict[str, Any], mark: CheckpointMark) -> bool:

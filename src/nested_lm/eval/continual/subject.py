@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from nested_lm.checkpoint import (
     find_checkpoint,
     load_model,
 )
-from nested_lm.commit import current_commit
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import ReadingGroup, reading_groups
@@ -24,10 +22,10 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SplitName
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from nested_lm.eval.continual.borders import CHECKPOINTS, border_checkpoints
-from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import UNKNOWN_DATA, identify, mark_checkpoint, result_of
 from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import readable_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
+from nested_lm.eval.schema import CheckpointMark, Metrics, RunIdentity
 
 
 @dataclass
@@ -155,23 +153,16 @@ class Subject:
         progress = Progress(0, self.report)
         progress.label = task
         metrics = finite_metrics(lambda: measure(progress))
-        seconds = time.perf_counter() - started
-        write_result(
-            path,
-            ResultFile(
-                schema_version=SCHEMA_VERSION,
-                task=task,
-                task_version=version,
-                identity=self.identity,
-                settings=dict(settings),
-                checkpoint=mark,
-                device=device_name(self.device),
-                scored_commit=current_commit(),
-                metrics=metrics,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                wall_seconds=seconds,
-            ),
-        )
+        fields = {
+            "task": task,
+            "task_version": version,
+            "identity": self.identity,
+            "settings": dict(settings),
+            "checkpoint": mark,
+        }
+        result = result_of(metrics, fields, device=self.device, started=started)
+        write_result(path, result)
+        seconds = result.wall_seconds
         pace = f", {progress.done:,} tokens, {progress.done / seconds:,.0f} tokens/s" if progress.done else ""
         self.report(f"{task}: {seconds:.1f} s{pace}, {path}")
         return path

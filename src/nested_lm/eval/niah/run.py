@@ -3,15 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from nested_lm.checkpoint import LoadedCheckpoint
-from nested_lm.commit import current_commit
 from nested_lm.errors import ConfigError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import UNKNOWN_DATA, identify, mark_checkpoint, result_of
 from nested_lm.eval.niah.measure import Batching, Suite, measure_length
 from nested_lm.eval.niah.metrics import BabilongMetrics, LongTextMetrics, NeedleLength, NeedleTask, NiahMetrics
 from nested_lm.eval.niah.reading import MIB, OutOfRoomError, Reader
@@ -22,7 +20,6 @@ from nested_lm.eval.niah.summary import effective_lengths, effective_words, summ
 from nested_lm.eval.niah.tasks import VERSION
 from nested_lm.eval.progress import LengthProgress
 from nested_lm.eval.results import labelled, stored_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 
 
 @dataclass(frozen=True)
@@ -143,15 +140,7 @@ def measure_once(
         metrics = measurement.measure()
     except NumericsError as error:
         raise NumericsError(f"{measurement.task} on {checkpoint}: {error}") from error
-    result = ResultFile(
-        schema_version=SCHEMA_VERSION,
-        device=device_name(loaded.device),
-        scored_commit=current_commit(),
-        metrics=metrics,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        wall_seconds=time.perf_counter() - started,
-        **fields,
-    )
+    result = result_of(metrics, fields, device=loaded.device, started=started)
     write_result(output, result)
     report(f"{measurement.task}: {result.wall_seconds:.1f} s, {output}")
     return output

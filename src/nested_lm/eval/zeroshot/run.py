@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +12,9 @@ from nested_lm.commit import current_commit
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError, NumericsError
 from nested_lm.eval.bootstrap import Bootstrap
-from nested_lm.eval.identity import UNKNOWN_DATA, device_name, identify, mark_checkpoint
+from nested_lm.eval.identity import UNKNOWN_DATA, identify, mark_checkpoint, result_of
 from nested_lm.eval.progress import Progress
 from nested_lm.eval.results import labelled, stored_result, write_result
-from nested_lm.eval.schema import SCHEMA_VERSION, ResultFile
 from nested_lm.eval.zeroshot.bigram import BigramScorer, count_bigrams
 from nested_lm.eval.zeroshot.data_folder import is_known_copy, read_manifest, verified_files
 from nested_lm.eval.zeroshot.harness import build_requests, open_tasks
@@ -132,15 +130,7 @@ def evaluate_zeroshot(
             metrics = _measure(loaded, settings, asked, bigram, report)
         except NumericsError as error:
             raise NumericsError(f"zero-shot tasks on {checkpoint}: {error}") from error
-    result = ResultFile(
-        schema_version=SCHEMA_VERSION,
-        device=device_name(loaded.device),
-        scored_commit=current_commit(),
-        metrics=metrics,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        wall_seconds=time.perf_counter() - started,
-        **fields,
-    )
+    result = result_of(metrics, fields, device=loaded.device, started=started)
     write_result(output, result)
     for line in table_lines(result):
         report(line)
