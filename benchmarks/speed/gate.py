@@ -75,7 +75,7 @@ def _errors(rule: WriteRule) -> dict[str, float]:
     found = {}
     for name, form in FORMS.items():
         if form is memory_cpu and not (
-            memory_cpu.unsupported(rule, *problem[:2]) is None and cpu_library.reason_missing() is None
+            memory_cpu.unsupported(rule, problem[0].key, problem[1]) is None and cpu_library.reason_missing() is None
         ):
             continue
         pairs = [(a, b) for a, b in zip(expected, _results(form, rule, problem), strict=True) if a.any() or b.any()]

@@ -486,4 +486,4 @@ def test_every_oracle_of_the_evaluation_is_of_the_arms_own_model():
             assert (ours.train.stream.order, theirs.train.stream.order) == ("forward", "shuffled")
             assert name in step.after
             compared += 1
-    assert compared == 6
+    assert compared == 9
