@@ -19,13 +19,12 @@ def cut_inputs(inputs, rows, places):
     return MemoryInputs(*(None if x is None else x[rows][:, places].contiguous() for x in inputs))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(("chunk", "generators"), [(4, 4), (4, 8), (8, 2), (1, 1), (64, 64)])
+@pytest.mark.parametrize(
+    ("chunk", "generators", "threads"), [(4, 4, 1), (4, 8, 1), (4, 8, 3), (8, 2, 1), (1, 1, 1), (64, 64, 1)]
+)
 @pytest.mark.parametrize("name", sorted(SUPPORTED))
 @torch.no_grad()
 def test_branches_are_read_as_if_alone(name, chunk, generators, threads):
-    if threads > 1 and (chunk, generators) != (4, 8):
-        pytest.skip("one pair of chunks is enough")
     rule = make_rule(chunk, generators, **OPTIONS[name])
     branches = torch.tensor(SIZES).cumsum(1)
     problem = Problem(rule, batch=3, tokens=int(branches.max()) + 1, heads=2, width=5, hidden=3, seed=0)
