@@ -19,6 +19,9 @@ from nested_lm.nn.state import StreamState
 SEGMENT_TOKENS = 512
 """Long texts are read in calls of about this many tokens: faster per token than fewer, and more take more memory."""
 
+CALL_LOGITS = 1 << 26
+"""Logits that one call of a batch may have, 256 MiB in float32."""
+
 
 @contextlib.contextmanager
 def reading_mode(model: LanguageModel) -> Iterator[None]:

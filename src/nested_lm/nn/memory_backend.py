@@ -69,9 +69,8 @@ def uses_library(backend: MemoryBackend, rule: WriteRule, key: Tensor, start: Me
 
 def branches_in_c(backend: MemoryBackend, rule: WriteRule, projection: Tensor, start: MemoryWeights) -> bool:
     """Whether rows of tokens may branch: with convolution and memories in C. projection: weight of what makes keys."""
-    if backend == "torch" or projection.dtype not in cpu_library.C_TYPES:
-        return False
-    return memory_cpu.unsupported(rule, projection, start) is None and _is_library_there()
+    computes = backend != "torch" and projection.dtype in cpu_library.C_TYPES
+    return computes and uses_library("auto", rule, projection, start)
 
 
 def convolved_units(

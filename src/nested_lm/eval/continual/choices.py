@@ -13,12 +13,11 @@ from jaxtyping import Float, Int
 
 from nested_lm.errors import CheckpointError, NumericsError
 from nested_lm.eval.progress import Progress
-from nested_lm.nn.generation import SEGMENT_TOKENS, read_prompt
+from nested_lm.nn.generation import CALL_LOGITS, SEGMENT_TOKENS, read_prompt
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
 
 _ROWS = 128  # rows of answers read side by side
-_CALL_LOGITS = 1 << 26  # of one call, 256 MiB in float32
 _MIB = 1 << 20
 
 
@@ -48,14 +47,14 @@ def score_choices(
     start = model.initial_state(1) if state is None else state
     choices = [np.asarray(choice, dtype=np.int64) for choice in choices]
     asked = 1 + sum(len(choice) - 1 for choice in choices)  # predictions of one context
-    packs = model.reads_branches and asked > 1 and asked * model.config.vocab_size <= _CALL_LOGITS
+    packs = model.reads_branches and asked > 1 and asked * model.config.vocab_size <= CALL_LOGITS
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     scores = np.empty((len(contexts), len(choices)))
     begin = 0
     while begin < len(order):
         length = len(contexts[order[begin]])
         one_call = packs and length <= SEGMENT_TOKENS
-        count = min(batch_size, _CALL_LOGITS // (asked * model.config.vocab_size)) if one_call else batch_size
+        count = min(batch_size, CALL_LOGITS // (asked * model.config.vocab_size)) if one_call else batch_size
         rows = [index for index in order[begin : begin + count] if len(contexts[index]) == length]
         device = next(model.parameters()).device
         tokens = torch.from_numpy(np.stack([contexts[index] for index in rows])).to(device)

@@ -81,10 +81,10 @@ class Reader:
         Raises:
             OutOfRoomError: memory ended, or the states would pass the limit.
         """
-        reach = None if writes else self.model.frozen_reach
-        if reach is not None and reach < prompts.shape[1]:
-            self.on_tokens(prompts[:, : prompts.shape[1] - max(reach, 1)].size)
-            prompts = prompts[:, prompts.shape[1] - max(reach, 1) :]
+        if not writes and self.model.frozen_reach is not None:
+            kept = max(self.model.frozen_reach, 1)
+            self.on_tokens(prompts[:, :-kept].size)
+            prompts = prompts[:, -kept:]
         rows, length = prompts.shape
         step = segment_length(length, self.model.config.alignment)
         group = np.zeros(rows, dtype=np.int64)  # the row that stands for each prompt

@@ -17,13 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.errors import NumericsError
-from nested_lm.nn.generation import SEGMENT_TOKENS, reading_mode, segment_room
+from nested_lm.nn.generation import CALL_LOGITS, SEGMENT_TOKENS, reading_mode, segment_room
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.nn.state import StreamState
 
 _CALL_TOKENS = 4096
-_CALL_LOGITS = 1 << 26  # 256 MiB in float32
 _CALL_COST = 48  # tokens of padding that cost about as much as another call, where stems and tails are read in one
 _PADDING = 2  # tails of one call are not padded to more than so many times their length
 
@@ -194,7 +193,7 @@ class ModelScorer:
     ) -> None:
         self.model, self.batch_rows, self.shared = model, batch_rows, shared
         self.starts, self.on_tokens = starts, on_tokens
-        self.call_tokens = max(1, min(_CALL_TOKENS, _CALL_LOGITS // model.config.vocab_size))
+        self.call_tokens = max(1, min(_CALL_TOKENS, CALL_LOGITS // model.config.vocab_size))
         self.packs = model.reads_branches
 
     def score(self, documents: Sequence[Document]) -> list[list[Likelihood]]:
@@ -287,7 +286,8 @@ class ModelScorer:
                 if end == stems.shape[1] and packs:
                     part, branches = _packed(part, batch)
                     for row, piece in enumerate(batch):
-                        for tail, begin in zip(piece.tails, branches[row].tolist(), strict=False):
+                        begins = branches[row, : len(piece.tails)].tolist()
+                        for tail, begin in zip(piece.tails, begins, strict=True):
                             _want_in_tail(wanted, row, units[piece.number], tail, len(piece.stem), at=begin)
                     yield from self._read(part, state, wanted, final=True, rows=rows, branches=branches)[1]
                     self._report(int(branches[:, -1].sum()))
