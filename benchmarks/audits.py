@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.pages import insert, line
-from nested_lm.audit.report import AuditFile, Row, load_audit, write_audit
-from nested_lm.audit.runner import CHECKS, run_audit
-from nested_lm.audit.subject import open_subject
 from nested_lm.config.compose import preset_names
+from nested_lm_lab.audit.report import AuditFile, Row, load_audit, write_audit
+from nested_lm_lab.audit.runner import CHECKS, run_audit
+from nested_lm_lab.audit.subject import open_subject
 
 MARKERS = "<!-- table of benchmarks.audits: begin -->", "<!-- table of benchmarks.audits: end -->"
 HOPE = ("hope/demo", "hope/demo_paper", "hope/demo_in_context")

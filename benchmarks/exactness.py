@@ -16,8 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' p
 
 from tests.ops.memory_problems import OPTIONS, Problem, make_rule, results_of, run_with_gradients, supports, worst
 
-from nested_lm.commit import current_commit
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.storage.commit import current_commit
 
 EQUATIONS = {
     "erase": "57, 88",

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.streaming import hardware
 from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint
-from nested_lm.cli_arguments import Device, open_checkpoint
-from nested_lm.commit import current_commit
-from nested_lm.data.atomic import write_atomically
-from nested_lm.eval.zeroshot.data_folder import verified_files
-from nested_lm.eval.zeroshot.harness import build_requests, open_tasks
-from nested_lm.eval.zeroshot.sequences import Document, ModelScorer
-from nested_lm.eval.zeroshot.tasks import choose_tasks
+from nested_lm.cli.arguments import Device, open_checkpoint
+from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.commit import current_commit
+from nested_lm_lab.tasks.zeroshot.data_folder import verified_files
+from nested_lm_lab.tasks.zeroshot.harness import build_requests, open_tasks
+from nested_lm_lab.tasks.zeroshot.sequences import Document, ModelScorer
+from nested_lm_lab.tasks.zeroshot.tasks import choose_tasks
 
 TOLERANCE = 1e-4  # of a score in nats, relative: float32, other batches
 ROWS = 32
@@ -35,7 +35,7 @@ THREADS = 1
 
 def documents_of(task, loaded, limit: int | None) -> list[Document]:
     """The sequences of a task's documents, cut to the training context as in an evaluation."""
-    from nested_lm.eval.zeroshot.language_model import HarnessModel
+    from nested_lm_lab.tasks.zeroshot.language_model import HarnessModel
 
     build_requests(task, limit)
     scorer = ModelScorer(loaded.model, batch_rows=1)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from nested_lm.data.atomic import write_atomically
+from nested_lm.storage.atomic import write_atomically
 
 RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
 """Markers of a page that has one place for tables."""

@@ -47,9 +47,9 @@ def read_stream(folder: Path, preset: str, tokens: int) -> dict:
     import torch
 
     from nested_lm.config.load import load_run
-    from nested_lm.nn.generation import generate
     from nested_lm.nn.model import LanguageModel
-    from nested_lm.streaming.reading import Boundary, StreamReader
+    from nested_lm.reading.generation import generate
+    from nested_lm.reading.stream import Boundary, StreamReader
 
     torch.set_num_threads(1)
     run = load_run(preset)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from nested_lm.errors import ReportError
-from nested_lm.eval.results import load_result, require_comparable
-from nested_lm.eval.schema import Interval, ResultFile
+from nested_lm_lab.evaluation.results import load_result, require_comparable
+from nested_lm_lab.evaluation.schema import Interval, ResultFile
 
 ROOT = Path(__file__).parents[1]
 CAMPAIGN = Path("artifacts/demo")

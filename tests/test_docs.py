@@ -54,14 +54,15 @@ test_names_in.__test__ = False
 
 def missing_name(file, name):
     """What is wrong with a reference `file:name`; None when it resolves."""
-    path = ROOT / file if file.startswith("tests/") else ROOT / "src" / "nested_lm" / file
+    packages = [name for name in ("nested_lm", "nested_lm_lab") if (ROOT / "src" / name / file).is_file()]
+    path = ROOT / file if file.startswith("tests/") else ROOT / "src" / (packages or ["nested_lm"])[0] / file
     if not path.is_file():
         return f"{file}: no such file"
     if not name:
         return None
     if file.startswith("tests/"):
         return None if name in test_names_in(path) else f"{file}: no test {name}"
-    found = importlib.import_module("nested_lm." + file.removesuffix(".py").replace("/", "."))
+    found = importlib.import_module(f"{packages[0]}." + file.removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         if not hasattr(found, part):
             return f"{file}: no {name}"
@@ -88,10 +89,10 @@ def test_paths_of_the_repository_exist(page):
 
 
 def test_a_wrong_reference_is_noticed():
-    assert missing_name("ops/memory_chunk.py", "no_such_function")
+    assert missing_name("ops/memory/chunk.py", "no_such_function")
     assert missing_name("ops/no_such_file.py", "")
-    assert missing_name("tests/test_levels.py", "test_that_is_not_there")
-    assert missing_name("ops/memory_chunk.py", "solve_writes") is None
+    assert missing_name("tests/optim/test_level_clock.py", "test_that_is_not_there")
+    assert missing_name("ops/memory/chunk.py", "solve_writes") is None
 
 
 def test_every_equation_names_code_and_a_test():

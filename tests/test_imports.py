@@ -14,7 +14,7 @@ class Refuse:
         if name.split(".")[0] in self.blocked:
             raise ImportError(f"{name} is not part of the core")
 sys.meta_path.insert(0, Refuse())
-from nested_lm.import_check import import_everything
+from nested_lm.cli.import_check import import_everything
 assert len(import_everything()) > 50
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

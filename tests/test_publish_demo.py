@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nested_lm.errors import ReportError
-from nested_lm.eval.results import load_result
+from nested_lm_lab.evaluation.results import load_result
 
 ROOT = Path(__file__).parent.parent
 

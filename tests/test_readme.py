@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_lm.config.load import load_data
-from nested_lm.eval.results import load_result, require_comparable
+from nested_lm_lab.evaluation.results import load_result, require_comparable
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

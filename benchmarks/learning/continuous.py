@@ -16,14 +16,14 @@ from torch.nn import functional
 from benchmarks.learning.arms import configuration
 from benchmarks.learning.protocol import IGNORED, RECIPE, Measures
 from nested_lm.config.model import ModelConfig
-from nested_lm.eval.continual.matrix import (
+from nested_lm.nn.layers import StepContext
+from nested_lm.nn.model import LanguageModel
+from nested_lm_lab.tasks.continual.matrix import (
     final_score,
     score_backward_transfer,
     score_forgetting,
     score_plasticity,
 )
-from nested_lm.nn.layers import StepContext
-from nested_lm.nn.model import LanguageModel
 
 
 class Facts(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.learning.protocol import Task
-from nested_lm.commit import current_commit
-from nested_lm.data.atomic import write_atomically
+from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.commit import current_commit
 
 Row = dict[str, Any]
 

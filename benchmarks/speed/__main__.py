@@ -22,10 +22,10 @@ from benchmarks.speed import gate, peak, report
 from benchmarks.speed.cases import QUICK, Sizes, cases, timed_mixers
 from benchmarks.speed.driver import ROOT, Workers, take_turns
 from benchmarks.streaming import hardware
-from nested_lm.commit import current_commit
 from nested_lm.config.mixers import SelfModifying
-from nested_lm.data.atomic import write_atomically
-from nested_lm.ops import cpu_library
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.commit import current_commit
 
 
 def main() -> None:

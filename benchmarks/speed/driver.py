@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.speed import peers
 from benchmarks.speed.cases import Case, Package, Side
-from nested_lm.ops import cpu_library
+from nested_lm.ops.memory.cpu import library as cpu_library
 
 ROOT = Path(__file__).resolve().parents[2]
 

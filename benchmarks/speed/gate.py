@@ -6,9 +6,12 @@ from types import ModuleType
 
 import torch
 
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
-from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit, zero_state
-from nested_lm.write_rule import WriteRule
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.ops.memory.rule import WriteRule
+from nested_lm.ops.memory.state import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit, zero_state
 
 AGREEMENT = 1e-10
 """Relative error in float64 below which two forms count as the same: rounding gives 1e-15, a wrong term far more."""

@@ -5,6 +5,6 @@ The same as `nested-lm eval continual`.
 
 import sys
 
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 
 app(["eval", "continual", *sys.argv[1:]])

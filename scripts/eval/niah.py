@@ -5,6 +5,6 @@ The same as `nested-lm eval niah`.
 
 import sys
 
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 
 app(["eval", "niah", *sys.argv[1:]])

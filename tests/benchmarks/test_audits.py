@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import audits
-from nested_lm.audit.report import Row, load_audit
 from nested_lm.config.load import config_hash, load_run
+from nested_lm_lab.audit.report import Row, load_audit
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "eval" / "audit"

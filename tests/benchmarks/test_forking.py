@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import forking
-from nested_lm.commit import current_commit
+from nested_lm.storage.commit import current_commit
 
 
 def test_the_result_is_stamped():

@@ -11,7 +11,8 @@ from benchmarks.speed.cases import QUICK, Case, Goal, MemoryGoal, Side, Sizes, c
 from benchmarks.speed.driver import JobError, Worker, Workers, prepare, take_turns
 
 from nested_lm.config.mixers import SelfModifying
-from nested_lm.ops import cpu_library, memory_cpu
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 from nested_lm.errors import CheckpointError, DataError
 
 MAX_HELP_SECONDS = 1.0  # of processor time: what the README promises
@@ -43,7 +43,7 @@ def finished(exit_code=0):
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
-    code = "from nested_lm.cli import main; main()"
+    code = "from nested_lm.cli.main import main; main()"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code, "--help"], capture_output=True, text=True, check=True
@@ -122,7 +122,10 @@ class TestArguments:
 
     def test_eval(self, run, stub, tmp_path):
         seen = []
-        stub("nested_lm.eval.runner", evaluate_run=lambda *given, settings, device: seen.append((*given, device)))
+        stub(
+            "nested_lm_lab.evaluation.runner",
+            evaluate_run=lambda *given, settings, device: seen.append((*given, device)),
+        )
         assert run("eval", tmp_path).exit_code == 0
         assert run("eval", tmp_path, "--tasks", "language_modelling, passkey", "--device", "cpu").exit_code == 0
         assert seen == [(tmp_path, None, None), (tmp_path, ("language_modelling", "passkey"), "cpu")]
@@ -144,7 +147,7 @@ class TestArguments:
     def test_campaign(self, run, stub):
         seen = []
         stub(
-            "nested_lm.campaign.plan",
+            "nested_lm_lab.campaign.plan",
             run_campaign=lambda config, *, dry_run: seen.append((config.name, dry_run)),
         )
         assert run("campaign", "configs/campaign/demo.yaml", "name=mine").exit_code == 0
@@ -153,7 +156,7 @@ class TestArguments:
 
     def test_report(self, run, stub):
         seen = []
-        stub("nested_lm.report.render", render_campaign=seen.append)
+        stub("nested_lm_lab.report.render", render_campaign=seen.append)
         assert run("report", "artifacts/demo").exit_code == 0
         assert seen == [Path("artifacts/demo")]
 
@@ -185,7 +188,7 @@ class TestGenerate:
             load_model=load_model,
             find_checkpoint=lambda source, *, report: source / "step-2",
         )
-        stub("nested_lm.nn.generation", generate=generate)
+        stub("nested_lm.reading.generation", generate=generate)
         return calls
 
     def test_prompt_is_continued_to_the_end_of_the_document(self, run, seen, tmp_path):

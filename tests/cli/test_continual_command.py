@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def seen(monkeypatch):
     found = {}
-    run = ModuleType("nested_lm.eval.continual.run")
+    run = ModuleType("nested_lm_lab.tasks.continual.run")
     run.evaluate_continual = lambda sources, **options: found.update(options, sources=sources)
-    comparison = ModuleType("nested_lm.eval.continual.comparison")
+    comparison = ModuleType("nested_lm_lab.tasks.continual.comparison")
     comparison.compare_runs = lambda sources, path, **options: found.update(compared=(list(sources), path))
     for module in (run, comparison):
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nested_lm import doctor
-from nested_lm.cli import app
+from nested_lm.cli import doctor
+from nested_lm.cli.main import app
 from nested_lm.data import corpora
 from nested_lm.errors import ConfigError, DataError
-from nested_lm.ops import cpu_library
+from nested_lm.ops.memory.cpu import library as cpu_library
 
 
 def states(output: Path) -> dict[str, str]:

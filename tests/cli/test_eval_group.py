@@ -6,13 +6,13 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 
 
 @pytest.fixture
 def seen(monkeypatch):
     found = []
-    module = ModuleType("nested_lm.eval.runner")
+    module = ModuleType("nested_lm_lab.evaluation.runner")
     module.evaluate_run = lambda run_dir, names, *, settings, device: found.append((run_dir, names))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return found

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nested_lm.checkpoint import load_model, write_checkpoint
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 from nested_lm.config.load import config_hash, parse_run
-from nested_lm.nn import generation
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
-from nested_lm.streaming.file import read_header
-from nested_lm.streaming.verbs import identity, open_memory, update_memory
+from nested_lm.reading import generation
+from nested_lm.reading.memory_file import read_header
+from nested_lm.reading.verbs import identity, open_memory, update_memory
 
 FIRST = "the union of these states shall keep its army and navy in peace"
 SECOND = "while congress reads this message on the revenue and the commerce of nations, ünd so weiter"
@@ -229,7 +229,7 @@ class TestMemorize:
         memorize("first.txt", "--memory", "m")
         before = kept(texts / "m")
         arguments = ["memorize", "--checkpoint", str(make_checkpoint("hope")), "-", "--memory", "m", "--continue"]
-        code = "from nested_lm.cli import main; main()"
+        code = "from nested_lm.cli.main import main; main()"
         with subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, cwd=texts) as process:
             time.sleep(0.5)
             process.send_signal(signal.SIGKILL)
@@ -374,7 +374,7 @@ class TestRefusals:
         assert "is damaged" in use()
 
     def test_several_streams(self, use, memorize, make_checkpoint, texts):
-        from nested_lm.streaming.file import save_memory
+        from nested_lm.reading.memory_file import save_memory
 
         checkpoint = loaded(make_checkpoint("hope"))
         save_memory(texts / "m", checkpoint.model.initial_state(3), identity(checkpoint))

@@ -6,14 +6,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from nested_lm import cli_needles
-from nested_lm.cli import app
+from nested_lm.cli.main import app
+from nested_lm_lab.cli import needles as cli_needles
 
 
 @pytest.fixture
 def seen(monkeypatch):
     found = []
-    module = ModuleType("nested_lm.eval.niah.run")
+    module = ModuleType("nested_lm_lab.tasks.needles.run")
     module.default_output = lambda source, path, task: source / "results" / f"{task}.json"
     module.plan_niah = lambda loaded, settings, *, label: SimpleNamespace(settings=settings, task="niah")
     module.evaluate_plan = lambda loaded, path, plan, *, output, report: found.append((plan, output))

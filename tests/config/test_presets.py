@@ -9,8 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from nested_lm.config.campaign import EvalStep, TrainStep
 from nested_lm.config.compose import PARTS, find_preset, hydra_at, preset_names, presets_folder
 from nested_lm.config.load import config_hash, dump_resolved, load_campaign, load_data, load_run
-from nested_lm.eval.results import PARAMETER_TOLERANCE
 from nested_lm.nn.sizing import count_parameters
+from nested_lm_lab.evaluation.results import PARAMETER_TOLERANCE
 
 RUNS = [n for n in preset_names() if n.partition("/")[0] not in {*PARTS, "campaign", "ablations"}]
 CAMPAIGNS = [n for n in preset_names() if n.startswith("campaign/")]

@@ -55,7 +55,7 @@ def test_the_target_grows_its_context():
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("devices", [1, 8, 64])
 def test_a_step_can_be_shared_by_common_numbers_of_devices(scale, devices):
-    from nested_lm.train.strategy import micro_batches
+    from nested_lm.train.strategies.base import micro_batches
 
     train = load_run(f"hope/{scale}").train
     micro, rows = micro_batches(train, devices)

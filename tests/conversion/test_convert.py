@@ -10,7 +10,7 @@ from nested_lm.checkpoint import find_checkpoint, load_model
 from nested_lm.config.load import load_data, load_run
 from nested_lm.conversion.convert import convert
 from nested_lm.errors import CheckpointError, ConfigError
-from nested_lm.nn.generation import generate
+from nested_lm.reading.generation import generate
 from tests.conversion.conftest import SCALED
 
 LIMIT = 1e-5  # relative to the largest logit, float32

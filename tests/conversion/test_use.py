@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nested_lm.checkpoint import find_checkpoint, load_model, read_tensors
-from nested_lm.cli import app
+from nested_lm.cli.main import app
 from tests.conftest import write_tiny_documents
 
 TRAINING = [

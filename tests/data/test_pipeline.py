@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.manifest import read_manifest
 from nested_lm.data.pipeline import build
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SPLITS
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 
 def quiet(line: str) -> None:

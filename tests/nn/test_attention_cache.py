@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.attention_cache import BranchedState
+from nested_lm.nn.mixers.attention_cache import BranchedState
 from nested_lm.nn.model import LanguageModel
-from nested_lm.streaming.file import load_memory, save_memory
-from nested_lm.streaming.identity import identify
+from nested_lm.reading.identity import identify
+from nested_lm.reading.memory_file import load_memory, save_memory
 
 VOCAB = 23
 

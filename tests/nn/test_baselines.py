@@ -16,7 +16,7 @@ from nested_lm.errors import ConfigError
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.sizing import count_parameters
 from nested_lm.nn.state import iterate_tensors
-from nested_lm.ops import delta_rule_fla
+from nested_lm.ops.delta_rule import fla as delta_rule_fla
 from nested_lm.optim.groups import plan_groups
 
 LIMIT = 1e-10  # relative, float64

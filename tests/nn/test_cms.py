@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nested_lm.config.channels import Level
-from nested_lm.nn.cms import ContinuumMemory
+from nested_lm.nn.channels.cms import ContinuumMemory
 from nested_lm.nn.layers import squared_relu
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nested_lm.errors import NumericsError
-from nested_lm.nn import generation
-from nested_lm.nn.generation import generate, next_token_probabilities
 from nested_lm.nn.state import iterate_tensors
+from nested_lm.reading import generation
+from nested_lm.reading.generation import generate, next_token_probabilities
 from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
 
 

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from nested_lm.config.mixers import FullAttention
-from nested_lm.nn.attention import Attention
 from nested_lm.nn.layers import StepContext, rotate
+from nested_lm.nn.mixers.attention import Attention
 
 LIMIT = 1e-12
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_frequency": 1.0, "high_frequency": 4.0, "original_context": 64}

@@ -12,7 +12,7 @@ from nested_lm.config.model import ModelConfig
 from nested_lm.nn.fast_linear import FastLinear, Watched
 from nested_lm.nn.model import token_losses
 from nested_lm.nn.state import iterate_tensors
-from nested_lm.streaming.tree import flatten, rebuild
+from nested_lm.reading.tree import flatten, rebuild
 from tests.nn.in_context_models import build, finite_difference, layer_levels, relative, settings, tokens
 from tests.nn.in_context_naive import level_names, plain_model
 

@@ -6,7 +6,10 @@ import torch
 from nested_lm.errors import ConfigError
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.model import token_losses
-from nested_lm.ops import cpu_library, front_cpu, memory_chunked, memory_cpu
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import front as front_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
 from tests.nn.in_context_models import MIXERS, build, finite_difference, relative, settings, tokens
 
 LIMIT = 1e-10  # relative, float64

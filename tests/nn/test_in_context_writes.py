@@ -9,11 +9,11 @@ from torch.nn.functional import one_hot
 
 from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.update_rules import UpdateRule
+from nested_lm.nn.channels.in_context import InContextWriter
 from nested_lm.nn.fast_linear import FastLinear, MLPDistance
-from nested_lm.nn.in_context import InContextWriter
 from nested_lm.nn.model import token_losses
 from nested_lm.nn.state import ModelOutput, StreamState, iterate_tensors
-from nested_lm.ops.update_rules import RULES
+from nested_lm.ops.update_rules.registry import RULES
 from tests.nn.in_context_models import build, finite_difference, relative, settings, tokens, writes
 from tests.nn.in_context_naive import plain_model, read_rows
 

@@ -7,10 +7,10 @@ from pydantic import ValidationError
 from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
 from nested_lm.config.train import AdamW
-from nested_lm.levels import LevelClock
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 
 PERIODS = [32, 64, 128]
 

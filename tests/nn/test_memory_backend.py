@@ -5,8 +5,10 @@ import torch
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.errors import ConfigError
-from nested_lm.nn.memory_backend import uses_library
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu
+from nested_lm.nn.mixers.memory_backend import uses_library
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
 from tests.nn.test_model import HOPE, build, tokens
 from tests.ops.memory_problems import Problem, make_rule
 

@@ -12,7 +12,7 @@ from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.nn.sizing import count_parameters
-from nested_lm.ops import memory_chunked
+from nested_lm.ops.memory import chunked as memory_chunked
 
 LIMIT = 1e-10  # relative, float64
 

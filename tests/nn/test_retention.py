@@ -5,8 +5,10 @@ import torch
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import StepContext
-from nested_lm.nn.self_modifying import CLOSED, SelfModifyingTitans
-from nested_lm.ops import memory_chunked, memory_cpu, memory_reference
+from nested_lm.nn.mixers.self_modifying import CLOSED, SelfModifyingTitans
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
 
 WIDTH, HEADS = 12, 2
 ADAPT = ("k", "eta", "v", "memory")

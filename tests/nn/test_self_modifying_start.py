@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nested_lm.config.mixers import SelfModifying
-from nested_lm.nn.self_modifying import START_INNER_SCALE, SelfModifyingTitans
+from nested_lm.nn.mixers.self_modifying import START_INNER_SCALE, SelfModifyingTitans
 
 
 def start(**options):

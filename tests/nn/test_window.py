@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nested_lm.config.mixers import FullAttention
-from nested_lm.nn.attention import Attention
 from nested_lm.nn.layers import StepContext
-from nested_lm.nn.window import Persistent, attend_in_window
+from nested_lm.nn.mixers.attention import Attention
+from nested_lm.nn.mixers.window import Persistent, attend_in_window
 
 LIMIT = 1e-12  # relative, float64: one softmax and two products
 

@@ -2,9 +2,12 @@
 
 import torch
 
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
-from nested_lm.ops.memory import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
-from nested_lm.write_rule import WriteRule
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.ops.memory.rule import WriteRule
+from nested_lm.ops.memory.state import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
 
 ALL = ("k", "eta", "alpha", "v", "q", "memory")
 DEFAULT = ("k", "eta", "alpha", "v", "memory")

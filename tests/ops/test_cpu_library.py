@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nested_lm.errors import ConfigError
-from nested_lm.ops import cpu_library
+from nested_lm.ops.memory.cpu import library as cpu_library
 
 DOUBLE = torch.float64
 
@@ -35,7 +35,7 @@ def works(library):
 def test_the_sources_are_where_they_are_looked_for_and_are_all_that_is_there():
     """They are read from the installed package: the wheel holds every file below src/nested_lm."""
     package = Path(__file__).parents[2] / "src" / "nested_lm"
-    assert cpu_library.SOURCES.resolve() == package / "ops" / "cpu"
+    assert cpu_library.SOURCES.resolve() == package / "ops" / "memory" / "cpu" / "c"
     wanted, found = ["memory.c"], set()
     while wanted:
         name = wanted.pop()

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional
 
 from nested_lm.errors import ConfigError
-from nested_lm.ops import delta_rule, delta_rule_fla, delta_rule_reference
-from nested_lm.ops.memory import unit
+from nested_lm.ops.delta_rule import chunked as delta_rule
+from nested_lm.ops.delta_rule import fla as delta_rule_fla
+from nested_lm.ops.delta_rule import reference as delta_rule_reference
+from nested_lm.ops.memory.state import unit
 
 LIMIT = 1e-10  # relative, float64: rounding of a few hundred chained products
 

@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 
-from nested_lm.ops import memory_backward, memory_chunk, memory_chunked, memory_reference
-from nested_lm.ops.memory import MemoryInputs, MemoryWeights, zero_state
-from nested_lm.write_rule import MEMORIES, WriteRule
+from nested_lm.ops.memory import backward as memory_backward
+from nested_lm.ops.memory import chunk as memory_chunk
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.rule import MEMORIES, WriteRule
+from nested_lm.ops.memory.state import MemoryInputs, MemoryWeights, zero_state
 from tests.ops.memory_problems import (
     BACKENDS,
     OPTIONS,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nested_lm.nn.state import map_tensors
-from nested_lm.ops import memory_chunked, memory_cpu
-from nested_lm.ops.memory import MemoryInputs, check_branches
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.state import MemoryInputs, check_branches
 from tests.ops.memory_problems import OPTIONS, Problem, make_rule
 from tests.ops.test_memory_cpu import SUPPORTED
 

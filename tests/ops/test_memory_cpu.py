@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from nested_lm.nn.state import map_tensors
-from nested_lm.ops import cpu_library, memory_chunked, memory_cpu, memory_reference
-from nested_lm.ops.memory import MemoryInputs, MemoryWeights
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.ops.memory.state import MemoryInputs, MemoryWeights
 from tests.ops.memory_problems import ALL, OPTIONS, Problem, make_rule, results_of, run_with_gradients, worst
 from tests.ops.test_memory import LIMIT
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import TypeAdapter
 
 from nested_lm.config import update_rules as sections
-from nested_lm.ops.update_rule import UpdateRule
-from nested_lm.ops.update_rules import RULES, make_rule
+from nested_lm.ops.update_rules.base import UpdateRule
+from nested_lm.ops.update_rules.registry import RULES, make_rule
 
 
 def test_sections_and_rules_have_the_same_fields_and_defaults():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from nested_lm.ops.update_rules import make_rule
-from nested_lm.ops.update_rules_deep import DeepMomentumState, read
-from nested_lm.ops.update_rules_momentum import along_gradient
-from nested_lm.ops.update_rules_orthogonal import newton_schulz
+from nested_lm.ops.update_rules.deep import DeepMomentumState, read
+from nested_lm.ops.update_rules.momentum import along_gradient
+from nested_lm.ops.update_rules.orthogonal import newton_schulz
+from nested_lm.ops.update_rules.registry import make_rule
 
 EXACT = 1e-12  # float64: the same formula in another order
 BFLOAT16 = 0.03  # torch's Newton-Schulz runs in bfloat16: eight bits, five iterations

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from nested_lm.ops.update_rule import Layer
-from nested_lm.ops.update_rules import make_rule
-from nested_lm.ops.update_rules_proximal import proximal_step, proximal_step_from_moments, proximal_step_one_row
+from nested_lm.ops.update_rules.base import Layer
+from nested_lm.ops.update_rules.proximal import proximal_step, proximal_step_from_moments, proximal_step_one_row
+from nested_lm.ops.update_rules.registry import make_rule
 
 EXACT = 1e-12  # float64: the same minimum, reached in another way
 

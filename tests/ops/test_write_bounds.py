@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nested_lm.ops import memory_chunked
-from nested_lm.ops.memory import MemoryInputs, MemoryWeights, unit, zero_state
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory.state import MemoryInputs, MemoryWeights, unit, zero_state
 from tests.ops.memory_problems import Problem, make_rule
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from nested_lm.config import update_rules as rules
 from nested_lm.config.train import AdamW, Deep, MatrixOptimizer, Muon
-from nested_lm.levels import LevelClock
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.optim.rule_optimizer import M3
 
 STEP_TOKENS = 8

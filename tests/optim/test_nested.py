@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from nested_lm.config.train import AdamW, Muon
-from nested_lm.levels import LevelClock
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 
 STEP_TOKENS = 8
 PERIODS = (8, 16, 64)

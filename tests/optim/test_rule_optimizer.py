@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nested_lm.ops.update_rules import make_rule
+from nested_lm.ops.update_rules.registry import make_rule
 from nested_lm.optim.rule_optimizer import M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum, RuleOptimizer
 
 CLASSES = {

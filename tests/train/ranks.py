@@ -20,8 +20,8 @@ from nested_lm.train.run_folder import open_run_folder
 from nested_lm.train.signals import StopRequest
 from nested_lm.train.state import seed_everything
 from nested_lm.train.step import GradientComputer
-from nested_lm.train.strategy import Strategy
-from nested_lm.train.strategy_fsdp import FullyShard
+from nested_lm.train.strategies.base import Strategy
+from nested_lm.train.strategies.fsdp import FullyShard
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.trainer import Trainer, TrainSummary, train
 

@@ -10,10 +10,10 @@ import pytest
 
 from nested_lm.config.load import load_run
 from nested_lm.config.model import ModelConfig
-from nested_lm.levels import LevelClock
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.train import footprint
 from nested_lm.train.costs import count_costs
 

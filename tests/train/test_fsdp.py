@@ -24,8 +24,8 @@ from nested_lm.data.loader import IGNORED_TARGET
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import ConfigError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.train.strategy import SingleDevice, micro_batches, open_strategy
-from nested_lm.train.strategy_fsdp import FullyShard
+from nested_lm.train.strategies.base import SingleDevice, micro_batches, open_strategy
+from nested_lm.train.strategies.fsdp import FullyShard
 from nested_lm.train.stream import TrainingStream
 from tests.train.ranks import run_job
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nested_lm.errors import NumericsError
-from nested_lm.nn.self_modifying import SelfModifyingTitans
+from nested_lm.nn.mixers.self_modifying import SelfModifyingTitans
 from nested_lm.train.trainer import train
 
 

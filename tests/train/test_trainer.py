@@ -12,10 +12,10 @@ from nested_lm.data.loader import PackedLoader
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError, DataError
 from nested_lm.nn.model import LanguageModel, token_losses
-from nested_lm.ops import cpu_library
-from nested_lm.train import strategy as strategy_module
+from nested_lm.ops.memory.cpu import library as cpu_library
 from nested_lm.train.run_folder import new_identity
-from nested_lm.train.strategy import choose_device
+from nested_lm.train.strategies import base as strategy_module
+from nested_lm.train.strategies.base import choose_device
 from nested_lm.train.trainer import train
 
 STEPS, STEP_TOKENS = 10, 32

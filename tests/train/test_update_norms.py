@@ -3,12 +3,12 @@ import torch
 from torch import nn
 
 from nested_lm.config.train import AdamW
-from nested_lm.levels import LevelClock
 from nested_lm.nn.model import ParameterRole
+from nested_lm.ops.memory.rule import MEMORIES
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.train.update_norms import UpdateNorms
-from nested_lm.write_rule import MEMORIES
 
 ROLES = {
     "matrix": ParameterRole("matrix", None),

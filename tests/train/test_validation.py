@@ -13,7 +13,7 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 from nested_lm.nn.model import LanguageModel, token_losses
 from nested_lm.train.step import GradientComputer
-from nested_lm.train.strategy import SingleDevice
+from nested_lm.train.strategies.base import SingleDevice
 from nested_lm.train.validation import Validator, bytes_per_token, open_validator
 
 SINGLE = SingleDevice(torch.device("cpu"))

@@ -18,8 +18,10 @@ from nested_lm.config.model import ModelConfig
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.sizing import count_parameters
-from nested_lm.ops import memory_chunked, memory_cpu, memory_reference
-from nested_lm.write_rule import WriteRule
+from nested_lm.ops.memory import chunked as memory_chunked
+from nested_lm.ops.memory import reference as memory_reference
+from nested_lm.ops.memory.cpu import backend as memory_cpu
+from nested_lm.ops.memory.rule import WriteRule
 
 BACKENDS = {"chunked": memory_chunked, "cpu": memory_cpu, "reference": memory_reference}
 

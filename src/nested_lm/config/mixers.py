@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
 from nested_lm.config.section import Count, PositiveFloat, Section
-from nested_lm.write_rule import MEMORIES, WriteRule
+from nested_lm.ops.memory.rule import MEMORIES, WriteRule
 
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 """A share that is neither nothing nor all."""

@@ -1,8 +1,8 @@
 """Inner optimizers that a preset can choose: which rule, and its settings. The rate stands beside it.
 
 Used in training for the matrices (`train.optimizer`) and in context for the fast copies of a level (`channel.levels`).
-Fields and defaults are those of the classes in `ops/update_rules.py:RULES`, whose docstrings explain them; a test keeps
-them equal.
+Fields and defaults are those of the classes in `ops/update_rules/registry.py:RULES`, whose docstrings explain them;
+a test keeps them equal.
 """
 
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ class RuleSection(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `ops/update_rules.py:make_rule` takes beside the kind."""
+        """What `ops/update_rules/registry.py:make_rule` takes beside the kind."""
         return self.model_dump(exclude={"kind"})
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nested_lm.config.data import DataConfig
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.dedup import ExactDuplicates, content_hash
 from nested_lm.data.document import Document, year_of
 from nested_lm.data.source import Corpus
 from nested_lm.data.split import SPLITS, Period, SplitName, assign_split, cut_periods
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from nested_lm.config.section import Section
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.split import SplitName
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.jsonl"

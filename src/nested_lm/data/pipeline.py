@@ -10,7 +10,6 @@ from typing import Any
 
 from nested_lm.config.data import DataConfig, LoadTokenizer
 from nested_lm.config.load import config_hash
-from nested_lm.data.atomic import remove_leftovers, write_atomically
 from nested_lm.data.document import year_of
 from nested_lm.data.inventory import Entry, Inventory, take_inventory
 from nested_lm.data.manifest import (
@@ -32,6 +31,7 @@ from nested_lm.data.source import Corpus, open_corpus
 from nested_lm.data.split import SPLITS, Period, SplitName, period_of
 from nested_lm.data.tokenizer import TextTokenizer, train_tokenizer
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import remove_leftovers, write_atomically
 
 _FORMAT = 1  # of everything a build writes; part of the fingerprint
 _BATCH_CHARACTERS = 1 << 22  # tokenised at once

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.manifest import ShardRecord
 from nested_lm.data.shards import check_shard, token_dtype
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 import xxhash
 
 from nested_lm.config.data import EmbeddedSource, FileSource, FolderSource, HubSource, Source
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.document import BadDocument, Document
 from nested_lm.data.hub import fetch
 from nested_lm.data.readers import SUFFIXES, Item, read_file
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 _BLOCK_BYTES = 1 << 22
 

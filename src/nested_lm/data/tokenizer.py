@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import DataError
+from nested_lm.storage.atomic import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from nested_lm.config import baselines, channels, mixers
 from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.attention import Attention
-from nested_lm.nn.cms import ContinuumMemory
-from nested_lm.nn.delta_net import DeltaNet, GatedDeltaNet
+from nested_lm.nn.channels.cms import ContinuumMemory
 from nested_lm.nn.fast_linear import MLPDistance
 from nested_lm.nn.layers import RMSNorm, StepContext, SwiGLU
-from nested_lm.nn.linear_attention import LinearAttention
-from nested_lm.nn.self_modifying import SelfModifyingTitans
-from nested_lm.nn.titans import MemoryAsGate, MemoryAsLayer
-from nested_lm.nn.titans_mac import MemoryAsContext
+from nested_lm.nn.mixers.attention import Attention
+from nested_lm.nn.mixers.delta_net import DeltaNet, GatedDeltaNet
+from nested_lm.nn.mixers.linear_attention import LinearAttention
+from nested_lm.nn.mixers.self_modifying import SelfModifyingTitans
+from nested_lm.nn.mixers.titans import MemoryAsGate, MemoryAsLayer
+from nested_lm.nn.mixers.titans_mac import MemoryAsContext
 
 
 class ResidualSwiGLU(nn.Module):

@@ -29,7 +29,7 @@ class StepContext(NamedTuple):
     rows: in a final call, the stream of the state that each row goes on from; None: its own. Only given to mixers that
         say `takes_rows`.
     branches: in a final call, where the branches of each row begin, and the last one ends (`check_branches` in
-        ops/memory.py). Only given to mixers that say `reads_branches`.
+        ops/memory/state.py). Only given to mixers that say `reads_branches`.
     """
 
     position: int

@@ -17,14 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.nn.attention import Attention
 from nested_lm.nn.block import Block
-from nested_lm.nn.in_context import Fast, InContextWriter
+from nested_lm.nn.channels.in_context import Fast, InContextWriter
 from nested_lm.nn.layers import RMSNorm, StepContext
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
-from nested_lm.nn.self_modifying import SelfModifyingTitans
+from nested_lm.nn.mixers.attention import Attention
+from nested_lm.nn.mixers.self_modifying import SelfModifyingTitans
 from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
-from nested_lm.ops.memory import check_branches
+from nested_lm.ops.memory.state import check_branches
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
 
@@ -129,9 +129,9 @@ class LanguageModel(nn.Module):
             rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
                 call of a self-modifying mixer in C that is not inside another mixer, no state is copied. None: its own.
             branches: where the branches of each row of tokens begin, and where the last one ends: texts behind one
-                another that all go on from what comes before the first one (`check_branches` in ops/memory.py), as
-                several rows would from one state. Only in a final call without gradients of a model that
-                `reads_branches`; logits of tokens behind the last branch mean nothing. None: rows do not branch.
+                another that all go on from what comes before the first one (`check_branches` in
+                ops/memory/state.py), as several rows would from one state. Only in a final call without gradients of a
+                model that `reads_branches`; logits behind the last branch mean nothing. None: rows do not branch.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;

@@ -17,7 +17,7 @@ from torch import Tensor
 from nested_lm.config.architecture import settings_difference
 from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
-from nested_lm.ops.memory import check_rows
+from nested_lm.ops.memory.state import check_rows
 
 Tree = TypeVar("Tree")
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nested_lm.config.train import Optimizer
 from nested_lm.config.update_rules import Muon, UpdateRule
-from nested_lm.levels import LevelClock
-from nested_lm.ops.update_rules import make_rule
+from nested_lm.ops.update_rules.registry import make_rule
 from nested_lm.optim.groups import ParameterGroup
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.optim.nested import NestedStarts, copy_of_starts, groups_of_starts
 from nested_lm.optim.rule_optimizer import RuleOptimizer
 

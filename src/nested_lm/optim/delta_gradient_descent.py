@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from nested_lm.ops.update_rule import working_dtype
-from nested_lm.ops.update_rules_proximal import proximal_step_from_moments
+from nested_lm.ops.update_rules.base import working_dtype
+from nested_lm.ops.update_rules.proximal import proximal_step_from_moments
 
 
 class DeltaGradientDescent(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""Deep optimizers as ordinary `torch.optim` classes, around the update rules of `ops/update_rules.py`.
+"""Deep optimizers as ordinary `torch.optim` classes, around the update rules of `ops/update_rules/registry.py`.
 
 What torch has (`SGD`, `AdamW`, `Muon`) is torch's; what it lacks is here. The mathematics is in the rules, whose
 docstrings give the equations.
@@ -12,8 +12,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from nested_lm.ops import update_rules_deep, update_rules_momentum, update_rules_orthogonal
-from nested_lm.ops.update_rule import UpdateRule
+from nested_lm.ops.update_rules import deep as update_rules_deep
+from nested_lm.ops.update_rules import momentum as update_rules_momentum
+from nested_lm.ops.update_rules import orthogonal as update_rules_orthogonal
+from nested_lm.ops.update_rules.base import UpdateRule
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -143,7 +145,7 @@ def _state_type(rule: UpdateRule[Any]) -> type[Any]:
 class PreconditionedMomentum(RuleOptimizer):
     """Momentum of gradients divided by their running root mean square; parameters of any shape.
 
-    settings: fields of `ops/update_rules_momentum.py:PreconditionedMomentum`.
+    settings: fields of `ops/update_rules/momentum.py:PreconditionedMomentum`.
 
     Source: arXiv 2512.24695 eqs. 46-47.
     """
@@ -156,7 +158,7 @@ class PreconditionedMomentum(RuleOptimizer):
 class DeltaMomentum(RuleOptimizer):
     """Momentum that erases what it holds along each new gradient; 2-D parameters.
 
-    settings: fields of `ops/update_rules_momentum.py:DeltaMomentum`.
+    settings: fields of `ops/update_rules/momentum.py:DeltaMomentum`.
 
     Source: arXiv 2512.24695 eqs. 48-49.
     """
@@ -168,7 +170,7 @@ class DeltaMomentum(RuleOptimizer):
 class DeepMomentum(RuleOptimizer):
     """Deep momentum gradient descent (DMGD): an MLP trained on the gradients makes the step; 2-D parameters.
 
-    settings: fields of `ops/update_rules_deep.py:DeepMomentum`.
+    settings: fields of `ops/update_rules/deep.py:DeepMomentum`.
 
     Source: arXiv 2512.24695 eq. 50.
     """
@@ -180,7 +182,7 @@ class DeepMomentum(RuleOptimizer):
 class M3(RuleOptimizer):
     """Multi-scale momentum Muon; 2-D parameters.
 
-    settings: fields of `ops/update_rules_orthogonal.py:M3`, among them `mode`: `ema` to train with, `literal` for
+    settings: fields of `ops/update_rules/orthogonal.py:M3`, among them `mode`: `ema` to train with, `literal` for
         Algorithm 1 as printed.
 
     Source: arXiv 2512.24695 Algorithm 1.

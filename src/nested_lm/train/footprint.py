@@ -9,13 +9,13 @@ from nested_lm.config.model import ModelConfig
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Optimizer
 from nested_lm.errors import ConfigError
-from nested_lm.levels import LevelClock
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.train.cost_probe import Recompute
 from nested_lm.train.costs import RECOMPUTE, Costs
-from nested_lm.train.strategy import micro_batches
+from nested_lm.train.strategies.base import micro_batches
 
 DEVICE_BYTES = {"h100": 80e9, "h200": 141e9, "a100": 80e9}
 """Memory of the devices, as the makers state it."""

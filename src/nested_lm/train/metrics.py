@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nested_lm.config.train import Logging
-from nested_lm.data.atomic import write_atomically
 from nested_lm.errors import ConfigError, DataError, pip_install
+from nested_lm.storage.atomic import write_atomically
 
 Record = Mapping[str, Any]
 

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from nested_lm.commit import current_commit
 from nested_lm.config.architecture import flat
 from nested_lm.config.load import dump_resolved, identifying, parse_run, training_hash
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
-from nested_lm.data.atomic import write_atomically
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
-from nested_lm.ops import cpu_library
+from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.commit import current_commit
 
 RESOLVED = "config.resolved.yaml"
 IDENTITY = "run.json"

@@ -27,7 +27,7 @@ from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.train.elastic import ElasticPenalty
 from nested_lm.train.stability import NonFiniteWatch, check_weights
 from nested_lm.train.state import STATE_VERSION, Progress, random_state, set_random_state
-from nested_lm.train.strategy import Strategy
+from nested_lm.train.strategies.base import Strategy
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.update_norms import UpdateNorms
 

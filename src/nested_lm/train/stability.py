@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_lm.errors import NumericsError
-from nested_lm.train.strategy import Strategy
+from nested_lm.train.strategies.base import Strategy
 
 
 @dataclass(frozen=True)

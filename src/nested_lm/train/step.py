@@ -15,7 +15,7 @@ from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch
 from nested_lm.nn.model import LanguageModel, ModelOutput, token_losses
 from nested_lm.nn.nonfinite import locate_nonfinite
 from nested_lm.train.stability import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
-from nested_lm.train.strategy import Strategy
+from nested_lm.train.strategies.base import Strategy
 
 
 class Gradients(NamedTuple):

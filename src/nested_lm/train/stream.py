@@ -11,7 +11,7 @@ from nested_lm.data.loader import Batch, PackedLoader
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError
 from nested_lm.train.replay import Replay, joined
-from nested_lm.train.strategy import micro_batches
+from nested_lm.train.strategies.base import micro_batches
 
 
 class TrainingStream:

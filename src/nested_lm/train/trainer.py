@@ -17,10 +17,10 @@ from nested_lm.config.secrets import redact
 from nested_lm.data.loader import Batch
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import ConfigError
-from nested_lm.levels import LevelClock
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
+from nested_lm.optim.level_clock import LevelClock
 from nested_lm.optim.schedule import rate_multiplier
 from nested_lm.train.console import TrainConsole
 from nested_lm.train.elastic import ElasticPenalty, diagonal_fisher
@@ -34,7 +34,7 @@ from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
 from nested_lm.train.start import load_start
 from nested_lm.train.state import Progress, seed_everything
 from nested_lm.train.step import GradientComputer, Gradients
-from nested_lm.train.strategy import Strategy, open_strategy, peak_memory_mb
+from nested_lm.train.strategies.base import Strategy, open_strategy, peak_memory_mb
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.update_norms import UpdateNorms
 from nested_lm.train.validation import Validator, open_validator

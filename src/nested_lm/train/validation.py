@@ -13,7 +13,7 @@ from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch, evalua
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.train.step import GradientComputer
-from nested_lm.train.strategy import Strategy
+from nested_lm.train.strategies.base import Strategy
 
 
 class Validator:

@@ -1,0 +1,1 @@
+"""Mixers: the part of a block that moves information between tokens."""

@@ -1,0 +1,215 @@
+"""Self-modifying Titans: memories that generate their own keys, values, learning rates and retention.
+
+Shapes: B batch, T tokens, H heads, K head width, E hidden width of a memory, W convolution width, D model width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nested_lm.config.mixers import SelfModifying
+from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
+from nested_lm.nn.mixers.memory_backend import branches_in_c, convolved_units, run_memories
+from nested_lm.nn.state import take_rows
+from nested_lm.ops.memory.state import (
+    GateReadout,
+    MemoryInputs,
+    MemoryState,
+    MemoryWeights,
+    zero_state,
+)
+
+START_OUTER_SCALE = 0.1
+"""Second layers start this much smaller than 1/sqrt(fan-in): close to the identity, but with a gradient."""
+
+START_INNER_SCALE = 2.0
+"""Of the orthogonal starts of first layers. silu is half its input there, so hidden activations of unit keys start at
+unit length, and those of orthogonal keys orthogonal: a write at rate 1 moves the answer all the way, and no other.
+"""
+
+OPEN = 1.2785
+"""Bias at which silu is 1: output gates start open, or reads would get no gradient until the gates have learned to."""
+
+START_LINEAR_SCALE = 0.1
+"""Linear memories start at the identity plus noise this much smaller than 1/sqrt(fan-in)."""
+
+CLOSED = 1e4
+"""Gate logit of this size: rate and momentum are 0 and retention is 1 exactly, whatever the memories add to it."""
+
+
+class SelfModifyingState(NamedTuple):
+    """Fast weights of every memory, and the last tokens the convolution still needs."""
+
+    memory: MemoryState
+    tail: Float[Tensor, "B W D"]
+
+
+class SelfModifyingTitans(nn.Module):
+    """Mixer of Hope: slow projections, short convolution, self-modifying memories, gated output.
+
+    out = W_out(silu(W_gate x) * norm(read)), where `read` comes from the memories in `ops`; their keys, values and
+    queries are silu(conv(W x)) scaled to unit length, one set a head.
+
+    Args:
+        width: model width.
+        config: sizes and the write rule.
+        epsilon: of the normalisation of reads.
+        recompute: backward computes each chunk again instead of keeping its intermediate results.
+
+    Source: arXiv 2512.24695 section 8 and figure 5; the placement of convolution, normalisation and output gate,
+    which the paper leaves out, follows Titans (arXiv 2501.00663 section 4.4).
+    """
+
+    has_constant_state = True
+    takes_rows = True
+    """Whether `StepContext.rows` may fork its state."""
+
+    @property
+    def reads_branches(self) -> bool:
+        """Whether `StepContext.branches` may say how rows branch: where all of it runs in C."""
+        return branches_in_c(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
+
+    def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
+        super().__init__()
+        heads, head_width = config.num_heads, config.head_width
+        self.config = config
+        self.recompute = recompute
+        self.rule = config.rule()
+        memories = len(self.rule.adapt)
+        hidden = 0 if config.depth == 1 else round(config.expansion * head_width)
+        self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
+        self.conv = CausalConv(3 * heads * head_width, config.conv_width)
+        num_gates = 1 + (config.retention == "learned") + bool(config.momentum)
+        self.gates = nn.Linear(width, num_gates * heads, bias=False)  # slow part of rate, decay and momentum
+        self.gate_bias = nn.Parameter(torch.empty(num_gates * heads))
+        self.readout_rate = nn.Parameter(torch.empty(heads, head_width)) if "eta" in self.rule.adapt else None
+        self.readout_decay = nn.Parameter(torch.empty(heads, head_width)) if "alpha" in self.rule.adapt else None
+        self.gain = nn.Parameter(torch.empty(heads, memories, head_width)) if config.normalise else None
+        self.start_inner = nn.Parameter(torch.empty(heads, memories, hidden or head_width, head_width))
+        self.start_outer = nn.Parameter(torch.empty(heads, memories, head_width, hidden)) if hidden else None
+        self.read_norm = RMSNorm(head_width, epsilon=epsilon)
+        self.output_gate = nn.Linear(width, heads * head_width)
+        self.out = nn.Linear(heads * head_width, width, bias=False)
+
+    def initial_state(self, batch_size: int) -> SelfModifyingState:
+        """Fast weights at their learned start, nothing in the convolution."""
+        weight = self.qkv.weight  # torch.zeros, not new_zeros: a sharded weight would make a sharded tail
+        tail = torch.zeros(
+            batch_size, self.config.conv_width - 1, weight.shape[0], dtype=weight.dtype, device=weight.device
+        )
+        has_momentum = bool(self.config.momentum)
+        return SelfModifyingState(zero_state(self.start_weights(), batch_size, momentum=has_momentum), tail)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], context: StepContext, state: SelfModifyingState
+    ) -> tuple[Float[Tensor, "B T D"], SelfModifyingState, dict[str, Tensor]]:
+        """Write every token into the memories and read them.
+
+        Raises:
+            ValueError: a document starts inside a chunk.
+        """
+        config = self.config
+        self._check_resets(context)
+        query, key, value, tail = convolved_units(
+            self.conv,
+            self.qkv(x),
+            state.tail if context.rows is None else take_rows(state.tail, context.rows),
+            context.resets,
+            num_heads=config.num_heads,
+            unit_values=config.unit_values,
+            backend="torch" if context.differentiable_twice else config.backend,
+            branches=context.branches,
+        )
+        gates = list((self.gates(x) + self.gate_bias).unflatten(-1, (-1, config.num_heads)).unbind(dim=2))
+        if config.retention == "full":
+            gates.insert(1, torch.full_like(gates[0], CLOSED))
+        if context.frozen:
+            gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
+        output = run_memories(
+            MemoryInputs(key, value, query, *gates),
+            self.start_weights(),
+            GateReadout(self.readout_rate, self.readout_decay, self.gain),
+            state.memory,
+            context,
+            rule=self.rule,
+            recompute=self.recompute,
+            backend=config.backend,
+        )
+        reads = self.read_norm(output.reads).flatten(2)
+        result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))
+        stats = {} if context.final else self._statistics(output.rate, output.decay, output.state.current)
+        return result, SelfModifyingState(output.state, tail), stats
+
+    def start_weights(self) -> MemoryWeights:
+        """Learned start of every memory."""
+        outer = self.start_outer
+        if outer is None:  # linear memories have no second layer
+            outer = self.start_inner[..., :0]
+        return MemoryWeights(self.start_inner, outer)
+
+    def _check_resets(self, context: StepContext) -> None:
+        """Refuse document starts that are not on a border: the memories would go on with another document's writes."""
+        if context.resets is None:
+            return
+        position = context.position + torch.arange(context.resets.shape[1], device=context.resets.device)
+        inside = context.resets & (position % self.rule.alignment != 0)
+        if inside.any():
+            row, token = (int(index) for index in inside.nonzero()[0])
+            raise ValueError(
+                f"row {row} starts a document at token {token} of this call (token {int(position[token])} of the "
+                f"stream), inside a memory chunk of {self.rule.alignment}; start documents at multiples of the chunk"
+            )
+
+    @torch.no_grad()
+    def _statistics(self, rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
+        norms = (current.inner.float().square().sum((-2, -1)) + current.outer.float().square().sum((-2, -1))).sqrt()
+        mean = norms.mean(dim=(0, 1))  # over rows and heads
+        stats = {"rate": rate.float().mean(), "decay": decay.float().mean()}
+        return stats | {f"fast_norm/{name}": mean[index] for index, name in enumerate(self.rule.adapt)}
+
+    @torch.no_grad()
+    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
+        """Set what is particular to this mixer; the linear layers have been set by the model.
+
+        normal: draws a tensor from a centred normal distribution of the given standard deviation.
+        """
+        config = self.config
+        heads = config.num_heads
+        self.output_gate.bias.fill_(OPEN)
+        normal(self.conv.weight, 1 / math.sqrt(config.conv_width))
+        for readout in (self.readout_rate, self.readout_decay):
+            if readout is not None:
+                normal(readout, 1 / math.sqrt(config.head_width))
+        if self.start_outer is None:
+            normal(self.start_inner, START_LINEAR_SCALE / math.sqrt(config.head_width))
+            self.start_inner.add_(torch.eye(config.head_width, device=self.start_inner.device))
+        else:
+            drawn = torch.empty(self.start_inner.shape)
+            normal(drawn, 1.0)
+            scale = START_INNER_SCALE if config.damp else 1.0  # nothing holds long writes of undamped memories
+            self.start_inner.copy_(scale * _orthogonal(drawn))
+            normal(self.start_outer, START_OUTER_SCALE / math.sqrt(self.start_outer.shape[-1]))
+        if self.gain is not None:
+            self.gain.fill_(1 / math.sqrt(config.head_width))  # the branch starts at unit length, like its input
+        kept = math.exp(-1 / config.decay_horizon_tokens)
+        retention = (kept,) if config.retention == "learned" else ()
+        rates, *others = self.gate_bias.view(-1, heads)
+        for bias, share in zip(others, (*retention, config.momentum_init), strict=False):
+            bias.fill_(math.log(share / (1 - share)))
+        init = config.rate_init
+        first, last = init if isinstance(init, tuple) else (init, init)
+        shares = torch.linspace(first, last, heads, device=rates.device)
+        rates.copy_(torch.logit((shares + config.rate_stretch) / (1 + 2 * config.rate_stretch)))
+
+
+def _orthogonal(drawn: Float[Tensor, "*_ E K"]) -> Float[Tensor, "*_ E K"]:
+    """Turn normal matrices into ones with orthonormal columns, or rows where there are fewer."""
+    tall = drawn if drawn.shape[-2] >= drawn.shape[-1] else drawn.mT
+    q, r = torch.linalg.qr(tall)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # or the signs would depend on the library
+    return q if drawn.shape[-2] >= drawn.shape[-1] else q.mT

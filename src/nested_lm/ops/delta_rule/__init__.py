@@ -1,0 +1,1 @@
+"""The gated delta rule: reference, chunked, and flash-linear-attention's kernels."""

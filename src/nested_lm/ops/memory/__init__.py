@@ -1,0 +1,1 @@
+"""Self-modifying memories as pure functions: the rule, the reference, and the faster forms."""

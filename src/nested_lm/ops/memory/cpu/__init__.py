@@ -1,0 +1,1 @@
+"""Memories in C for processors."""

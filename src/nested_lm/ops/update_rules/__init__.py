@@ -1,0 +1,1 @@
+"""Update rules of inner and outer optimizers, as pure functions."""

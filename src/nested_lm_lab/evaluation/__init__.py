@@ -1,0 +1,1 @@
+"""Result files: what they say, and how they are made."""

@@ -1,0 +1,251 @@
+"""Loss by position in long books: does a model go on learning from what it reads?
+
+Every book is read from its start with carried state, and once more with a fresh state every training context: what the
+longer past saves is the difference.
+
+Shapes: B books, T tokens.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from nested_lm.checkpoint import LoadedCheckpoint
+from nested_lm.data.corpora import CORPORA, read_documents
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.errors import ConfigError, DataError, NumericsError
+from nested_lm.nn.loss import token_losses
+from nested_lm.nn.model import LanguageModel
+from nested_lm.reading.generation import reading_mode
+from nested_lm.reading.packed import position_edges
+from nested_lm_lab.evaluation.bootstrap import Bootstrap
+from nested_lm_lab.evaluation.interval import Interval
+from nested_lm_lab.tasks.needles.haystack import SHIPPED, read_texts
+from nested_lm_lab.tasks.needles.metrics import BookPosition, BooksMetrics
+from nested_lm_lab.tasks.needles.reading import MIB, OutOfRoomError, memory_watch, segment_length
+from nested_lm_lab.tasks.needles.run import Measurement, measure_once
+
+VERSION = "1"
+
+_RESAMPLES = 2000
+
+
+def evaluate_books(
+    loaded: LoadedCheckpoint,
+    checkpoint: Path,
+    files: Sequence[Path],
+    *,
+    length: int,
+    count: int,
+    batch_rows: int,
+    max_state_mib: int,
+    output: Path,
+    report: Callable[[str], None],
+) -> Path:
+    """Measure and write the result file; one of the same checkpoint, books and task version is kept, unless it stopped
+    at a lower limit for states.
+
+    Args:
+        files: books, whose first `length` tokens are read; none: `count` stretches of the shipped corpus.
+
+    Raises:
+        DataError: a book that cannot be read, or text that is too short.
+        NumericsError: a score is not finite; nothing is written.
+    """
+    if length < 2:
+        raise ConfigError(f"--length {length}: give a book of two tokens or more")
+    tokens = open_books(loaded.tokenizer, files, length=length, books=count)
+    bootstrap = Bootstrap(samples=_RESAMPLES)
+    settings = {
+        "books": [path.name for path in files] or [SHIPPED] * count,
+        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+        "length": length,
+        "bootstrap_samples": bootstrap.samples,
+    }
+
+    def measure() -> BooksMetrics:
+        try:
+            found = measure_books(
+                loaded, tokens, batch_rows=batch_rows, max_state_mib=max_state_mib, bootstrap=bootstrap
+            )
+        except OutOfRoomError as error:
+            raise ConfigError(f"not even the first tokens of the books fit: {error}; lower --batch-rows") from error
+        report(
+            f"{found.carried.value:.3f} nats a token, perplexity {found.perplexity.value:.1f}; the past beyond a "
+            f"training context saves {found.saved.value:+.4f}; {found.tokens_per_s:,.0f} tokens/s"
+        )
+        if found.stopped is not None:
+            report(found.stopped)
+        return found
+
+    measurement = Measurement("books", VERSION, settings, max_state_mib, measure)
+    return measure_once(loaded, checkpoint, measurement, output=output, report=report)
+
+
+def open_books(tokenizer: TextTokenizer, files: Sequence[Path], *, length: int, books: int) -> Int[np.ndarray, "B T"]:
+    """The first `length` tokens of each file, or of stretches of the shipped corpus that follow each other.
+
+    Raises:
+        DataError: a file that cannot be read, or text that is too short.
+    """
+    if not files:
+        needed, found = books * length, 0
+        parts: list[np.ndarray] = []
+        for document in read_documents(CORPORA[SHIPPED]):
+            if found < needed:
+                parts += tokenizer.encode_many([document.text])
+                found += len(parts[-1])
+        if found < needed:
+            raise DataError(
+                f"{books} books of {length:,} tokens: the shipped corpus has {found:,} tokens, and text is never "
+                "repeated. Use shorter or fewer books, or name files of your own"
+            )
+        tokens = np.concatenate(parts)
+        return tokens[: books * length].reshape(books, length)
+    rows = []
+    for path in files:
+        text = "\n\n".join(document.text for document in read_texts([path]))
+        (tokens,) = tokenizer.encode_many([text])
+        if len(tokens) < length:
+            raise DataError(f"{path} has {len(tokens):,} tokens, --length asks for {length:,}; name longer books")
+        rows.append(tokens[:length])
+    return np.stack(rows)
+
+
+class _Read(NamedTuple):
+    """Nats of each token, as far as memory went, and how it ended."""
+
+    nats: Float[np.ndarray, "B T"]
+    stopped: str | None
+
+
+def measure_books(
+    loaded: LoadedCheckpoint,
+    books: Int[np.ndarray, "B T"],
+    *,
+    batch_rows: int,
+    max_state_mib: int,
+    bootstrap: Bootstrap,
+) -> BooksMetrics:
+    """Score books with carried and with fresh state.
+
+    Args:
+        batch_rows: books, and training contexts of the control, that are read side by side.
+        max_state_mib: where reading stops when the states of the books read side by side have grown to this.
+
+    Raises:
+        OutOfRoomError: memory ended before the first segment.
+        NumericsError: a score is not finite.
+    """
+    model, context = loaded.model, loaded.config.train.context_length
+    start = loaded.tokenizer.start_of_text
+    inputs = np.concatenate([np.full((len(books), 1), start), books[:, :-1]], axis=1)
+    started = time.perf_counter()
+    parts = [
+        _read(model, inputs[at : at + batch_rows], books[at : at + batch_rows], max_state_mib * MIB)
+        for at in range(0, len(books), batch_rows)
+    ]
+    reached = min(part.nats.shape[1] for part in parts)
+    carried = np.concatenate([part.nats[:, :reached] for part in parts])
+    fresh = _read_in_contexts(model, inputs[:, :reached], books[:, :reached], context, batch_rows)
+    seconds = time.perf_counter() - started
+    edges = [edge for edge in position_edges(reached) if edge < reached]
+    over_books = _mean(carried, bootstrap)
+    return BooksMetrics(
+        kind="books",
+        books=len(books),
+        length=books.shape[1],
+        reached=reached,
+        stopped=next((part.stopped for part in parts if part.stopped is not None), None),
+        max_state_mib=max_state_mib,
+        constant_state=model.has_constant_state,
+        carried=over_books,
+        fresh=_mean(fresh, bootstrap),
+        saved=_mean(fresh - carried, bootstrap),
+        perplexity=_exponential(over_books),
+        positions=tuple(
+            BookPosition(
+                first=first,
+                last=last - 1,
+                carried=_mean(carried[:, first:last], bootstrap),
+                fresh=_mean(fresh[:, first:last], bootstrap),
+                saved=_mean((fresh - carried)[:, first:last], bootstrap),
+            )
+            for first, last in zip(edges, [*edges[1:], reached], strict=True)
+        ),
+        tokens_per_s=2 * carried.size / seconds,
+    )
+
+
+def _read(
+    model: LanguageModel, inputs: Int[np.ndarray, "B T"], targets: Int[np.ndarray, "B T"], max_state_bytes: int
+) -> _Read:
+    """Read books side by side, segment after segment, until they or memory end."""
+    step = segment_length(inputs.shape[1], model.config.alignment)
+    found: list[np.ndarray] = []
+    state = model.initial_state(len(inputs))
+    for begin in range(0, inputs.shape[1], step):
+        part = slice(begin, begin + step)
+        try:
+            with reading_mode(model), memory_watch():
+                output = model(_tensor(model, inputs[:, part]), state=state)
+                found.append(_nats(model, output.logits, targets[:, part]))
+                state = output.state
+        except OutOfRoomError as error:
+            if not found:
+                raise
+            return _Read(np.concatenate(found, axis=1), f"after {begin:,} tokens: {error}")
+        size = state.num_bytes()
+        if size > max_state_bytes:
+            words = f"the states take {size / MIB:,.0f} MiB, the limit is {max_state_bytes / MIB:,.0f} MiB"
+            return _Read(np.concatenate(found, axis=1), f"after {begin + step:,} tokens: {words}")
+    return _Read(np.concatenate(found, axis=1), None)
+
+
+def _read_in_contexts(
+    model: LanguageModel,
+    inputs: Int[np.ndarray, "B T"],
+    targets: Int[np.ndarray, "B T"],
+    context: int,
+    batch_rows: int,
+) -> Float[np.ndarray, "B T"]:
+    """Read the same tokens with a fresh state every `context` tokens."""
+    nats = np.zeros(inputs.shape)
+    for begin in range(0, inputs.shape[1], context):
+        part = slice(begin, begin + context)
+        for at in range(0, len(inputs), batch_rows):
+            rows = slice(at, at + batch_rows)
+            with reading_mode(model):
+                logits = model(_tensor(model, inputs[rows, part])).logits
+                nats[rows, part] = _nats(model, logits, targets[rows, part])
+    return nats
+
+
+def _tensor(model: LanguageModel, tokens: Int[np.ndarray, "B T"]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(tokens)).to(next(model.parameters()).device)
+
+
+def _nats(model: LanguageModel, logits: torch.Tensor, targets: Int[np.ndarray, "B T"]) -> np.ndarray:
+    found = token_losses(logits, _tensor(model, targets)).double().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise NumericsError(
+            "the loss of a token is not finite: the model has diverged, or overflows on texts this long. Evaluate an "
+            "earlier checkpoint or shorter books; `nested-lm audit` says whether its memories stay bounded"
+        )
+    return found
+
+
+def _mean(values: Float[np.ndarray, "B T"], bootstrap: Bootstrap) -> Interval:
+    return bootstrap.mean(values.mean(axis=1))
+
+
+def _exponential(nats: Interval) -> Interval:
+    low, high = (None if end is None else math.exp(end) for end in (nats.low, nats.high))
+    return nats.model_copy(update={"value": math.exp(nats.value), "low": low, "high": high})

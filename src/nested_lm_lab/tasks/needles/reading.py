@@ -1,0 +1,146 @@
+"""Reading many prompts of one length: in segments with carried state, what several have in common only once.
+
+Shapes: R prompts, T tokens of a prompt, B rows that differ so far, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from nested_lm.nn.model import LanguageModel
+from nested_lm.nn.state import StreamState
+from nested_lm.reading.generation import reading_mode
+from nested_lm_lab.tasks.needles.stops import LIMIT_WORDS
+
+MIB = 1 << 20
+
+_SEGMENTS = 8
+"""Short prompts are read in this many segments at the least: they part at borders of segments."""
+
+_SEGMENT_RANGE = (128, 512)  # tokens
+
+_COPIES = 2
+"""A state is there twice while it grows or is forked."""
+
+
+class OutOfRoomError(Exception):
+    """The states of some prompts take more memory than there is, or than is allowed. Says how much."""
+
+
+@contextlib.contextmanager
+def memory_watch() -> Iterator[None]:
+    """Turn any way in which memory ends into `OutOfRoomError`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfRoomError(f"memory ended ({_first_line(error)})") from error
+    except RuntimeError as error:  # how torch says it on the CPU
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfRoomError(f"memory ended ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@dataclass
+class Reader:
+    """Reads prompts with one model, within a limit, and counts.
+
+    max_state_bytes: of the states of all rows that are read side by side.
+    on_tokens: told tokens of prompts as they are done, shared or not. tokens_read: those of texts that the
+    model read; questions and answers come on top.
+    """
+
+    model: LanguageModel
+    max_state_bytes: int
+    on_tokens: Callable[[int], None]
+    tokens_read: int = field(default=0, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def tensor(self, tokens: Int[np.ndarray, "B T"]) -> torch.Tensor:
+        """Tokens on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
+
+    def read(self, prompts: Int[np.ndarray, "R T"], *, writes: bool = True) -> StreamState:
+        """Read prompts from fresh states. Returns their states, a row for each.
+
+        Prompts that agree up to the end of a segment are one row until then; where they part, its state is forked.
+        That is exact: a state is a function of the tokens before it. writes: False never writes fast weights; where a
+        state then depends on its last tokens only, no others are read.
+
+        Raises:
+            OutOfRoomError: memory ended, or the states would pass the limit.
+        """
+        if not writes and self.model.frozen_reach is not None:
+            kept = max(self.model.frozen_reach, 1)
+            self.on_tokens(prompts[:, :-kept].size)
+            prompts = prompts[:, -kept:]
+        rows, length = prompts.shape
+        step = segment_length(length, self.model.config.alignment)
+        group = np.zeros(rows, dtype=np.int64)  # the row that stands for each prompt
+        with reading_mode(self.model), memory_watch():
+            state = self.model.initial_state(1) if writes else self.model.initial_state(1).freeze()
+            count = 1
+            for begin in range(0, length, step):
+                part = prompts[:, begin : begin + step]
+                parents, first, group = part_ways(group, part)
+                if len(parents) != count:  # rows never join, and keep their order
+                    state, count = state.select(torch.tensor(parents)), len(parents)
+                state = self.model(self.tensor(part[first]), state=state, predictions="last").state
+                self._check(state, count, rows, begin + part.shape[1], length)
+                self.tokens_read += part[first].size
+                self.on_tokens(part.size)
+            return state.select(torch.from_numpy(group))
+
+    def _check(self, state: StreamState, count: int, rows: int, position: int, length: int) -> None:
+        """Refuse, as early as it can be known, states that will be too large once all prompts have parted."""
+        each = state.num_bytes() / count
+        if not self.model.has_constant_state:
+            each *= length / position
+        needed = _COPIES * rows * each
+        if needed > self.max_state_bytes:
+            what = "a state" if rows == 1 else f"{rows} states"
+            raise OutOfRoomError(
+                f"{what} of {length:,} tokens: {needed / MIB:,.0f} MiB while it is copied, and {LIMIT_WORDS} "
+                f"{self.max_state_bytes / MIB:,.0f} MiB (--max-state-mib)"
+            )
+
+
+def segment_length(length: int, alignment: int) -> int:
+    """Tokens of one call when prompts of `length` are read: a multiple of the model's chunks."""
+    low, high = _SEGMENT_RANGE
+    wanted = min(max(length // _SEGMENTS, low), high)
+    return max(round(wanted / alignment), 1) * alignment
+
+
+def part_ways(
+    group: Int[np.ndarray, "R"], part: Int[np.ndarray, "R T"]
+) -> tuple[list[int], list[int], Int[np.ndarray, "R"]]:
+    """Find which prompts go on together over the next tokens.
+
+    group: the row each prompt shares so far.
+
+    Returns: for each row from here on the row it comes from and a prompt that it stands for; and the new groups.
+    """
+    rows: dict[tuple[int, bytes], int] = {}
+    parents: list[int] = []
+    first: list[int] = []
+    after = np.empty_like(group)
+    for prompt in np.argsort(group, kind="stable"):  # children in the order of their parents
+        key = (int(group[prompt]), part[prompt].tobytes())
+        if key not in rows:
+            rows[key] = len(parents)
+            parents.append(key[0])
+            first.append(int(prompt))
+        after[prompt] = rows[key]
+    return parents, first, after

@@ -1,0 +1,108 @@
+"""Passkey probe: is a key that was read long ago still known at the end of the document?
+
+Every sample is scored twice: as it is, and with the key's sentence taken out. What the sentence saves in nats
+is what the model remembers; small models that never print all five digits still show it.
+"""
+
+import time
+
+import numpy as np
+
+from nested_lm.config.evaluation import Passkey
+from nested_lm.data.synthetic import passkey_document
+from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.nn.model import LanguageModel
+from nested_lm.reading.packed import AnswerScores, score_answers
+from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
+from nested_lm_lab.evaluation.schema import PasskeyLength, PasskeyMetrics, PasskeySample
+from nested_lm_lab.tasks.language_modelling import Reading
+
+TASK_VERSION = "1"
+
+_DEPTH_OF_ONE = 0.5
+
+
+def depths(samples: int) -> list[float]:
+    """Depths of the key, spread evenly from the start of the document (0) to its end (1)."""
+    if samples == 1:
+        return [_DEPTH_OF_ONE]
+    return [index / (samples - 1) for index in range(samples)]
+
+
+def evaluate(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    config: Passkey,
+    *,
+    reading: Reading,
+    bootstrap: Bootstrap,
+) -> PasskeyMetrics:
+    """Score the passkey at every length. The same tokenizer gives every model the same samples.
+
+    A model with constant state reads the prompt in segments of the training context; another one gets the
+    whole prompt in one call.
+    """
+    return PasskeyMetrics(
+        kind="passkey",
+        reading="segments" if model.has_constant_state else "whole",
+        lengths=tuple(
+            _score_length(model, tokenizer, length, config.samples, reading, bootstrap) for length in config.lengths
+        ),
+    )
+
+
+def _score_length(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    length: int,
+    samples: int,
+    reading: Reading,
+    bootstrap: Bootstrap,
+) -> PasskeyLength:
+    places = depths(samples)
+    documents = [
+        passkey_document(tokenizer, length=length, depth=depth, seed=seed, with_key=with_key)
+        for with_key in (True, False)
+        for seed, depth in enumerate(places)
+    ]
+    constant = model.has_constant_state
+    # Logits of a whole prompt are large: as many tokens at once as elsewhere, but at least one prompt.
+    rows = reading.batch_size if constant else max(1, reading.batch_size * reading.context_length // length)
+    started = time.perf_counter()
+    parts = [
+        score_answers(
+            model,
+            [document.prompt for document in documents[first : first + rows]],
+            [document.answer for document in documents[first : first + rows]],
+            segment_length=reading.context_length if constant else None,
+        )
+        for first in range(0, len(documents), rows)
+    ]
+    seconds = time.perf_counter() - started
+    scores = AnswerScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    nats, tokens = scores.nats / scores.tokens, scores.tokens
+    key, control = slice(0, samples), slice(samples, None)
+    return PasskeyLength(
+        length=length,
+        nats_per_token=bootstrap.mean(nats[key]),
+        exact=wilson(int(scores.exact[key].sum()), samples),
+        median_first_rank=float(np.median(scores.first_rank[key])),
+        control_nats_per_token=bootstrap.mean(nats[control]),
+        control_exact=wilson(int(scores.exact[control].sum()), samples),
+        control_median_first_rank=float(np.median(scores.first_rank[control])),
+        worth=bootstrap.mean(nats[control] - nats[key]),
+        tokens_per_s=len(documents) * length / seconds,
+        samples=tuple(
+            PasskeySample(
+                depth=depth,
+                answer_tokens=int(tokens[i]),
+                nats_per_token=float(nats[i]),
+                exact=bool(scores.exact[i]),
+                first_rank=int(scores.first_rank[i]),
+                control_nats_per_token=float(nats[samples + i]),
+                control_exact=bool(scores.exact[samples + i]),
+                control_first_rank=int(scores.first_rank[samples + i]),
+            )
+            for i, depth in enumerate(places)
+        ),
+    )
