@@ -225,7 +225,7 @@ class TestFiles:
 
     def test_interpolations_that_fail_are_all_named(self, preset, monkeypatch):
         monkeypatch.delenv("NOT_SET", raising=False)
-        text = mistake(preset("name: ${oc.env:NOT_SET}\noutput_dir: ${nowhere}\nseed: true\n"))
+        text = mistake(preset("name: ${nothing}\noutput_dir: ${oc.env:NOT_SET}\nseed: true\n"))
         assert "name  (mine.yaml:4)" in text
         assert "NOT_SET" in text
         assert "output_dir  (mine.yaml:5)" in text

@@ -25,22 +25,29 @@ def resolved(config, tmp_path) -> dict:
     return yaml.safe_load((tmp_path / "config.resolved.yaml").read_text())
 
 
-@pytest.mark.parametrize("variable", ["WANDB_API_KEY", "hf_token", "MY_SECRET", "DB_PASSWORD"])
-def test_value_of_a_secret_variable_is_redacted(tmp_path, monkeypatch, variable):
+@pytest.mark.parametrize("variable", ["WANDB_API_KEY", "hf_token", "MY_SECRET", "DB_PASSWORD", "GITHUB_PAT", "DB_URL"])
+@pytest.mark.parametrize("field", ["data.source.licence", "output_dir", "train.logging.wandb_project"])
+@pytest.mark.parametrize("written", ["${{oc.env:{}}}", "${{oc.env:{},x}}", "by hand"])
+def test_value_of_a_secret_variable_is_refused(monkeypatch, variable, field, written):
     monkeypatch.setenv(variable, SECRET)
-    run = load_run("hope/demo", [f"train.logging.wandb_project=${{oc.env:{variable}}}"])
-    assert run.train.logging.wandb_project == SECRET
-    assert resolved(run, tmp_path)["train"]["logging"]["wandb_project"] == REDACTED
-    assert SECRET not in (tmp_path / "config.resolved.yaml").read_text()
+    value = f"x-{SECRET}" if written == "by hand" else written.format(variable)
+    with pytest.raises(ConfigError, match=field) as caught:
+        load_run("hope/demo", [f"{field}='{value}'"])
+    assert variable in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_variables_may_name_folders_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert load_run("hope/demo", ["output_dir=${oc.env:SCRATCH}/runs"]).output_dir == "/scratch/me/runs"
+    with pytest.raises(ConfigError, match=r"train\.logging\.wandb_project(?s:.*)only folders"):
+        load_run("hope/demo", ["train.logging.wandb_project=${oc.env:SCRATCH}"])
 
 
 def test_secret_inside_a_longer_value_or_a_list_is_redacted(tmp_path, monkeypatch):
+    values = Sink(project=f"p-{SECRET}", api_key="a", auth_token=None, budget_tokens=7)
     monkeypatch.setenv("SOME_TOKEN", SECRET)
-    run = load_run(
-        "hope/demo",
-        ["output_dir=runs/x-${oc.env:SOME_TOKEN}", "eval.sampling.prompts=['${oc.env:SOME_TOKEN}']"],
-    )
-    assert SECRET not in str(resolved(run, tmp_path))
+    assert SECRET not in str(resolved(values, tmp_path))
 
 
 def test_fields_that_look_like_a_secret_are_redacted_and_counts_are_not(tmp_path):
@@ -66,6 +73,6 @@ def test_other_variables_are_not_secret():
 def test_an_error_does_not_print_the_secret(monkeypatch):
     monkeypatch.setenv("SOME_KEY", SECRET)
     with pytest.raises(ConfigError) as caught:
-        load_run("hope/demo", ["seed=${oc.env:SOME_KEY}"])
+        load_run("hope/demo", [f"seed={SECRET}"])
     assert SECRET not in str(caught.value)
     assert REDACTED in str(caught.value)

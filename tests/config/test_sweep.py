@@ -85,3 +85,15 @@ def test_hydras_settings_may_be_chosen(jobs, tmp_path):
     settings = ["hydra.sweep.dir=elsewhere", "hydra.sweep.subdir='${hydra.job.num}'"]
     run_sweep("hope/demo", ["seed=1,2", *settings], jobs.append)
     assert [run.output_dir for run in jobs] == ["elsewhere/0", "elsewhere/1"]
+
+
+@pytest.mark.parametrize("setting", ["hydra.callbacks.x._target_=hubconf.X", "hydra.launcher._target_=hubconf.X"])
+def test_a_sweep_runs_no_code_of_a_folder(jobs, tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hubconf.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a setting of Hydra"):
+        run_sweep("hope/demo", ["seed=1,2", f"+{setting}"], jobs.append)
+    (tmp_path / "mine.yaml").write_text("defaults: [/hope/demo, _self_]\nhydra: {callbacks: {}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a setting of Hydra"):
+        run_sweep("mine.yaml", ["seed=1,2"], jobs.append)
+    assert jobs == []

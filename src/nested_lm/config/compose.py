@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nested_lm.config.explain import nearest
-from nested_lm.config.provenance import Issue, Provenance, config_error, join, read_yaml_node, shown
+from nested_lm.config.guard import check_override, check_references, is_sweep_setting
+from nested_lm.config.provenance import Issue, Provenance, children, config_error, join, shown
+from nested_lm.config.secrets import held_secrets
+from nested_lm.config.yaml_file import read_yaml_node
 from nested_lm.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -92,8 +95,16 @@ def find_preset(name_or_path: str) -> Preset:
         file = presets / Path(*given.parts[1:]) if given.parts[0] == "configs" else given.resolve()
     if not file.is_file():
         raise _unknown_preset(name_or_path)
-    folders = (file.parent,) if file.parent == presets else (file.parent, presets)
-    return Preset(file, folders)
+    own = [file.parent, *_search_path(file)]
+    return Preset(file, (*(folder for folder in own if folder != presets), presets))
+
+
+def _search_path(file: Path) -> list[Path]:
+    """Folders that a preset names for its groups, in `hydra.searchpath`."""
+    root = read_yaml_node(file)
+    hydra = [node for name, _, node in children(root) if name == "hydra"] if root is not None else []
+    entries = [entry for node in hydra for _, _, named in children(node) for _, _, entry in children(named)]
+    return [Path(entry.value.removeprefix("file://")).absolute() for entry in entries]
 
 
 def preset_names() -> list[str]:
@@ -151,10 +162,7 @@ def hydra_at(preset: Preset) -> Iterator[None]:
 
 def search_path_override(preset: Preset) -> str:
     """The override that lets any file use the project's groups, beside those the file itself names."""
-    text = preset.file.read_text(encoding="utf-8")
-    own = ((yaml.safe_load(text) or {}).get("hydra") or {}).get("searchpath") or []
-    paths = [*own, *(f"file://{folder}" for folder in preset.folders[1:])]
-    return f"hydra.searchpath=[{','.join(quoted(str(path)) for path in paths)}]"
+    return f"hydra.searchpath=[{','.join(quoted(f'file://{folder}') for folder in preset.folders[1:])}]"
 
 
 def quoted(text: str) -> str:
@@ -171,6 +179,9 @@ def parse_overrides(preset: Preset, overrides: Sequence[str], *, sweep: bool) ->
     issues: list[Issue] = []
     parsed: list[Override] = []
     for text in overrides:
+        if (wrong := check_override(text)) is not None:
+            issues.append(Issue(f"{text[:60]}...", "command line override", wrong, "", "write it into a preset"))
+            continue
         try:
             override = OverridesParser.create().parse_override(text)
         except (OverrideParseException, HydraException) as error:
@@ -182,6 +193,9 @@ def parse_overrides(preset: Preset, overrides: Sequence[str], *, sweep: bool) ->
         elif not sweep and override.is_sweep_override():
             repair = "quote it for text, put [ ] around it for a list, or add -m to sweep over it"
             issues.append(Issue(text, "command line override", "several values", "one value", repair))
+        elif override.is_hydra_override() and not is_sweep_setting(override.key_or_group):
+            allowed = "hydra/launcher, hydra/sweeper, and their fields"
+            issues.append(Issue(text, "command line override", "a setting of Hydra", allowed, "leave it out"))
         parsed.append(override)
     if issues:
         raise config_error(shown(preset.file), issues)
@@ -215,8 +229,8 @@ def compose_preset(preset: Preset, overrides: Sequence[str]) -> Composed:
     Raises:
         ConfigError: unknown group option, unreadable file or override.
     """
-    read_yaml_node(preset.file)
     parsed = parse_overrides(preset, overrides, sweep=False)
+    nodes = read_files(preset, parsed)
     arguments = [search_path_override(preset), *(as_hydra_argument(preset, override) for override in parsed)]
     with readable_errors(preset), hydra_at(preset):
         config = compose(preset.config_name, arguments)
@@ -226,14 +240,56 @@ def compose_preset(preset: Preset, overrides: Sequence[str]) -> Composed:
     provenance = Provenance()
     for entry in defaults.defaults:
         file = preset.find(entry.config_path) if entry.config_path else None
-        if file is not None:
-            provenance.add_file(file, entry.package or "")
+        if file is not None and (node := nodes.get(file) or read_yaml_node(file)) is not None:
+            provenance.add_file(file, node, entry.package or "")
     for override in parsed:
         if not preset.is_group(override.key_or_group) or isinstance(override.value(), dict):
             provenance.add_override(override.key_or_group, override.value(), str(override.input_line))
-    issues: list[Issue] = []
+    if issues := check_references(config):
+        raise config_error(shown(preset.file), [replace(issue, source=provenance.find(issue.path)) for issue in issues])
     values = _plain(config, "", provenance, issues)
+    issues += held_secrets(values, provenance)
     return Composed(values, provenance, issues)
+
+
+def read_files(preset: Preset, overrides: Sequence[Override]) -> dict[Path, yaml.Node]:
+    """Read a preset and every file that it or an override names, before Hydra does.
+
+    Raises:
+        ConfigError: one of them is more than plain data.
+    """
+    nodes: dict[Path, yaml.Node] = {}
+    chosen = {
+        str(override.key_or_group): override.value() for override in overrides if preset.is_group(override.key_or_group)
+    }
+    waiting = [(preset.file, "")]
+    waiting += [(file, key) for key, value in chosen.items() if (file := preset.find(f"{key}/{value}")) is not None]
+    while waiting:
+        file, group = waiting.pop()
+        if file in nodes or (node := read_yaml_node(file)) is None:
+            continue
+        nodes[file] = node
+        for name in _named_files(node, group):
+            if (found := preset.find(name)) is not None:
+                waiting.append((found, name.rpartition("/")[0]))
+    return nodes
+
+
+def _named_files(root: yaml.Node, group: str) -> Iterator[str]:
+    """Paths of the groups' files that the defaults list of a file names. group: where the file itself stands."""
+    entries = next((value for name, _, value in children(root) if name == "defaults"), None)
+    for _, _, entry in children(entries) if isinstance(entries, yaml.SequenceNode) else ():
+        pairs = (
+            [("", entry)]
+            if isinstance(entry, yaml.ScalarNode)
+            else [(name, value) for name, _, value in children(entry)]
+        )
+        for key, value in pairs:
+            folder = key.removeprefix("override ").removeprefix("optional ").partition("@")[0].strip()
+            options = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for option in (str(node.value).partition("@")[0] for node in options):
+                name = f"{folder}/{option}" if folder else option
+                yield name.removeprefix("/") if name.startswith("/") else f"{group}/{name}".removeprefix("/")
 
 
 @contextmanager

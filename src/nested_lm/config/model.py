@@ -9,7 +9,7 @@ from nested_lm.config.baselines import DeltaNet, GatedDeltaNet, LinearAttention,
 from nested_lm.config.channels import ContinuumMemory, SwiGLU
 from nested_lm.config.layer_levels import LayerLevels
 from nested_lm.config.mixers import FullAttention, SelfModifying
-from nested_lm.config.section import Count, NonNegativeFloat, PositiveFloat, Section
+from nested_lm.config.section import NonNegativeFloat, PositiveFloat, Section, Size
 
 Mixer = Annotated[
     SelfModifying | FullAttention | LinearAttention | DeltaNet | GatedDeltaNet | TitansMAC | TitansMAG | TitansMAL,
@@ -22,9 +22,9 @@ Channel = Annotated[ContinuumMemory | LayerLevels | SwiGLU, Field(discriminator=
 class ModelConfig(Section):
     """A language model: embedding, `num_layers` blocks of mixer and channel memory, norm, head."""
 
-    vocab_size: Count
-    width: Count
-    num_layers: Count
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    width: Size
+    num_layers: Annotated[int, Field(ge=1, le=1024)]
     mixer: Mixer
     channel: Channel
     tie_embeddings: bool = True

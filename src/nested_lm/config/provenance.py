@@ -38,62 +38,7 @@ def shown(path: Path) -> str:
     return str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
 
 
-def read_yaml_node(path: Path) -> yaml.Node | None:
-    """Parse a YAML file into nodes with line marks; None for an empty file.
-
-    Raises:
-        ConfigError: the file cannot be read, is not UTF-8, is not YAML, or gives a key twice.
-    """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {shown(path)}: {error.strerror}; check its name and rights") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{shown(path)} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            "save it as UTF-8 text"
-        ) from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{shown(path)}{line} is not YAML: {error.problem or error.context}; "
-            "check indentation, quotes and colons there"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{shown(path)} is not YAML: {error}; save it as plain UTF-8 text") from error
-    if root is None:
-        return None
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(
-            f"{shown(path)}:{root.start_mark.line + 1} does not hold `key: value` lines but a "
-            f"{'list' if isinstance(root, yaml.SequenceNode) else 'single value'}; "
-            "write one `key: value` a line"
-        )
-    twice = list(_repeated_keys(root, "", path))
-    if twice:
-        raise config_error(shown(path), twice)
-    return root
-
-
-def _repeated_keys(node: yaml.Node, prefix: str, path: Path) -> Iterator[Issue]:
-    lines: dict[str, int] = {}
-    for name, key, value in _children(node):
-        full = join(prefix, name)
-        line = key.start_mark.line + 1
-        if name in lines and isinstance(node, yaml.MappingNode):
-            yield Issue(
-                path=full,
-                source=f"{shown(path)}:{lines[name]} and {shown(path)}:{line}",
-                found=f"the key `{name}` twice, on lines {lines[name]} and {line}",
-                allowed="every key once",
-                repair=f"delete line {lines[name]} or line {line}",
-            )
-        lines[name] = line
-        yield from _repeated_keys(value, full, path)
-
-
-def _children(node: yaml.Node) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+def children(node: yaml.Node) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
     """Give (name or index, node that marks the place, value node) of a mapping or sequence."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -114,17 +59,14 @@ class Provenance:
 
     sources: dict[str, str] = field(default_factory=dict)
 
-    def add_file(self, path: Path, package: str) -> None:
+    def add_file(self, path: Path, root: yaml.Node, package: str) -> None:
         """Record every key of a YAML file that was merged below `package`."""
-        root = read_yaml_node(path)
-        if root is None:
-            return
         if package:
             self.sources.setdefault(package, f"{shown(path)}:1")
         self._add_node(root, package, path)
 
     def _add_node(self, node: yaml.Node, prefix: str, path: Path) -> None:
-        for name, mark, value in _children(node):
+        for name, mark, value in children(node):
             if not prefix and name in {"defaults", "hydra"}:
                 continue
             full = join(prefix, name)

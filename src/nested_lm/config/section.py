@@ -14,6 +14,9 @@ class Section(BaseModel):
 Count = Annotated[int, Field(ge=1)]
 """A number of things: at least one."""
 
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""A width or length of tensors: bounded, so that a mistyped number is refused before anything is built."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole, 0 to 1."""
 

@@ -18,6 +18,7 @@ from nested_lm.config.compose import (
     hydra_errors,
     parse_overrides,
     quoted,
+    read_files,
     readable_errors,
     search_path_override,
 )
@@ -60,6 +61,7 @@ def run_sweep(name_or_path: str, overrides: Sequence[str], job: Callable[[RunCon
     with hydra_at(preset):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
+        read_files(preset, parsed)
         with readable_errors(preset):
             hydra.compose_config(preset.config_name, arguments, RunMode.MULTIRUN, with_log_configuration=False)
         with hydra_errors(preset):
