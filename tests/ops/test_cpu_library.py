@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nested_lm.errors import ConfigError
 from nested_lm.ops.memory.cpu import library as cpu_library
 
 DOUBLE = torch.float64
@@ -100,7 +99,9 @@ class TestBuilding:
         (tmp_path / "sources").mkdir()
         (tmp_path / "sources" / "memory.c").write_text("int forward(void) { return unknown; }\n")
         monkeypatch.setattr(cpu_library, "SOURCES", tmp_path / "sources")
-        assert re.search(r"could not build it: .*memory\.c.* error: .unknown. undeclared", cpu_library.reason_missing())
+        assert re.search(
+            r"could not build the C library: .*memory\.c.* error: .unknown. undeclared", cpu_library.reason_missing()
+        )
         assert list(cache.iterdir()) == []
 
 
@@ -151,9 +152,10 @@ class TestACompilerThatIsMissing:
     @pytest.mark.parametrize("command", ["/nonexistent", ""])
     def test_is_said(self, cache, monkeypatch, command):
         monkeypatch.setenv("CC", command)
-        assert cpu_library.reason_missing() == "no C compiler was found (looked for $CC, then cc)"
-        with pytest.raises(ConfigError, match=r"install a C compiler .*, name one in \$CC, or set .*backend=torch"):
-            cpu_library.check_usable()
+        reason = (
+            "no C compiler was found (looked for $CC, then cc); install one (apt-get install gcc) or name one in $CC"
+        )
+        assert cpu_library.reason_missing() == reason
 
     def test_is_part_of_what_a_measurement_says_of_its_machine(self, cache, monkeypatch):
         monkeypatch.setenv("CC", "/nonexistent")
@@ -161,4 +163,4 @@ class TestACompilerThatIsMissing:
 
     def test_so_is_one_that_is_none(self, cache, monkeypatch):
         monkeypatch.setenv("CC", "false")
-        assert cpu_library.reason_missing().startswith("`false` could not build it: ")
+        assert cpu_library.reason_missing().startswith("`false` could not build the C library: ")

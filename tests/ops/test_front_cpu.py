@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nested_lm.nn.layers import CausalConv
-from nested_lm.nn.mixers.memory_backend import convolved_units
+from nested_lm.nn.mixers.self_modifying import convolved_units
 from nested_lm.ops.memory.cpu import library as cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.reason_missing() is not None, reason="no C compiler")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
 from nested_lm.config.section import Count, PositiveFloat, Section
+from nested_lm.ops.memory.registry import BACKENDS
 from nested_lm.ops.memory.rule import MEMORIES, WriteRule
 
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -16,10 +17,10 @@ Rate = Annotated[float, Field(ge=0.0, le=2.0)]
 Momentum = Annotated[Literal[False, "sum", "mean"], BeforeValidator(lambda given: "sum" if given is True else given)]
 """How writes are carried on, see `WriteRule`. Runs of earlier versions say true for the sum."""
 
-MemoryBackend = Literal["auto", "torch", "cpu"]
-"""What computes the self-modifying memories: matrix products of torch, on any device; C that is compiled for this
-machine's processor on first use, an error where it cannot run (another device, the rarer options of the write rule, no
-compiler); or (`auto`) the C wherever it can. The two differ by rounding.
+MemoryBackend = Literal["auto", *BACKENDS]  # type: ignore[valid-type]
+"""What computes the self-modifying memories: `torch`, matrix products on any device; `cpu`, C that is compiled for this
+machine's processor on first use; or `auto`, the first that can run. A backend that is named and cannot run (another
+device, an option of the write rule, no compiler) is an error. They differ by rounding.
 """
 
 
@@ -163,8 +164,8 @@ class SelfModifying(MixerSection):
 
     @property
     def is_twice_differentiable(self) -> bool:
-        """The C is not; in torch, autograd can take the place of the backward pass that is written by hand."""
-        return self.backend != "cpu"
+        """In torch, autograd can take the place of the backward pass that is written by hand."""
+        return self.backend in ("auto", "torch")
 
     @model_validator(mode="after")
     def _chunks_nest(self) -> "SelfModifying":

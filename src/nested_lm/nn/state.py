@@ -17,7 +17,7 @@ from torch import Tensor
 from nested_lm.config.architecture import settings_difference
 from nested_lm.config.load import config_hash
 from nested_lm.config.model import ModelConfig
-from nested_lm.ops.memory.state import check_rows
+from nested_lm.ops.memory.state import take_rows
 
 Tree = TypeVar("Tree")
 
@@ -132,15 +132,6 @@ class StreamState:
         """Memory of all streams, each counted by itself, also where forks share what they have read."""
         tensors = iterate_tensors((self.layers, self.in_context))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Take rows by index, without a copy when they are of one stream."""
-    streams = tensor.shape[0]
-    if streams != 1 and (tensor.stride(0) != 0 or not tensor.numel()):
-        return tensor.index_select(0, rows.to(tensor.device))
-    check_rows(rows, streams)
-    return tensor[:1].expand(len(rows), *tensor.shape[1:])
 
 
 class ModelOutput(NamedTuple):

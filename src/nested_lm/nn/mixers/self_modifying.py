@@ -8,19 +8,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_lm.config.mixers import SelfModifying
-from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
-from nested_lm.nn.mixers.memory_backend import branches_in_c, convolved_units, run_memories
-from nested_lm.nn.state import take_rows
+from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext, tokens_since_reset
+from nested_lm.ops.memory import backend as memory_backend
 from nested_lm.ops.memory.state import (
     GateReadout,
+    MemoryCall,
     MemoryInputs,
     MemoryState,
     MemoryWeights,
+    take_rows,
+    unit,
     zero_state,
 )
 
@@ -71,8 +73,8 @@ class SelfModifyingTitans(nn.Module):
 
     @property
     def reads_branches(self) -> bool:
-        """Whether `StepContext.branches` may say how rows branch: where all of it runs in C."""
-        return branches_in_c(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
+        """Whether `StepContext.branches` may say how rows branch: where the backend can read them."""
+        return memory_backend.reads_branches(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
 
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -130,16 +132,19 @@ class SelfModifyingTitans(nn.Module):
             gates.insert(1, torch.full_like(gates[0], CLOSED))
         if context.frozen:
             gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
-        output = run_memories(
-            MemoryInputs(key, value, query, *gates),
-            self.start_weights(),
-            GateReadout(self.readout_rate, self.readout_decay, self.gain),
-            state.memory,
-            context,
-            rule=self.rule,
-            recompute=self.recompute,
-            backend=config.backend,
+        inputs, start = MemoryInputs(key, value, query, *gates), self.start_weights()
+        call = MemoryCall(
+            context.position,
+            context.resets,
+            self.recompute,
+            context.differentiable_twice,
+            context.final,
+            context.rows,
+            context.branches,
         )
+        chosen = memory_backend.select(config.backend, self.rule, key, start, call)
+        readout = GateReadout(self.readout_rate, self.readout_decay, self.gain)
+        output = chosen.run(inputs, start, readout, state.memory, rule=self.rule, call=call)
         reads = self.read_norm(output.reads).flatten(2)
         result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))
         stats = {} if context.final else self._statistics(output.rate, output.decay, output.state.current)
@@ -213,3 +218,29 @@ def _orthogonal(drawn: Float[Tensor, "*_ E K"]) -> Float[Tensor, "*_ E K"]:
     q, r = torch.linalg.qr(tall)
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # or the signs would depend on the library
     return q if drawn.shape[-2] >= drawn.shape[-1] else q.mT
+
+
+def convolved_units(
+    conv: CausalConv,
+    x: Float[Tensor, "B T 3HK"],
+    tail: Float[Tensor, "B W 3HK"],
+    resets: Bool[Tensor, "B T"] | None,
+    *,
+    num_heads: int,
+    unit_values: bool,
+    backend: str,
+    branches: Int[Tensor, "B N"] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value of every head, unit(silu(conv(x))), and the tail of the next call.
+
+    branches: see `StepContext`; with a front only.
+    """
+    front = memory_backend.front(backend, x)
+    if front is None:
+        assert branches is None, "rows branch in C only"
+        mixed, tail = conv(x, tail, resets)
+        query, key, value = functional.silu(mixed).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
+        return unit(query), unit(key), unit(value) if unit_values else value, tail
+    age = None if resets is None else tokens_since_reset(resets)
+    options = {"num_heads": num_heads, "unit_values": unit_values, "branches": branches}
+    return *front.convolved_units(x, conv.weight, tail, age, **options), conv.next_tail(x, tail, age)

@@ -7,13 +7,14 @@ Shapes: B batch, T tokens, S chunks, C tokens of a chunk, H heads, M memories th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.ops.memory.backward import TraceGradients, backward_chunk, has_closed_backward
@@ -22,6 +23,7 @@ from nested_lm.ops.memory.reads import Trace, read_pieces, trace_chunk
 from nested_lm.ops.memory.rule import WriteRule
 from nested_lm.ops.memory.state import (
     GateReadout,
+    MemoryCall,
     MemoryInputs,
     MemoryOutput,
     MemoryState,
@@ -32,6 +34,7 @@ from nested_lm.ops.memory.state import (
     move_border,
     reset_rows,
     subtract,
+    take_rows,
 )
 
 
@@ -273,4 +276,39 @@ def self_modify(
         after,
         trace.rate.transpose(1, 2),
         trace.decay.transpose(1, 2),
+    )
+
+
+READS_BRANCHES = False
+
+
+def unsupported(rule: WriteRule, key: Tensor, start: MemoryWeights, call: MemoryCall) -> str | None:
+    """Nothing: torch computes every rule on every device."""
+    del rule, key, start, call
+    return None
+
+
+def run(
+    inputs: MemoryInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    *,
+    rule: WriteRule,
+    call: MemoryCall,
+) -> MemoryOutput:
+    """`self_modify` as a `Backend`."""
+    assert call.branches is None, "rows do not branch in torch"
+    if call.rows is not None:
+        state = tree_map_only(Tensor, partial(take_rows, rows=call.rows), state)
+    return self_modify(
+        inputs,
+        start,
+        readout,
+        state,
+        rule=rule,
+        position=call.position,
+        resets=call.resets,
+        recompute=call.recompute,
+        differentiable_twice=call.differentiable_twice,
     )

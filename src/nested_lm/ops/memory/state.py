@@ -13,7 +13,7 @@ Source: arXiv 2512.24695, eqs. 83-93. `inner` is W_2 there, `outer` is W_1, k/et
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nested_lm.ops.memory.rule import WriteRule
@@ -93,6 +93,29 @@ class MemoryOutput(NamedTuple):
     """alpha: share of the fast weights kept, per token."""
 
 
+class MemoryCall(NamedTuple):
+    """What is asked of a call, beside its tensors.
+
+    position: tokens of the stream before it; says where the borders lie.
+    resets: True where a token starts a document: its row's fast weights go back to the start. Only on a border of every
+        memory; the caller guarantees it.
+    recompute: keep only the border states for backward and compute each chunk again.
+    differentiable_twice: the gradients will be differentiated again.
+    final: no call follows and no gradients are asked for: the state of the output is not to be used.
+    rows: in a final call, the stream of the state that each row goes on from; None: its own.
+    branches: in a final call, where the branches of each row begin, and the last one ends (see `check_branches`); None:
+        rows do not branch.
+    """
+
+    position: int = 0
+    resets: Bool[Tensor, "B T"] | None = None
+    recompute: bool = False
+    differentiable_twice: bool = False
+    final: bool = False
+    rows: Int[Tensor, " B"] | None = None
+    branches: Int[Tensor, "B N"] | None = None
+
+
 def unit(x: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
     """Scale to Euclidean length 1; vectors shorter than NORM_FLOOR stay shorter."""
     length: Tensor = x.norm(dim=-1, keepdim=True)
@@ -164,6 +187,15 @@ def check_momentum(rule: WriteRule, inputs: MemoryInputs, state: MemoryState) ->
                 f"momentum={rule.momentum}; make the state with zero_state(..., momentum={bool(rule.momentum)}), "
                 "and the gate with the rule's own model"
             )
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Take rows by index, without a copy when they are of one stream."""
+    streams = tensor.shape[0]
+    if streams != 1 and (tensor.stride(0) != 0 or not tensor.numel()):
+        return tensor.index_select(0, rows.to(tensor.device))
+    check_rows(rows, streams)
+    return tensor[:1].expand(len(rows), *tensor.shape[1:])
 
 
 def check_rows(rows: Int[Tensor, " B"], streams: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from nested_lm.errors import ConfigError
 from nested_lm.ops.memory.backward import has_closed_backward
 from nested_lm.ops.memory.chunked import Piece, cut
 from nested_lm.ops.memory.cpu import library as cpu_library
@@ -25,6 +26,7 @@ from nested_lm.ops.memory.state import (
     NORM_FLOOR,
     ROOM_FLOOR,
     GateReadout,
+    MemoryCall,
     MemoryInputs,
     MemoryOutput,
     MemoryState,
@@ -76,6 +78,11 @@ _GRADIENTS = (
 _POINTERS = (*_GIVEN, *_OPTIONAL, *_STATE, "keep", "rows", "cuts", *_FOUND, *_SENT, *_GRADIENTS)
 
 
+READS_BRANCHES = True
+
+ANY_CALL = MemoryCall()
+
+
 class _Call(ctypes.Structure):
     """`Call` of cpu/memory.c."""
 
@@ -95,11 +102,13 @@ def missing(rule: WriteRule) -> str | None:
     return None
 
 
-def unsupported(rule: WriteRule, key: Tensor, start: MemoryWeights) -> str | None:
-    """Why the C library cannot compute a call; None when it can. Says nothing about whether it can be compiled."""
+def unsupported(rule: WriteRule, key: Tensor, start: MemoryWeights, call: MemoryCall = ANY_CALL) -> str | None:
+    """Why the C library cannot compute a call; None when it can. Compiles the library when that has not been done."""
     reason = missing(rule)
     if reason is not None:
         return reason
+    if call.differentiable_twice:
+        return "its gradients have no gradients, which second-order writes in context need"
     if key.device.type != "cpu":
         return f"the tensors are on `{key.device.type}`"
     if torch.is_autocast_enabled("cpu"):
@@ -108,7 +117,29 @@ def unsupported(rule: WriteRule, key: Tensor, start: MemoryWeights) -> str | Non
         return f"it computes in float32 and float64 only, not in {key.dtype}"
     if isinstance(key, FakeTensor):
         return "the tensors have no values"
-    return None
+    missing_library: str | None = cpu_library.reason_missing_when_traced()
+    return missing_library
+
+
+def run(
+    inputs: MemoryInputs,
+    start: MemoryWeights,
+    readout: GateReadout,
+    state: MemoryState,
+    *,
+    rule: WriteRule,
+    call: MemoryCall,
+) -> MemoryOutput:
+    """`self_modify`, or `finish` for a final call, as a `Backend`."""
+    tensors = (inputs, start, readout, state)
+    output: MemoryOutput
+    if call.final:
+        rows, branches = call.rows, call.branches
+        output = finish(*tensors, rule=rule, position=call.position, resets=call.resets, rows=rows, branches=branches)
+    else:
+        assert call.rows is None, "rows of a state are taken in final calls only"
+        output = self_modify(*tensors, rule=rule, position=call.position, resets=call.resets)
+    return output
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -128,7 +159,7 @@ def self_modify(
     Backward always computes pieces again; recompute is there for the sake of the other backends' callers.
 
     Raises:
-        ConfigError: there is no working C compiler.
+        ConfigError: the C cannot compute the call, with the reason.
     """
     del recompute
     pieces, keep, tensors = _checked(inputs, start, readout, state, rule, position, resets)
@@ -159,7 +190,7 @@ def finish(
         tokens behind that is 0. None: rows do not branch.
 
     Raises:
-        ConfigError: there is no working C compiler.
+        ConfigError: the C cannot compute the call, with the reason.
         IndexError: a row that is not there.
         ValueError: branches that are none.
     """
@@ -198,7 +229,9 @@ def _checked(
     rows: Int[Tensor, " B"] | None = None,
 ) -> tuple[tuple[Piece, ...], Tensor | None, tuple[Tensor | None, ...]]:
     """Pieces of a call, what each keeps of the rows before it, and the tensors as the library wants them."""
-    assert unsupported(rule, inputs.key, start) is None
+    reason = unsupported(rule, inputs.key, start)
+    if reason is not None:
+        raise ConfigError(f"the memories cannot be computed in C: {reason}")
     check_momentum(rule, inputs, state)
     batch = inputs.key.shape[0]
     streams = state.current.inner.shape[0]
@@ -208,7 +241,6 @@ def _checked(
     assert batch == (streams if rows is None else len(rows)), "the library reads a stream for each row of tokens"
     if rows is not None:
         check_rows(rows, streams)
-    cpu_library.check_usable()
     dtype = torch.promote_types(inputs.key.dtype, start.inner.dtype)
     pieces = cut(inputs.key.shape[1], position, rule)
     keep = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from nested_lm.ops.memory.cpu import library as cpu_library
@@ -27,6 +28,18 @@ class _Front(ctypes.Structure):
         ("floor", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in (*_POINTERS, *_GRADIENTS)),
     )
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the C cannot serve tensors like x; None when it can."""
+    if x.device.type != "cpu":
+        return f"the tensors are on `{x.device.type}`"
+    if x.dtype not in cpu_library.C_TYPES:
+        return f"it computes in float32 and float64 only, not in {x.dtype}"
+    if isinstance(x, FakeTensor):
+        return "the tensors have no values"
+    reason: str | None = cpu_library.reason_missing_when_traced()
+    return reason
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -54,12 +67,11 @@ def convolved_units(
             None: rows do not branch.
 
     Raises:
-        ConfigError: there is no working C compiler.
-        ValueError: branches that are none.
+        ValueError: `branches` is malformed.
     """
+    assert unsupported(x) is None
     expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     assert tail.shape == expected, f"a tail of shape {tuple(tail.shape)} for tokens that need {expected}"
-    cpu_library.check_usable()
     tensors = (part.to(x.dtype).contiguous() for part in (x, weight, tail))
     if branches is not None:
         assert not torch.is_grad_enabled(), "branches have no backward"

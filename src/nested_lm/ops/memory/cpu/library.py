@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from nested_lm.errors import ConfigError
-
 SOURCES = Path(__file__).parent / "c"
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -40,15 +38,21 @@ def reason_missing() -> str | None:
     """Why the library cannot be used here; None when it can. Compiles it when that has not been done yet."""
     command = compiler()
     if command is None:
-        return "no C compiler was found (looked for $CC, then cc)"
+        return "no C compiler was found (looked for $CC, then cc); install one (apt-get install gcc) or name one in $CC"
     try:
         for dtype in C_TYPES:
             load(dtype)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).splitlines()
         line = next((line for line in said if "error" in line.lower()), said[-1] if said else "it said nothing")
-        return f"`{shlex.join(command)}` could not build it: {line.strip()}"
+        return f"`{shlex.join(command)}` could not build the C library: {line.strip()}"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def reason_missing_when_traced() -> str | None:
+    """`reason_missing`, as a constant of what torch.compile traces."""
+    return reason_missing()
 
 
 def describe() -> str:
@@ -68,20 +72,6 @@ def compiler_version() -> str:
 
 def _version(command: list[str]) -> str:
     return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-
-
-def check_usable() -> None:
-    """Refuse a machine without a working compiler.
-
-    Raises:
-        ConfigError: with the repair.
-    """
-    reason = reason_missing()
-    if reason is not None:
-        raise ConfigError(
-            f"model.mixer.backend is `cpu`, but {reason}; install a C compiler (apt-get install gcc), name one in $CC, "
-            "or set model.mixer.backend=torch"
-        )
 
 
 @functools.cache

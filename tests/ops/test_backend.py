@@ -1,14 +1,22 @@
 """Which code computes the memories: what `model.mixer.backend` asks for, and `auto` what the machine can do."""
 
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.errors import ConfigError
-from nested_lm.nn.mixers.memory_backend import uses_library
+from nested_lm.ops.memory import backend as memory_backend
 from nested_lm.ops.memory import chunked as memory_chunked
 from nested_lm.ops.memory.cpu import backend as memory_cpu
 from nested_lm.ops.memory.cpu import library as cpu_library
+from nested_lm.ops.memory.state import MemoryCall
 from tests.nn.test_model import HOPE, build, tokens
 from tests.ops.memory_problems import Problem, make_rule
 
@@ -83,9 +91,10 @@ class TestWithACompiler:
         problem = Problem(make_rule(4), tokens=2)
         problem.leaves = {name: leaf.detach().to("meta") for name, leaf in problem.leaves.items()}
         inputs, start, *_ = problem.arguments()
-        assert not uses_library("auto", problem.rule, inputs.key, start)
+        call = (problem.rule, inputs.key, start, MemoryCall())
+        assert memory_backend.select("auto", *call) is memory_chunked
         with pytest.raises(ConfigError, match="the tensors are on `meta`"):
-            uses_library("cpu", problem.rule, inputs.key, start)
+            memory_backend.select("cpu", *call)
 
 
 class TestWithoutACompiler:
@@ -94,5 +103,19 @@ class TestWithoutACompiler:
         assert called == ["torch"]
 
     def test_asked_for_it_is_an_error_with_the_repair(self, no_compiler):
-        with pytest.raises(ConfigError, match=r"no C compiler was found .*gcc\), name one in \$CC, or set .*=torch"):
+        with pytest.raises(ConfigError, match=r"no C compiler was found .*gcc\) or name one in \$CC; set .* or torch"):
             hope("cpu")(tokens(2, 9))
+
+
+def test_a_backend_is_one_file_and_one_line(tmp_path):
+    """The example of docs/extending.md, as a user runs it: the module, and the line that makes it known."""
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = text.split("## A memory backend")[1].split("\n## ")[0]
+    module, use = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "my_backend.py").write_text(module, encoding="utf-8")
+    (tmp_path / "use.py").write_text(use, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = run([sys.executable, str(tmp_path / "use.py")])
+    assert done.returncode == 0, done.stderr
+    assert "model.mixer.backend is `mine`, but it computes linear memories only" in done.stdout
