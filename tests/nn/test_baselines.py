@@ -250,7 +250,7 @@ class TestTitans:
     def test_a_document_start_inside_a_segment_is_refused(self):
         resets = torch.zeros(1, 80, dtype=torch.bool)
         resets[0, 48] = True
-        with pytest.raises(ValueError, match=r"row 0 starts a document at token 48 .* inside a segment of 64"):
+        with pytest.raises(ValueError, match=r"row 0 starts a document at token 48 .* inside a chunk of 64 tokens"):
             build("baselines/titans_mac_demo")(tokens(1, 80), resets=resets)
 
     def test_a_segment_must_hold_whole_chunks(self):

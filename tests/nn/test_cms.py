@@ -49,7 +49,7 @@ def test_independent_levels_read_the_same_input_and_are_summed_with_weights():
     torch.testing.assert_close(memory(x, {}), x + weights[0] * mlp(fast, x) + weights[1] * mlp(slow, x))
     torch.nn.init.zeros_(fast.out.weight)
     torch.testing.assert_close(memory(x, {}), x + weights[1] * mlp(slow, x))
-    memory.initialise()
+    memory.initialise(None)
     assert memory.weights.tolist() == [1.0, 1.0]
     assert [memory.level_of(name) for name in ("weights", "levels.1.norm.weight")] == [None, 1]
 

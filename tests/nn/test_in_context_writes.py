@@ -342,7 +342,7 @@ class TestRefusals:
     def test_a_document_start_inside_a_segment(self):
         resets = torch.zeros(2, 20, dtype=torch.bool)
         resets[1, 6] = True
-        with pytest.raises(ValueError, match=r"row 1 starts a document at token 6 .* inside a segment of 4 tokens"):
+        with pytest.raises(ValueError, match=r"row 1 starts a document at token 6 .* inside a chunk of 4 tokens"):
             build(settings())(tokens(2, 20), resets=resets)
 
     def test_the_state_of_a_model_without_fast_copies(self):

@@ -246,7 +246,7 @@ def test_hope_has_constant_state_and_attention_does_not():
 def test_a_document_start_inside_a_chunk_is_refused():
     resets = torch.zeros(1, 12, dtype=torch.bool)
     resets[0, 6] = True
-    with pytest.raises(ValueError, match=r"row 0 starts a document at token 6 .* inside a memory chunk of 4"):
+    with pytest.raises(ValueError, match=r"row 0 starts a document at token 6 .* inside a chunk of 4 tokens"):
         build(HOPE)(tokens(1, 12), resets=resets)
 
 

@@ -4,12 +4,14 @@ Shapes: B batch, T tokens, H heads, K head width, D model width.
 """
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nested_lm.config.mixers import Llama3Scaling
 from nested_lm.errors import ConfigError
@@ -20,14 +22,14 @@ class StepContext(NamedTuple):
     """What every block needs to know about the tokens of one call.
 
     position: tokens of the stream before this call.
-    resets: where a document starts; None when no row starts one in this call.
+    resets: where a document starts, at borders of chunks only; None when no row starts one in this call.
     documents: running number of each token's document in its row; None when no row ever started a second one.
     frozen: fast weights are read and not written.
     differentiable_twice: gradients of this call will be differentiated again, so that operations whose backward has no
         gradient of its own must not be used.
     final: no call follows, and no gradient will be asked for: what state a block returns does not matter.
-    rows: in a final call, the stream of the state that each row goes on from; None: its own. Only given to mixers that
-        say `takes_rows`.
+    rows: in a final call, the stream of the state that each row goes on from; None: its own. Only given to mixers
+        that say `takes_rows`.
     branches: in a final call, where the branches of each row begin, and the last one ends (`check_branches` in
         ops/memory/state.py). Only given to mixers that say `reads_branches`.
     """
@@ -48,6 +50,11 @@ def once_only(backend: str) -> ConfigError:
         f"model.mixer.backend is `{backend}`, whose gradients have no gradients, and second-order writes in context "
         "need them; set model.mixer.backend=auto, or torch"
     )
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Where attention uses the one form whose gradient has a gradient."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class RMSNorm(nn.Module):

@@ -4,39 +4,30 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
 import math
-import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.block import Block
 from nested_lm.nn.channels.in_context import Fast, InContextWriter
-from nested_lm.nn.layers import RMSNorm, StepContext
+from nested_lm.nn.channels.registry import build_channel
+from nested_lm.nn.layers import RMSNorm, StepContext, twice_differentiable
 from nested_lm.nn.loss import IGNORED_TARGET, token_losses
-from nested_lm.nn.mixers.attention import Attention
-from nested_lm.nn.mixers.self_modifying import SelfModifyingTitans
+from nested_lm.nn.mixers.registry import build_mixer
+from nested_lm.nn.part import ParameterRole, kinds
+from nested_lm.nn.starts import check_starts, number_documents
 from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
 from nested_lm.ops.memory.state import check_branches
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
-
-
-class ParameterRole(NamedTuple):
-    """What a parameter is for, so that the optimizer can treat it accordingly.
-
-    level: index of the Continuum Memory level it belongs to; None outside the chain.
-    """
-
-    kind: Literal["embedding", "matrix", "vector", "memory"]
-    level: int | None
 
 
 class LanguageModel(nn.Module):
@@ -50,14 +41,20 @@ class LanguageModel(nn.Module):
         self.config = config
         self.recompute = recompute
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(
-            Block(config, layer, recompute_chunks=recompute == "chunk") for layer in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(self._build_block(layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.writer = None
         if config.writes_in_context:
             self.writer = InContextWriter(config.channel, [block.channel.level_mlps() for block in self.blocks])
+
+    def _build_block(self, layer: int) -> Block:
+        config, epsilon = self.config, self.config.norm_epsilon
+        mixer = build_mixer(config.mixer, config.width, epsilon=epsilon, recompute=self.recompute == "chunk")
+        channel = build_channel(
+            config.channel, config.width, epsilon=epsilon, layer=layer, num_layers=config.num_layers
+        )
+        return Block(config.width, mixer, channel, epsilon=epsilon)
 
     @property
     def has_constant_state(self) -> bool:
@@ -67,28 +64,23 @@ class LanguageModel(nn.Module):
     @property
     def has_fast_weights(self) -> bool:
         """Whether reading writes anything but a cache of keys and values."""
-        return self.writer is not None or any(not isinstance(block.mixer, Attention) for block in self.blocks)
+        return self.writer is not None or any(block.mixer.has_fast_weights for block in self.blocks)
 
     @property
     def frozen_reach(self) -> int | None:
-        """Tokens after which a frozen state no longer depends on those before; None: it may depend on all.
-
-        Self-modifying memories that nothing is written to know other tokens by their convolutions only.
-        """
-        if self.writer is not None or not all(isinstance(block.mixer, SelfModifyingTitans) for block in self.blocks):
-            return None
-        return sum(block.mixer.config.conv_width - 1 for block in self.blocks)
+        """Tokens after which a frozen state no longer depends on those before; None: it may depend on all."""
+        reaches = [block.mixer.frozen_reach for block in self.blocks]
+        return None if self.writer is not None or None in reaches else sum(reaches)
 
     @property
     def memories(self) -> tuple[str, ...]:
         """Names of the self-modifying memories of a head; none when no block has any."""
-        found = (module.rule.adapt for module in self.modules() if isinstance(module, SelfModifyingTitans))
-        return next(found, ())
+        return next((block.mixer.memories for block in self.blocks), ())
 
     @property
     def reads_branches(self) -> bool:
         """Whether `forward` takes `branches`: where self-modifying memories in C are all that knows of other tokens."""
-        return self.writer is None and all(getattr(block.mixer, "reads_branches", False) for block in self.blocks)
+        return self.writer is None and all(block.mixer.reads_branches for block in self.blocks)
 
     def initial_state(self, batch_size: int) -> StreamState:
         """State of streams that have read nothing."""
@@ -118,7 +110,8 @@ class LanguageModel(nn.Module):
         Args:
             tokens: token ids.
             resets: True at the first token of a document, whose state starts afresh. A start must lie on a multiple
-                of `ModelConfig.alignment`, counted from the start of the stream.
+                of `ModelConfig.alignment`, counted from the start of the stream. Best on the host, where they are
+                checked.
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
             predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
@@ -139,7 +132,7 @@ class LanguageModel(nn.Module):
                 are none, or where rows cannot branch.
             IndexError: a row that the state does not have.
         """
-        given = state = self.initial_state(tokens.shape[0]) if state is None else state
+        before = state = self.initial_state(tokens.shape[0]) if state is None else state
         state.check_model(self.config)
         state.check_rows(rows, tokens.shape[0])
         if state.frozen and resets is not None:
@@ -155,16 +148,19 @@ class LanguageModel(nn.Module):
                 "self-modifying memories in C (model.mixer.backend), and no levels with an in-context clock"
             )
         last = predictions == "last"
+        starts = check_starts(resets, position=state.position, tokens=tokens.shape[1], alignment=self.config.alignment)
         if self.writer is None or state.frozen:
             fast = tuple({} for _ in self.blocks) if self.writer is None else self.writer.fast_copies(state)
+            if starts is not None:
+                starts = starts.to(tokens.device, non_blocking=True)
             output = self._predict(
-                tokens, resets, state, fast, last=last, places=places, final=ends, rows=rows, branches=branches
+                tokens, starts, state, fast, last=last, places=places, final=ends, rows=rows, branches=branches
             )
         else:
             twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
-            output = self.writer.read(partial(self._predict, twice=twice), tokens, resets, state)
+            output = self.writer.read(partial(self._predict, twice=twice), tokens, starts, state)
             output = output._replace(logits=_choose(output.logits, last=last, places=places))
-        return output._replace(state=given) if final else output
+        return output._replace(state=before) if final else output
 
     def _predict(
         self,
@@ -182,80 +178,57 @@ class LanguageModel(nn.Module):
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way.
 
-        last, places: what to predict after, see `_choose`. twice: layers whose mixers' gradients will be differentiated
-        again. final, rows, branches: see `StepContext`.
+        resets: checked. last, places: what to predict after, see `_choose`. twice: layers whose mixers' gradients will
+        be differentiated again. final, rows, branches: see `StepContext`.
         """
-        context, packed = self._context(resets, state, tokens.shape[1])
-        context = context._replace(final=final, branches=branches)
+        packed = state.packed or resets is not None
+        documents = self._documents(resets, state, tokens.shape[1]) if packed else None
+        context = StepContext(state.position, resets, documents, state.frozen, final=final, branches=branches)
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
         for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
             here = context._replace(differentiable_twice=index in twice)
-            if rows is not None and getattr(block.mixer, "takes_rows", False):
+            if rows is not None and block.mixer.takes_rows:
                 here = here._replace(rows=rows)
             elif rows is not None:
                 layer = map_tensors(layer, partial(take_rows, rows=rows))
-            given = block, x, here, layer, distances
+            arguments = block, x, here, layer, distances
             if self.recompute == "block" and torch.is_grad_enabled():
-                x, layer, found = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
+                x, layer, of_block = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, layer, found = self._block(*given)
+                x, layer, of_block = self._block(*arguments)
             layers.append(layer)
-            stats |= {f"layer{index}/{name}": value for name, value in found.items()}
+            stats |= {f"layer{index}/{name}": value for name, value in of_block.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
         logits = functional.linear(self.norm(_choose(x, last=last, places=places)), head)
         after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
         return ModelOutput(logits, after, stats)
 
     @staticmethod
-    def _block(block: Block, x: Tensor, context: StepContext, *given: Any) -> tuple[Tensor, Any, dict[str, Tensor]]:
+    def _block(
+        block: Block, x: Tensor, context: StepContext, *state_and_copies: Any
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """Run one block; with kernels that can be differentiated twice where training needs that."""
-        if not context.differentiable_twice:
-            return block(x, context, *given)
-        with sdpa_kernel(SDPBackend.MATH):
-            return block(x, context, *given)
-
-    def _context(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> tuple[StepContext, bool]:
-        """Work out what the blocks need to know about document starts."""
-        if resets is not None and not bool(resets.any() if state.position else resets[:, 1:].any()):
-            resets = None  # nothing starts here that the state does not already mean
-        packed = state.packed or resets is not None
-        documents = None
-        if packed:
-            documents = self._documents(resets, state, tokens)
-        return StepContext(state.position, resets, documents, state.frozen), packed
+        with twice_differentiable() if context.differentiable_twice else nullcontext():
+            return block(x, context, *state_and_copies)
 
     def _documents(self, resets: Bool[Tensor, "B T"] | None, state: StreamState, tokens: int) -> Tensor | None:
-        """Number the documents of each row, going on from the attention cache; None when no block attends."""
-        caches = [layer for layer in state.layers if hasattr(layer, "documents")]
-        if not caches:
-            return None
-        cached = caches[0].documents
-        last = cached[:, -1:] if cached.shape[1] else cached.new_zeros(cached.shape[0], 1)
-        if resets is None:
-            return last.expand(-1, tokens)
-        return last + resets.long().cumsum(dim=1)
+        """Number the documents of each row; None when no block attends."""
+        blocks = zip(self.blocks, state.layers, strict=True)
+        cached = (block.mixer.documents(layer) for block, layer in blocks)
+        return number_documents(next((numbers for numbers in cached if numbers is not None), None), resets, tokens)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """Say what every parameter is for, by name."""
-        roles = {}
-        for name, parameter in self.named_parameters():
-            level = self._level(name)
-            if name.startswith(("embedding.", "head.")):
-                roles[name] = ParameterRole("embedding", None)
-            elif ".start_" in name:
-                roles[name] = ParameterRole("memory", None)
-            elif parameter.ndim == 2 and not name.endswith("conv.weight"):
-                roles[name] = ParameterRole("matrix", level)
-            else:
-                roles[name] = ParameterRole("vector", level)
+        roles = {name: ParameterRole(kind, None) for name, kind in kinds(self).items()}
+        if self.head is not None:
+            roles["head.weight"] = ParameterRole("embedding", None)
+        for index, block in enumerate(self.blocks):
+            for name, _ in block.channel.named_parameters():
+                path = f"blocks.{index}.channel.{name}"
+                roles[path] = roles[path]._replace(level=block.channel.level_of(name))
         return roles
-
-    def _level(self, name: str) -> int | None:
-        """Level of a parameter; None outside the levels."""
-        found = re.match(r"blocks\.(\d+)\.channel\.(.+)", name)
-        return self.blocks[int(found.group(1))].channel.level_of(found.group(2)) if found else None
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -271,22 +244,12 @@ class LanguageModel(nn.Module):
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std
             tensor.copy_(drawn)
 
-        residual = 1 / math.sqrt(2 * self.config.num_layers)
         normal(self.embedding.weight, self.config.init_std)
         if self.head is not None:
             normal(self.head.weight, self.config.init_std)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+        self.norm.weight.fill_(1.0)
         for block in self.blocks:
-            for name, module in block.named_modules():
-                if isinstance(module, nn.Linear):
-                    scale = residual if name.endswith("out") else 1.0
-                    normal(module.weight, scale / math.sqrt(module.in_features))
-            if hasattr(block.mixer, "initialise"):
-                block.mixer.initialise(normal)
-            if hasattr(block.channel, "initialise"):
-                block.channel.initialise()
+            block.initialise(normal, residual=1 / math.sqrt(2 * self.config.num_layers))
 
 
 def _choose(x: Float[Tensor, "B T D"], *, last: bool, places: Int[Tensor, "n 2"] | None) -> Float[Tensor, "_B _T D"]:

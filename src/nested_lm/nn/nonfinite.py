@@ -204,7 +204,7 @@ def predictions_error(
 
 def _spoiled_memories(model: LanguageModel, state: StreamState, layer: int, row: int) -> tuple[str, ...]:
     """Names of the memories of a row whose fast weights are not finite; of the state's tensors where they have none."""
-    names = next((tuple(m.rule.adapt) for m in model.blocks[layer].mixer.modules() if hasattr(m, "rule")), ())
+    names = model.blocks[layer].mixer.memories
     found: list[str] = []
     for path, tensor in _named(state.layers[layer], ""):
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor[row]).all()):

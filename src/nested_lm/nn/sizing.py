@@ -11,10 +11,11 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     with torch.device("meta"):
         model = LanguageModel(config)
     counts = {"embedding": 0, "mixer": 0, "memory_starts": 0, "channel": 0, "norms": 0}
+    roles = model.parameter_roles()
     for name, parameter in model.named_parameters():
-        if name.startswith(("embedding.", "head.")):
+        if roles[name].kind == "embedding":
             part = "embedding"
-        elif ".start_" in name:
+        elif roles[name].kind == "memory":
             part = "memory_starts"
         elif ".mixer." in name:
             part = "mixer"

@@ -94,7 +94,8 @@ class GradientComputer:
     def _output(self, batch: Batch | EvaluationBatch) -> ModelOutput:
         device = self._strategy.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
-            output: ModelOutput = self._model(batch.inputs.to(device), resets=batch.resets.to(device))
+            # Document starts stay on the host, where the model checks them.
+            output: ModelOutput = self._model(batch.inputs.to(device), resets=batch.resets)
         return output
 
     def explain(self, model: LanguageModel, batches: Sequence[Batch]) -> str | None:
@@ -105,7 +106,7 @@ class GradientComputer:
         device = self._strategy.device
         for index, batch in enumerate(batches):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_autocast):
-                found = locate_nonfinite(model, batch.inputs.to(device), resets=batch.resets.to(device))
+                found = locate_nonfinite(model, batch.inputs.to(device), resets=batch.resets)
             if found is not None:
                 return f"micro-batch {index}, {found}"
         return None

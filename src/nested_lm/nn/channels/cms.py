@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nested_lm.config.channels import Level
+from nested_lm.nn.channels.base import ChannelMemory
 from nested_lm.nn.fast_linear import FastLinear, MLPDistance
 from nested_lm.nn.layers import RMSNorm, squared_relu
+from nested_lm.nn.part import Normal
 
 
 class LevelMLP(nn.Module):
@@ -38,7 +40,7 @@ class LevelMLP(nn.Module):
         return MLPDistance(self.inner.initial_distance(batch_size), self.out.initial_distance(batch_size))
 
 
-class ContinuumMemory(nn.Module):
+class ContinuumMemory(ChannelMemory):
     """Levels in a chain, fastest first, or side by side. An erased level changes nothing: each only adds.
 
     sequential, nested: x <- x + MLP_l(x), level after level. The two differ in when a level is set back.
@@ -83,7 +85,11 @@ class ContinuumMemory(nn.Module):
         kind, _, rest = name.partition(".")
         return int(rest.partition(".")[0]) if kind == "levels" else None
 
-    def initialise(self) -> None:
-        """Set what is not a matrix or a norm: the weights of the sum."""
+    def output_projections(self) -> list[nn.Linear]:
+        """The second layer of every level."""
+        return [level.out for level in self.levels]
+
+    def initialise(self, normal: Normal) -> None:  # noqa: ARG002  nothing is drawn
+        """Set the weights of the sum."""
         if self.weights is not None:
             nn.init.ones_(self.weights)

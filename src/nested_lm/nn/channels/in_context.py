@@ -156,19 +156,17 @@ class InContextWriter:
         return fast
 
     def read(
-        self, predict: Predict, tokens: Int[Tensor, "B T"], resets: Bool[Tensor, "B T"] | None, state: StreamState
+        self, predict: Predict, tokens: Int[Tensor, "B T"], starts: Bool[Tensor, "B T"] | None, state: StreamState
     ) -> ModelOutput:
         """Predict the token after each token, writing at every border on the way.
 
-        Raises:
-            ValueError: a document starts inside a segment.
+        starts: where documents start, on the host, see `nn/starts.py`.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "levels that are written in context need gradients of their own, which torch.inference_mode() "
                 "forbids; use torch.no_grad()"
             )
-        starts = self._document_starts(resets, state.position)
         reading = _Reading(self, predict, state, restarts=starts is not None)
         count = tokens.shape[1]
         begins = sorted({0, *range(-state.position % self.period, count, self.period)})
@@ -178,27 +176,6 @@ class InContextWriter:
                 reading.open_segment(part[:, 0], None if starts is None else starts[:, begin])
             reading.pass_over(part, is_last=end == count)
         return reading.output()
-
-    def _document_starts(self, resets: Tensor | None, position: int) -> Bool[Tensor, "B T"] | None:
-        """Where documents start, on the host; None when none does that the state does not already mean."""
-        if resets is None:
-            return None
-        found = resets.cpu()
-        if position == 0:
-            found = found.clone()
-            found[:, 0] = False
-        if not found.any():
-            return None
-        at = position + torch.arange(found.shape[1])
-        inside = found & (at % self.period != 0)
-        if inside.any():
-            row, token = (int(index) for index in inside.nonzero()[0])
-            raise ValueError(
-                f"row {row} starts a document at token {token} of this call (token {int(at[token])} of the stream), "
-                f"inside a segment of {self.period} tokens, the shortest in-context period; start documents at "
-                "multiples of it"
-            )
-        return found
 
 
 Copies = tuple[tuple[MLPDistance, ...], ...]
@@ -235,7 +212,8 @@ class _Reading:
         # Without a second document every row has the same age, which needs no look at the device.
         is_uniform = not restarts and not state.packed
         self.ages = [self.border.position // writer.period] * rows if is_uniform else memory.segments.tolist()
-        self.may_start = state.packed  # whether `starts` may be true somewhere, known without a look at the device
+        # Whether a document starts at the segment's first token. The segment of an earlier call knows on the device.
+        self.may_start = state.packed and memory.window.shape[1] > 0 and bool(self.starts.any())
         self.kept: _Pass | None = None
         self.outputs: list[ModelOutput] = []
 
@@ -247,7 +225,7 @@ class _Reading:
             self.ages = [age + 1 for age in self.ages]
             self._write(self._gradients(target))
         self.starts = torch.zeros_like(self.starts) if starts is None else starts.to(device)
-        self.may_start = starts is not None
+        self.may_start = starts is not None and bool(starts.any())
         if starts is not None and self.writer.settings.lifetime == "document":
             self.ages = [0 if start else age for age, start in zip(self.ages, starts.tolist(), strict=True)]
             self.levels = self._restarted(self.levels, [from_host(starts.tolist(), device)] * len(self.levels))

@@ -4,6 +4,8 @@ Shapes: B batch, T tokens of this call, S tokens cached and new, H heads of quer
 K head width, D model width.
 """
 
+from typing import Self
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.nn import functional
 from nested_lm.config.mixers import FullAttention
 from nested_lm.nn.layers import StepContext, rotate
 from nested_lm.nn.mixers.attention_cache import AttentionState, BranchedState, attend_in_branches, branched
+from nested_lm.nn.mixers.base import Mixer, zeros_for
 from nested_lm.nn.mixers.window import attend_in_window
 
 
@@ -24,11 +27,13 @@ def last_tokens(state: AttentionState, window: int) -> AttentionState:
     )
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal attention over torch's scaled_dot_product_attention; H / G neighbouring queries share keys and values.
 
     Source: Llama 2, arXiv 2307.09288, for the sharing (grouped-query attention, arXiv 2305.13245).
     """
+
+    has_fast_weights = False
 
     def __init__(self, width: int, config: FullAttention) -> None:
         super().__init__()
@@ -40,13 +45,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, width + 2 * self.key_heads * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
+    @classmethod
+    def build(cls, width: int, config: FullAttention, *, epsilon: float, recompute: bool) -> Self:  # type: ignore[override]  # noqa: ARG003
+        """Make the mixer; it has no norms and keeps little for backward."""
+        return cls(width, config)
+
     def initial_state(self, batch_size: int) -> AttentionState:
         """Make an empty cache."""
-        weight = self.qkv.weight
-        # torch.zeros, not new_zeros: a weight that is sharded over devices would make a sharded cache.
-        empty = torch.zeros(batch_size, self.key_heads, 0, self.head_width, dtype=weight.dtype, device=weight.device)
-        documents = torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device)
+        empty = zeros_for(self.qkv.weight, batch_size, self.key_heads, 0, self.head_width)
+        documents = torch.zeros(batch_size, 0, dtype=torch.long, device=empty.device)
         return AttentionState(empty, empty, documents)
+
+    def documents(self, state: AttentionState | BranchedState) -> Int[Tensor, "B S"]:
+        """Document of each cached token."""
+        return state.documents
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of what the heads read."""
+        return [self.out]
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: AttentionState | BranchedState

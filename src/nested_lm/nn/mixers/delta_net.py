@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, W convolution wi
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,10 @@ from torch.nn import functional
 
 from nested_lm.config import baselines
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext
+from nested_lm.nn.mixers.base import Mixer, zeros_for
 from nested_lm.nn.mixers.delta_backend import run_recurrence
 from nested_lm.nn.mixers.linear_attention import matrix_norm
+from nested_lm.nn.part import Normal
 from nested_lm.ops.memory.state import unit
 
 DECAY_SPEED_MAX = 16.0
@@ -32,13 +33,11 @@ class DeltaNetState(NamedTuple):
     tail: Float[Tensor, "B W X"]
 
 
-class _DeltaMixer(nn.Module):
+class _DeltaMixer(Mixer):
     """What both share: projections, convolution, the recurrence and its state.
 
     q, k, v = silu(conv(W x)), q and k of unit length, q divided by sqrt(K); the rate is `rate_max` * sigmoid(W_b x).
     """
-
-    has_constant_state = True
 
     def __init__(
         self,
@@ -65,12 +64,14 @@ class _DeltaMixer(nn.Module):
     def initial_state(self, batch_size: int) -> DeltaNetState:
         """Empty matrices, nothing in the convolution."""
         config, weight = self.config, self.qkv.weight
-        matrix = (batch_size, config.num_heads, config.head_width, self.value_width)
-        tail = (batch_size, config.conv_width - 1, sum(self.channels))
         return DeltaNetState(
-            torch.zeros(matrix, dtype=weight.dtype, device=weight.device),
-            torch.zeros(tail, dtype=weight.dtype, device=weight.device),
+            zeros_for(weight, batch_size, config.num_heads, config.head_width, self.value_width),
+            zeros_for(weight, batch_size, config.conv_width - 1, sum(self.channels)),
         )
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of what the heads read."""
+        return [self.out]
 
     def _read(
         self,
@@ -107,8 +108,8 @@ class _DeltaMixer(nn.Module):
         return self.read_norm(reads).to(x.dtype), DeltaNetState(matrix, tail), stats
 
     @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
-        """Set the convolution; the linear layers have been set by the model."""
+    def initialise(self, normal: Normal) -> None:
+        """Set the convolution."""
         normal(self.conv.weight, 1 / math.sqrt(self.config.conv_width))
 
 
@@ -155,8 +156,8 @@ class GatedDeltaNet(_DeltaMixer):
         return self.out(reads.flatten(2) * functional.silu(self.output_gate(x))), state, stats
 
     @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
-        """Set the convolution and the decay; the linear layers have been set by the model."""
+    def initialise(self, normal: Normal) -> None:
+        """Set the convolution and the decay."""
         super().initialise(normal)
         for drawn in (self.log_speed, self.step_bias):
             normal(drawn, 1.0)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from nested_lm.config.baselines import LinearAttention as Config
 from nested_lm.nn.layers import RMSNorm, StepContext
+from nested_lm.nn.mixers.base import Mixer, zeros_for
 from nested_lm.nn.mixers.delta_backend import run_recurrence
 
 
@@ -21,14 +22,12 @@ class LinearAttentionState(NamedTuple):
     matrix: Float[Tensor, "B H K K"]
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Mixer):
     """out = W_out norm(q S), S the sum of all k v so far; q, k, v = W x.
 
     Source: arXiv 2512.24695 eqs. 14-18. Deviation: reads are normalised a head, because the sum has no bound (as in
     arXiv 2210.10340, which puts a normalisation in the place of the denominator of arXiv 2006.16236).
     """
-
-    has_constant_state = True
 
     def __init__(self, width: int, config: Config, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -41,10 +40,12 @@ class LinearAttention(nn.Module):
 
     def initial_state(self, batch_size: int) -> LinearAttentionState:
         """Empty matrices."""
-        heads, width, weight = self.config.num_heads, self.config.head_width, self.qkv.weight
-        return LinearAttentionState(
-            torch.zeros(batch_size, heads, width, width, dtype=weight.dtype, device=weight.device)
-        )
+        heads, width = self.config.num_heads, self.config.head_width
+        return LinearAttentionState(zeros_for(self.qkv.weight, batch_size, heads, width, width))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of what the heads read."""
+        return [self.out]
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: LinearAttentionState

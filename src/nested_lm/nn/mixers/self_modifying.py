@@ -4,8 +4,7 @@ Shapes: B batch, T tokens, H heads, K head width, E hidden width of a memory, W 
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +13,8 @@ from torch.nn import functional
 
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext, tokens_since_reset
+from nested_lm.nn.mixers.base import Mixer, zeros_for
+from nested_lm.nn.part import Kind, Normal
 from nested_lm.ops.memory import backend as memory_backend
 from nested_lm.ops.memory.state import (
     GateReadout,
@@ -51,7 +52,7 @@ class SelfModifyingState(NamedTuple):
     tail: Float[Tensor, "B W D"]
 
 
-class SelfModifyingTitans(nn.Module):
+class SelfModifyingTitans(Mixer):
     """Mixer of Hope: slow projections, short convolution, self-modifying memories, gated output.
 
     out = W_out(silu(W_gate x) * norm(read)), where `read` comes from the memories in `ops`; their keys, values and
@@ -67,14 +68,13 @@ class SelfModifyingTitans(nn.Module):
     which the paper leaves out, follows Titans (arXiv 2501.00663 section 4.4).
     """
 
-    has_constant_state = True
     takes_rows = True
-    """Whether `StepContext.rows` may fork its state."""
-
-    @property
-    def reads_branches(self) -> bool:
-        """Whether `StepContext.branches` may say how rows branch: where the backend can read them."""
-        return memory_backend.reads_branches(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
+    roles: ClassVar[dict[str, Kind]] = {
+        "start_inner": "memory",
+        "start_outer": "memory",
+        "readout_rate": "matrix",
+        "readout_decay": "matrix",
+    }
 
     def __init__(self, width: int, config: SelfModifying, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -98,25 +98,36 @@ class SelfModifyingTitans(nn.Module):
         self.output_gate = nn.Linear(width, heads * head_width)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
+    @property
+    def reads_branches(self) -> bool:
+        """Where the backend can read them."""
+        return memory_backend.reads_branches(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
+
+    @property
+    def frozen_reach(self) -> int:
+        """Memories that nothing is written to know other tokens by the convolution only."""
+        return self.config.conv_width - 1
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Those that adapt, in the order of the state."""
+        return self.rule.adapt
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of what the heads read."""
+        return [self.out]
+
     def initial_state(self, batch_size: int) -> SelfModifyingState:
         """Fast weights at their learned start, nothing in the convolution."""
-        weight = self.qkv.weight  # torch.zeros, not new_zeros: a sharded weight would make a sharded tail
-        tail = torch.zeros(
-            batch_size, self.config.conv_width - 1, weight.shape[0], dtype=weight.dtype, device=weight.device
-        )
+        tail = zeros_for(self.qkv.weight, batch_size, self.config.conv_width - 1, self.qkv.weight.shape[0])
         has_momentum = bool(self.config.momentum)
         return SelfModifyingState(zero_state(self.start_weights(), batch_size, momentum=has_momentum), tail)
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: SelfModifyingState
     ) -> tuple[Float[Tensor, "B T D"], SelfModifyingState, dict[str, Tensor]]:
-        """Write every token into the memories and read them.
-
-        Raises:
-            ValueError: a document starts inside a chunk.
-        """
+        """Write every token into the memories and read them."""
         config = self.config
-        self._check_resets(context)
         query, key, value, tail = convolved_units(
             self.conv,
             self.qkv(x),
@@ -157,19 +168,6 @@ class SelfModifyingTitans(nn.Module):
             outer = self.start_inner[..., :0]
         return MemoryWeights(self.start_inner, outer)
 
-    def _check_resets(self, context: StepContext) -> None:
-        """Refuse document starts that are not on a border: the memories would go on with another document's writes."""
-        if context.resets is None:
-            return
-        position = context.position + torch.arange(context.resets.shape[1], device=context.resets.device)
-        inside = context.resets & (position % self.rule.alignment != 0)
-        if inside.any():
-            row, token = (int(index) for index in inside.nonzero()[0])
-            raise ValueError(
-                f"row {row} starts a document at token {token} of this call (token {int(position[token])} of the "
-                f"stream), inside a memory chunk of {self.rule.alignment}; start documents at multiples of the chunk"
-            )
-
     @torch.no_grad()
     def _statistics(self, rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
         norms = (current.inner.float().square().sum((-2, -1)) + current.outer.float().square().sum((-2, -1))).sqrt()
@@ -178,11 +176,8 @@ class SelfModifyingTitans(nn.Module):
         return stats | {f"fast_norm/{name}": mean[index] for index, name in enumerate(self.rule.adapt)}
 
     @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
-        """Set what is particular to this mixer; the linear layers have been set by the model.
-
-        normal: draws a tensor from a centred normal distribution of the given standard deviation.
-        """
+    def initialise(self, normal: Normal) -> None:
+        """Set convolution, gates and starts of the memories."""
         config = self.config
         heads = config.num_heads
         self.output_gate.bias.fill_(OPEN)

@@ -9,7 +9,6 @@ every token, and have no position; they are not written into the memory, whose l
 of attention and memory, which the paper describes in words, is silu(norm(y)) * silu(norm(M)).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,11 +20,13 @@ from nested_lm.config.baselines import TitansMAG, TitansMAL, TitansSection
 from nested_lm.nn.layers import RMSNorm, StepContext, rotate
 from nested_lm.nn.mixers.attention import last_tokens
 from nested_lm.nn.mixers.attention_cache import AttentionState
+from nested_lm.nn.mixers.base import Mixer, zeros_for
 from nested_lm.nn.mixers.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nested_lm.nn.mixers.window import Persistent, attend_in_window
+from nested_lm.nn.part import Normal, Part
 
 
-class PersistentAttention(nn.Module):
+class PersistentAttention(Part):
     """Projections and persistent tokens of an attention; who sees whom, the mixer says.
 
     Source: arXiv 2501.00663 eq. 19.
@@ -62,10 +63,12 @@ class PersistentAttention(nn.Module):
 
     def empty_cache(self, batch_size: int) -> AttentionState:
         """No tokens seen."""
-        weight = self.qkv.weight
-        shape = (batch_size, self.num_heads, 0, self.head_width)
-        empty = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        return AttentionState(empty, empty, torch.zeros(batch_size, 0, dtype=torch.long, device=weight.device))
+        empty = zeros_for(self.qkv.weight, batch_size, self.num_heads, 0, self.head_width)
+        return AttentionState(empty, empty, torch.zeros(batch_size, 0, dtype=torch.long, device=empty.device))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """None: the mixer projects what was attended to."""
+        return []
 
     def in_window(
         self, x: Float[Tensor, "B T D"], context: StepContext, cache: AttentionState, window: int
@@ -88,7 +91,7 @@ class PersistentAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2), last_tokens(cache, window)
 
     @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
+    def initialise(self, normal: Normal) -> None:
         """Draw the persistent tokens as large as the normalised tokens they stand beside."""
         if self.tokens is not None:
             normal(self.tokens, 1.0)
@@ -114,17 +117,12 @@ class WindowedTitansState(NamedTuple):
     memory: SelfModifyingState
     cache: AttentionState
 
-    @property
-    def documents(self) -> Int[Tensor, "B S"]:
-        """Document of each cached token."""
-        return self.cache.documents
 
+class _WindowedTitans(Mixer):
+    """What MAG and MAL share: a memory and sliding-window attention.
 
-class _WindowedTitans(nn.Module):
-    """What MAG and MAL share: a memory and sliding-window attention."""
-
-    has_constant_state = True
-    """Once the stream is longer than the window."""
+    The state keeps its size once the stream is longer than the window.
+    """
 
     def __init__(self, width: int, config: TitansMAG | TitansMAL, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -137,8 +135,20 @@ class _WindowedTitans(nn.Module):
         """The memory at its learned start, nothing in the window."""
         return WindowedTitansState(self.memory.initial_state(batch_size), self.attention.empty_cache(batch_size))
 
-    @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Those of the memory."""
+        return self.memory.memories
+
+    def documents(self, state: WindowedTitansState) -> Int[Tensor, "B S"]:
+        """Document of each token in the window."""
+        return state.cache.documents
+
+    def output_projections(self) -> list[nn.Linear]:
+        """Its own, and that of the memory."""
+        return [*self.memory.output_projections(), self.out]
+
+    def initialise(self, normal: Normal) -> None:
         """Set what the memory and the attention have beside linear layers."""
         self.memory.initialise(normal)
         self.attention.initialise(normal)
@@ -157,11 +167,7 @@ class MemoryAsGate(_WindowedTitans):
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: WindowedTitansState
     ) -> tuple[Float[Tensor, "B T D"], WindowedTitansState, dict[str, Tensor]]:
-        """Attend, write and read the memory, multiply.
-
-        Raises:
-            ValueError: a document starts inside a chunk of the memory.
-        """
+        """Attend, write and read the memory, multiply."""
         attended, cache = self.attention.in_window(x, context, state.cache, self.window)
         remembered, memory, stats = self.memory(x, context, state.memory)
         return self.out(self.gate(attended, remembered)), WindowedTitansState(memory, cache), stats
@@ -180,11 +186,7 @@ class MemoryAsLayer(_WindowedTitans):
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: WindowedTitansState
     ) -> tuple[Float[Tensor, "B T D"], WindowedTitansState, dict[str, Tensor]]:
-        """Write and read the memory, attend to what it answered.
-
-        Raises:
-            ValueError: a document starts inside a chunk of the memory.
-        """
+        """Write and read the memory, attend to what it answered."""
         remembered, memory, stats = self.memory(x, context, state.memory)
         attended, cache = self.attention.in_window(self.norm(remembered), context, state.cache, self.window)
         return self.out(attended), WindowedTitansState(memory, cache), stats

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, H attention heads, K attention head width, S tokens o
 M memories, E hidden width of a memory, N heads of the memory, J head width of the memory.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,11 @@ from torch.nn import functional
 
 from nested_lm.config.baselines import TitansMAC
 from nested_lm.nn.layers import RMSNorm, StepContext
+from nested_lm.nn.mixers.base import Mixer
 from nested_lm.nn.mixers.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nested_lm.nn.mixers.titans import Gate, PersistentAttention
 from nested_lm.nn.mixers.window import attend
+from nested_lm.nn.part import Normal
 from nested_lm.ops.memory.recall import recall
 from nested_lm.ops.memory.state import MemoryWeights, reset_rows, unit
 
@@ -48,19 +49,17 @@ class Tokens(NamedTuple):
         return Tokens(*(x[:, :, begin:end] for x in self[:4]), self.lookup[:, begin:end])
 
 
-class MemoryAsContext(nn.Module):
+class MemoryAsContext(Mixer):
     """MAC: recall h = M*(q), attend to [persistent | h | segment], write y, out = W_out(y * M(y)).
 
-    A token sees what it and earlier tokens of its segment recalled, and those tokens themselves.
+    A token sees what it and earlier tokens of its segment recalled, and those tokens themselves. Between segments the
+    state is that of the memory; inside one it holds the segment's keys and values as well.
 
     Source: arXiv 2501.00663 eqs. 21-25. Deviations: a token does not see what later tokens of its segment recalled,
     because that depends on them (the literal concatenation [h | segment] is not causal); for the same reason the last
     read, M_t(y_t), is of the memory after the token's own write, not after the segment's. h has the positions of the
     tokens that recalled it.
     """
-
-    has_constant_state = True
-    """Between segments; inside one it holds the segment's keys and values as well."""
 
     def __init__(self, width: int, config: TitansMAC, *, epsilon: float, recompute: bool) -> None:
         super().__init__()
@@ -85,12 +84,7 @@ class MemoryAsContext(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], context: StepContext, state: MACState
     ) -> tuple[Float[Tensor, "B T D"], MACState, dict[str, Tensor]]:
-        """Read the tokens segment by segment.
-
-        Raises:
-            ValueError: a document starts inside a segment.
-        """
-        self._check_resets(context)
+        """Read the tokens segment by segment."""
         attention = self.attention
         plain, key, value = (attention.heads(part) for part in attention.qkv(x).chunk(3, dim=-1))
         rotated = (attention.rotated(part, context.position) for part in (plain, key))
@@ -118,8 +112,8 @@ class MemoryAsContext(nn.Module):
         self, tokens: Tokens, context: StepContext, state: MACState
     ) -> tuple[Float[Tensor, "B T D"], MACState, dict[str, Tensor]]:
         """Read some tokens of one segment."""
-        found = recall(tokens.lookup, self.memory.start_weights(), state.past, self.memory.gain)
-        recalled = self.recalled(self.recalled_norm(found).flatten(2).to(tokens.value.dtype))  # (B, T, D)
+        recalls = recall(tokens.lookup, self.memory.start_weights(), state.past, self.memory.gain)
+        recalled = self.recalled(self.recalled_norm(recalls).flatten(2).to(tokens.value.dtype))  # (B, T, D)
         key, value = self.attention.keys_and_values(recalled)
         pairs = (
             torch.stack([self.attention.rotated(key, context.position), tokens.key], dim=3),
@@ -136,21 +130,16 @@ class MemoryAsContext(nn.Module):
         remembered, memory, stats = self.memory(attended, context, state.memory)
         return self.gate(attended, remembered), MACState(memory, state.past, keys, values), stats
 
-    def _check_resets(self, context: StepContext) -> None:
-        """Refuse document starts inside a segment, whose tokens would see the document before."""
-        if context.resets is None:
-            return
-        position = context.position + torch.arange(context.resets.shape[1], device=context.resets.device)
-        inside = context.resets & (position % self.segment != 0)
-        if inside.any():
-            row, token = (int(index) for index in inside.nonzero()[0])
-            raise ValueError(
-                f"row {row} starts a document at token {token} of this call (token {int(position[token])} of the "
-                f"stream), inside a segment of {self.segment}; start documents at multiples of the segment"
-            )
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Those of the memory."""
+        return self.memory.memories
 
-    @torch.no_grad()
-    def initialise(self, normal: Callable[[Tensor, float], None]) -> None:
+    def output_projections(self) -> list[nn.Linear]:
+        """Its own, and that of the memory."""
+        return [*self.memory.output_projections(), self.out]
+
+    def initialise(self, normal: Normal) -> None:
         """Set what the memory and the attention have beside linear layers."""
         self.memory.initialise(normal)
         self.attention.initialise(normal)
