@@ -104,7 +104,7 @@ class TestMemoriesInC:
         monkeypatch.setenv("CC", "/nonexistent")
         check = self.found(monkeypatch, tmp_path)
         assert check.state == "absent"
-        assert "no C compiler was found" in check.found
+        assert "$CC is `/nonexistent`, which is no command here" in check.found
         assert "run in torch" in check.found
         assert "gcc" in check.fix
 

@@ -103,7 +103,7 @@ class TestWithoutACompiler:
         assert called == ["torch"]
 
     def test_asked_for_it_is_an_error_with_the_repair(self, no_compiler):
-        with pytest.raises(ConfigError, match=r"no C compiler was found .*gcc\) or name one in \$CC; set .* or torch"):
+        with pytest.raises(ConfigError, match=r"but \$CC is `/nonexistent`, .* use cc; set .*=auto, or torch"):
             hope("cpu")(tokens(2, 9))
 
 

@@ -1,8 +1,10 @@
 """The C of the memories is built once, in a place that can be written to; what is in the way is said."""
 
 import ctypes
+import hashlib
 import os
 import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -47,8 +49,8 @@ def test_the_sources_are_where_they_are_looked_for_and_are_all_that_is_there():
 class TestBuilding:
     def test_happens_once(self, cache, monkeypatch):
         assert works(cpu_library.load(DOUBLE))
-        [built] = cache.iterdir()
-        assert built == cpu_library.library_path(DOUBLE)
+        built = cpu_library.library_path(DOUBLE)
+        assert sorted(cache.iterdir()) == sorted([built, built.with_suffix(".sha256")])
         monkeypatch.setattr(cpu_library, "_compile", lambda *arguments: pytest.fail("compiled again"))
         assert works(cpu_library.load(DOUBLE))
 
@@ -68,7 +70,8 @@ class TestBuilding:
         for builder in builders:
             builder.join()
         assert found == [True] * 3
-        assert list(cache.iterdir()) == [cpu_library.library_path(DOUBLE)]
+        built = cpu_library.library_path(DOUBLE)
+        assert sorted(cache.iterdir()) == sorted([built, built.with_suffix(".sha256")])
 
     def test_again_when_a_source_a_flag_or_the_compiler_changes(self, cache, monkeypatch, tmp_path):
         paths = {cpu_library.library_path(DOUBLE), cpu_library.library_path(torch.float32)}
@@ -89,11 +92,33 @@ class TestBuilding:
         paths.add(cpu_library.library_path(DOUBLE))
         assert len(paths) == 6
 
-    def test_a_damaged_library_is_built_again(self, cache):
+    @pytest.mark.parametrize(
+        "damage", ["empty", "cut", "flipped", "no digest", "another digest", "open to others", "link"]
+    )
+    def test_a_damaged_library_is_built_again(self, cache, damage, tmp_path):
+        """Unnoticed, a file that is cut ends the process with `Bus error`, and a flipped bit changes numbers."""
         path = cpu_library.library_path(DOUBLE)
-        path.write_bytes(b"")
+        cpu_library._compile(path, "double")
+        whole, digest = path.read_bytes(), path.with_suffix(".sha256")
+        assert cpu_library._is_intact(path)
+        if damage == "no digest":
+            digest.unlink()
+        elif damage == "another digest":
+            digest.write_bytes(b"\xff" * 64)
+        elif damage == "open to others":
+            path.chmod(0o777)
+        elif damage == "link":
+            path.rename(tmp_path / "elsewhere.so")
+            path.symlink_to(tmp_path / "elsewhere.so")
+        else:
+            middle = len(whole) // 2
+            flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+            path.unlink()
+            path.write_bytes({"empty": b"", "cut": whole[:middle], "flipped": flipped}[damage])
+        assert not cpu_library._is_intact(path)
         assert works(cpu_library.load(DOUBLE))
-        assert path.stat().st_size > 0
+        assert path.read_bytes() == whole
+        assert cpu_library._is_intact(path)
 
     def test_what_the_compiler_refuses_is_said_and_leaves_nothing(self, cache, monkeypatch, tmp_path):
         (tmp_path / "sources").mkdir()
@@ -105,25 +130,41 @@ class TestBuilding:
         assert list(cache.iterdir()) == []
 
 
+PLANTED = "__attribute__((constructor)) static void planted(void) { __builtin_trap(); }\n"
+"""C of a library that ends the process that loads it."""
+
+
 @needs_compiler
 class TestTheCache:
-    """Where the user's cannot be written to, the temporary folder serves, in a folder of the user's own."""
+    """Where the user's cannot be trusted or written to, the temporary folder serves, in a folder of the user's own."""
 
     @pytest.fixture
     def temporary(self, cache, monkeypatch, tmp_path):
         (tmp_path / "temporary").mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+        fresh = cpu_library._folder_of_this_process.__wrapped__
+        monkeypatch.setattr(cpu_library, "_folder_of_this_process", fresh)
         return tmp_path / "temporary" / f"nested-lm-{os.getuid()}"
+
+    @staticmethod
+    def plant(folder):
+        """Put a library that must not be loaded, with its digest, where the real one would be."""
+        folder.mkdir(exist_ok=True)
+        path = folder / cpu_library.library_path(DOUBLE).name
+        (folder / "planted.c").write_text(PLANTED)
+        subprocess.run([*cpu_library.compiler(), "-shared", "-fPIC", "-o", path, folder / "planted.c"], check=True)
+        path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
     def test_that_cannot_be_made(self, temporary, monkeypatch, tmp_path):
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         assert works(cpu_library.load(DOUBLE))
-        assert [path.parent for path in temporary.iterdir()] == [temporary]
+        assert {path.parent for path in temporary.iterdir()} == {temporary}
         assert temporary.stat().st_mode & 0o777 == 0o700
 
-    def test_that_is_read_only(self, temporary, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write everywhere
+    def test_that_is_read_only(self, temporary, cache, monkeypatch):
+        able = os.access  # root may write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: path != cache and able(path, mode))
         assert cpu_library.library_path(DOUBLE).parent == temporary
 
     def test_of_a_user_without_a_home(self, temporary, monkeypatch):
@@ -134,13 +175,37 @@ class TestTheCache:
         monkeypatch.setattr(Path, "home", homeless)
         assert cpu_library.library_path(DOUBLE).parent == temporary
 
-    def test_of_somebody_else_is_not_trusted(self, temporary, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-        temporary.mkdir()
-        owner = os.getuid()
-        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-        temporary.rename(temporary.with_name(f"nested-lm-{owner + 1}"))
-        assert "belongs to somebody else" in cpu_library.reason_missing()
+    @pytest.mark.parametrize("mode", [0o777, 0o770, 0o707, 0o1777])
+    def test_that_others_may_write_to_is_not_trusted(self, temporary, cache, mode):
+        self.plant(cache)
+        cache.chmod(mode)
+        assert cpu_library.cache_folder() == temporary
+        assert works(cpu_library.load(DOUBLE))
+
+    def test_in_a_folder_that_all_may_write_to_is_not_trusted(self, temporary, cache, tmp_path):
+        self.plant(cache)
+        tmp_path.chmod(0o777)
+        assert cpu_library.cache_folder() not in (cache, temporary)  # both could be led elsewhere
+
+    def test_that_is_a_link_is_not_trusted(self, temporary, cache, tmp_path):
+        self.plant(tmp_path / "foreign")
+        cache.rmdir()
+        cache.symlink_to(tmp_path / "foreign")
+        assert cpu_library.cache_folder() == temporary
+        temporary.rmdir()
+        temporary.symlink_to(tmp_path / "foreign")
+        folder = cpu_library.cache_folder()
+        assert folder.parent == temporary.parent
+        assert not folder.is_symlink()
+        assert folder != temporary
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+    def test_of_somebody_else_is_not_trusted(self, temporary, cache, monkeypatch):
+        self.plant(cache)
+        other = os.getuid() + 1
+        self.plant(temporary.with_name(f"nested-lm-{other}"))
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        assert cpu_library.cache_folder().name not in (cache.name, f"nested-lm-{other}")
 
     def test_is_below_the_home_by_default(self, cache, monkeypatch, tmp_path):
         monkeypatch.delenv("XDG_CACHE_HOME")
@@ -149,18 +214,33 @@ class TestTheCache:
 
 
 class TestACompilerThatIsMissing:
-    @pytest.mark.parametrize("command", ["/nonexistent", ""])
-    def test_is_said(self, cache, monkeypatch, command):
+    @pytest.mark.parametrize("command", ["/nonexistent", 'gcc "', " ", "a b c", "-O3", "/"])
+    def test_is_said_with_what_was_asked_for(self, cache, monkeypatch, command):
         monkeypatch.setenv("CC", command)
-        reason = (
-            "no C compiler was found (looked for $CC, then cc); install one (apt-get install gcc) or name one in $CC"
-        )
-        assert cpu_library.reason_missing() == reason
+        reason = cpu_library.reason_missing()
+        assert reason.startswith(f"$CC is `{command}`, which is no command here; name a C compiler in it")
+
+    def test_is_said_where_none_was_named(self, cache, monkeypatch):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr("shutil.which", lambda command: None)
+        assert cpu_library.reason_missing().startswith("no C compiler was found: there is no `cc`; install one")
+
+    def test_an_empty_name_is_none(self, cache, monkeypatch):
+        monkeypatch.setenv("CC", "")
+        assert cpu_library.compiler() in (["cc"], None)
 
     def test_is_part_of_what_a_measurement_says_of_its_machine(self, cache, monkeypatch):
         monkeypatch.setenv("CC", "/nonexistent")
-        assert cpu_library.describe().startswith("in torch: no C compiler was found")
+        assert cpu_library.describe().startswith("in torch: $CC is `/nonexistent`")
 
-    def test_so_is_one_that_is_none(self, cache, monkeypatch):
-        monkeypatch.setenv("CC", "false")
-        assert cpu_library.reason_missing().startswith("`false` could not build the C library: ")
+    @pytest.mark.parametrize("command", ["false", "true", "echo"])
+    def test_so_is_one_that_is_none(self, cache, monkeypatch, command):
+        monkeypatch.setenv("CC", command)
+        assert cpu_library.reason_missing().startswith(f"`{command}` could not build the C library: ")
+
+    def test_so_is_one_that_never_ends(self, cache, monkeypatch, tmp_path):
+        (tmp_path / "slow").write_text("#!/bin/sh\nexec sleep 60\n")
+        (tmp_path / "slow").chmod(0o700)
+        monkeypatch.setenv("CC", str(tmp_path / "slow"))
+        monkeypatch.setattr(cpu_library, "TIMEOUT", 0.2)
+        assert re.search(r"could not build the C library: .* timed out after 0.2 seconds", cpu_library.reason_missing())

@@ -1,10 +1,15 @@
 """Compiling the C of `ops/cpu` for this machine, once, and loading it.
 
-The compiler is `$CC`, or `cc`. Libraries are kept in `$XDG_CACHE_HOME/nested-lm` (or `~/.cache`; or the temporary
-folder where that cannot be written to), by a hash of source, compiler and processor, so that a home directory shared by
-several machines holds one for each.
+The compiler is `$CC`, or `cc`. Libraries are kept in `$XDG_CACHE_HOME/nested-lm` (or `~/.cache/nested-lm`), by a hash
+of source, compiler and processor, so that a home directory shared by several machines holds one for each.
+
+What is loaded is run. So a folder is used only where nobody else can put files, and else a folder of the temporary
+folder, or a fresh one for this process. The digest of each library stands beside it, and one that does not match, or
+that is not the user's own file, is built again.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +33,19 @@ C_TYPES = {torch.float32: "float", torch.float64: "double"}
 """Number types there is a library for."""
 
 
+FUNCTIONS = ("forward", "backward", "saved_numbers", "front", "front_backward")
+"""What the library exports."""
+
+TIMEOUT = 600
+"""Seconds a compiler may take."""
+
+
 def compiler() -> list[str] | None:
     """Command of the C compiler; None when there is none."""
-    command = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        command = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError:  # a quotation mark without its other half
+        return None
     return command if command and shutil.which(command[0]) else None
 
 
@@ -38,7 +54,11 @@ def reason_missing() -> str | None:
     """Why the library cannot be used here; None when it can. Compiles it when that has not been done yet."""
     command = compiler()
     if command is None:
-        return "no C compiler was found (looked for $CC, then cc); install one (apt-get install gcc) or name one in $CC"
+        if os.environ.get("CC"):
+            return (
+                f"$CC is `{os.environ['CC']}`, which is no command here; name a C compiler in it, or unset it to use cc"
+            )
+        return "no C compiler was found: there is no `cc`; install one (apt-get install gcc) or name one in $CC"
     try:
         for dtype in C_TYPES:
             load(dtype)
@@ -67,11 +87,17 @@ def compiler_version() -> str:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be asked.
     """
-    return _version(compiler() or []).splitlines()[0].strip()
+    lines = _run([*(compiler() or []), "--version"]).splitlines()
+    return lines[0].strip() if lines else "of no known version"
 
 
-def _version(command: list[str]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+def _run(command: list[str]) -> str:
+    """What a command prints. Raises what is said of `compiler_version`, with the command's errors as text."""
+    done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+    printed, errors = (part.decode(errors="replace") for part in (done.stdout, done.stderr))
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, printed, errors)
+    return printed
 
 
 @functools.cache
@@ -82,11 +108,13 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be compiled, stored or loaded.
     """
     path = library_path(dtype)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # not there, or damaged
+    if not _is_intact(path):
         _compile(path, C_TYPES[dtype])
-        return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    missing = [name for name in FUNCTIONS if not hasattr(library, name)]
+    if missing:
+        raise OSError(f"what it built lacks {', '.join(missing)}")
+    return library
 
 
 def library_path(dtype: torch.dtype) -> Path:
@@ -99,29 +127,65 @@ def library_path(dtype: torch.dtype) -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of the libraries, made where it is missing.
+    """Folder of the libraries, made where it is missing: the user's cache, or one that is private.
 
     Raises:
-        OSError: neither the user's cache nor the temporary folder can be written to.
+        OSError: there is no place that can be written to.
     """
-    try:
-        home = os.environ.get("XDG_CACHE_HOME")
+    home = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(OSError, RuntimeError):  # a home that cannot be written to, or none at all
         folder = (Path(home) if home else Path.home() / ".cache") / "nested-lm"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if _is_private(folder):
             return folder
-    except (OSError, RuntimeError):  # a home that cannot be written to, or none at all
-        pass
     folder = Path(tempfile.gettempdir()) / f"nested-lm-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to somebody else")
+    return folder if _is_private(folder) else _folder_of_this_process()
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether the user alone can change what a folder holds. Makes it where it is missing.
+
+    Refused are symbolic links, folders of other users, those that others may write to, and those on a way that another
+    user can lead elsewhere.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    own = folder.lstat()
+    if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.getuid() or own.st_mode & 0o022:
+        return False
+    for parent in {*folder.absolute().parents, *folder.resolve().parents}:
+        mode = parent.stat().st_mode
+        open_to_all = mode & stat.S_IWOTH and not mode & stat.S_ISVTX
+        if open_to_all or not {parent.stat().st_uid, parent.lstat().st_uid} <= {0, os.getuid()}:
+            return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _folder_of_this_process() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="nested-lm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a library is there, is the user's own file, and has the digest that was written beside it."""
+    try:
+        own = path.lstat()
+        if not stat.S_ISREG(own.st_mode) or own.st_uid != os.getuid() or own.st_mode & 0o022:
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == _digest_of(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _fingerprint() -> str:
     command = compiler() or []
-    digest = hashlib.sha256("\0".join((*FLAGS, *command, _version(command), _processor())).encode())
+    digest = hashlib.sha256("\0".join((*FLAGS, *command, _run([*command, "--version"]), _processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -137,14 +201,13 @@ def _processor() -> str:
 
 def _compile(path: Path, c_type: str) -> None:
     """Compile beside the target and rename, so that processes that build at the same time do no harm."""
-    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    command = [*(compiler() or []), *FLAGS, f"-DREAL={c_type}", "-o", name, str(SOURCES / "memory.c"), "-lm"]
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        _run([*(compiler() or []), *FLAGS, f"-DREAL={c_type}", "-o", str(built), str(SOURCES / "memory.c"), "-lm"])
+        built.chmod(0o700)
+        _digest_of(built).write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n", encoding="ascii")
+        for part in (built, _digest_of(built)):
+            part.replace(path.parent / part.name)
 
 
 def point(call: ctypes.Structure, tensors: dict[str, torch.Tensor | None]) -> None:
