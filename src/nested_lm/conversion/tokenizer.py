@@ -51,12 +51,6 @@ def convert_tokenizer(source: Source, config: LlamaConfig, target: Path) -> Text
         loaded = TextTokenizer.load(target)
     except DataError as error:
         raise CheckpointError(f"{path} cannot be used here: {error}") from error
-    for name, token in ((start, loaded.start_of_text), (end, loaded.end_of_text)):
-        if token in loaded.encode(name):
-            raise CheckpointError(
-                f"{path}: a text that spells {name!r} is encoded as token {token}, which starts or ends a document; "
-                "mark it as a special token in added_tokens"
-            )
     assert (loaded.start_of_text, loaded.end_of_text) == config.boundary
     return loaded
 

@@ -225,7 +225,8 @@ def _write_shards(this: _Build, inventory: Inventory, tokenizer: TextTokenizer) 
     batch: list[tuple[Entry, str]] = []
 
     def tokenise_batch() -> None:
-        encoded = tokenizer.encode_many([text for _, text in batch])
+        names = [f"{this.corpus.description}: document {entry.id!r}: the tokenizer" for entry, _ in batch]
+        encoded = tokenizer.encode_many([text for _, text in batch], names=names)
         for (entry, _), tokens in zip(batch, encoded, strict=True):
             writers[entry.split].add(ranks[entry.place], tokens)
         batch.clear()

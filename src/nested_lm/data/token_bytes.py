@@ -2,8 +2,8 @@
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
+from nested_lm.data.lossless import token_spellings
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError
 
@@ -14,12 +14,10 @@ def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
     Raises:
         DataError: the sums over the documents are not their sizes, so the tokenizer is not byte-level.
     """
-    tokenizer = Tokenizer.from_file(str(dataset.folder / "tokenizer.json"))
-    alphabet = set(ByteLevel.alphabet())  # one character a byte
+    spellings = token_spellings(Tokenizer.from_file(str(dataset.folder / "tokenizer.json")))
     lengths = np.zeros(dataset.vocab_size, dtype=np.int64)
-    for index in range(dataset.vocab_size):
-        text = tokenizer.id_to_token(index) or ""
-        lengths[index] = len(text) if alphabet.issuperset(text) else len(text.encode())
+    if spellings is not None:
+        lengths[:] = [len(spelling) for spelling in spellings]
     lengths[list(dataset.boundary)] = 0
     for index, row in enumerate(dataset.documents):
         found = int(lengths[dataset.tokens(index)].sum())
