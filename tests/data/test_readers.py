@@ -1,8 +1,10 @@
 """Every way a source can be wrong: one error naming file and place, or a counted skip."""
 
 import datetime
+import errno
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 
@@ -93,9 +95,12 @@ class TestBadDocuments:
         ("not_utf8", b'{"text": "ros\xe9"}', "0xe9"),
         ("broken_json", b'{"text": "cut", ', "property name"),
         ("broken_json", b'["text"]', "found list"),
-        ("no_text", b'{"body": "x"}', "fields: body"),
+        ("no_text", b'{"body": "x"}', "fields: 'body'"),
         ("no_text", b'{"text": null}', "'text'"),
         ("not_text", b'{"text": 7}', "type int"),
+        ("broken_json", b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "4300 digits"),
+        ("broken_json", b"[" * 20_000, "recursion"),
+        ("no_text", b'{"\\ud800": 1, "' + b"x" * 9 + b'": 2}', "xx', '\\ud800'"),
         ("not_unicode", b'{"text": "\\ud800"}', "lone surrogate"),
         ("empty", b'{"text": " \\n "}', "empty"),
         ("too_large", b'{"text": "' + b"x" * 101 + b'"}', "max_document_bytes is 100"),
@@ -160,26 +165,141 @@ class TestDamagedFiles:
         path = tmp_path / f"rows.jsonl.{ending}"
         path.write_bytes(packed[: len(packed) // 2])
         message = refused(path, on_bad_document="skip")
-        assert message.startswith(f"{path} is damaged after line ")
+        assert message.startswith(f"{path} is cut short after line ")
 
     @pytest.mark.parametrize("ending", ["gz", "zst"])
     def test_not_compressed_at_all(self, tmp_path, ending):
         path = tmp_path / f"rows.jsonl.{ending}"
         path.write_bytes(as_lines(rows(2)))
-        assert "is damaged after line 0" in refused(path)
+        assert "cannot be read after line 0" in refused(path)
+
+    @pytest.mark.parametrize("ending", ["gz", "zst"])
+    def test_a_compressed_file_of_no_bytes(self, tmp_path, ending):
+        path = tmp_path / f"rows.jsonl.{ending}"
+        path.write_bytes(b"")
+        assert f"{path} is cut short after line 0: it has no bytes" in refused(path, on_bad_document="skip")
+
+    @pytest.mark.parametrize("ending", ["gz", "zst"])
+    def test_damage_in_the_middle_is_not_called_cut_short(self, tmp_path, ending):
+        content = as_lines({"text": f"{index} {index**9}"} for index in range(20_000))
+        packed = bytearray(gzip.compress(content) if ending == "gz" else zstandard.compress(content))
+        packed[len(packed) // 2 : len(packed) // 2 + 64] = b"\xff" * 64
+        path = tmp_path / f"rows.jsonl.{ending}"
+        path.write_bytes(packed)
+        message = refused(path)
+        assert "cut short" not in message
+        assert f"{path}" in message
 
     def test_truncated_parquet(self, tmp_path):
         path = tmp_path / "rows.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000]}), path)
         path.write_bytes(path.read_bytes()[:-20])
-        assert "is damaged after row 0" in refused(path)
+        assert "cannot be read after row 0" in refused(path)
 
     def test_parquet_without_the_column(self, tmp_path):
         path = tmp_path / "rows.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), path)
         message = refused(path)
         assert "no column 'text'" in message
-        assert "columns: body, id" in message
+        assert "columns: 'body', 'id'" in message
+
+    def test_parquet_with_the_column_twice(self, tmp_path):
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+        assert "has 2 columns 'text'" in refused(path, on_bad_document="skip")
+
+
+class TestParquetTimes:
+    def days(self, tmp_path, array) -> list:
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * len(array), "day": array}), path)
+        return [getattr(item, "date", None) or item.reason for item in read(path, date_field="day")]
+
+    @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+    def test_every_unit(self, tmp_path, unit):
+        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+        seconds = [-5_000_000_000, -1, 0, 4_000_000_000]
+        array = pyarrow.array([second * per_second for second in seconds], pyarrow.timestamp(unit))
+        assert self.days(tmp_path, array) == ["1811-07-23", "1969-12-31", "1970-01-01", "2096-10-02"]
+
+    def test_nanoseconds_that_python_cannot_hold(self, tmp_path):
+        assert self.days(tmp_path, pyarrow.array([1, -1], pyarrow.timestamp("ns"))) == ["1970-01-01", "1969-12-31"]
+
+    def test_days_of_their_own_zone(self, tmp_path):
+        array = pyarrow.array([23 * 3600], pyarrow.timestamp("s", tz="Europe/Berlin"))
+        assert self.days(tmp_path, array) == ["1970-01-02"]
+
+    def test_out_of_range_null_and_unknown_zones_are_skips(self, tmp_path):
+        array = pyarrow.array([400_000_000_000, None, 0], pyarrow.timestamp("s"))
+        assert self.days(tmp_path, array) == ["bad_date", "no_date", "1970-01-01"]
+        assert self.days(tmp_path, pyarrow.array([0], pyarrow.timestamp("s", tz="Moon/Base"))) == ["bad_date"]
+        assert self.days(tmp_path, pyarrow.array([10_000_000], pyarrow.date32())) == ["bad_date"]
+
+
+class TestScan:
+    """What a scan cannot look into is an error that names it, or counted."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        folder = tmp_path / "in"
+        folder.mkdir()
+        (folder / "a.txt").write_text("one")
+        return folder
+
+    def counted(self, folder) -> Counter:
+        source = FolderSource(kind="folder", path=str(folder), on_bad_document="skip")
+        corpus = open_corpus(source, folder.parent / "absent" / "d.json")
+        assert [document.text for _, document in corpus.documents()] == ["one"]
+        return Counter(corpus.unseen)
+
+    def test_links_to_folders_and_files_are_read(self, folder, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "b.txt").write_text("two")
+        (folder / "sub").symlink_to(tmp_path / "elsewhere")
+        (folder / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+        assert [item.id for item in read(folder)] == ["a.txt", "c.txt", "sub/b.txt"]
+
+    def test_a_broken_link(self, folder):
+        (folder / "d.jsonl").symlink_to("/gone/d.jsonl")
+        message = refused(folder)
+        assert f"'{folder}/d.jsonl': broken link: No such file" in message
+        assert "on_bad_document=skip" in message
+        assert self.counted(folder) == {"broken_link": 1}
+
+    def test_a_circle_of_links(self, folder):
+        (folder / "deep").mkdir()
+        (folder / "deep" / "up").symlink_to(folder)
+        assert "deep/up': link in a circle" in refused(folder)
+        assert self.counted(folder) == {"link_in_a_circle": 1}
+
+    def test_a_folder_without_permission(self, folder, monkeypatch):
+        (folder / "locked").mkdir()
+        real = os.scandir
+
+        def scandir(path):
+            if path.name == "locked":  # root reads every folder, so that a mode would not do
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        assert "locked': unreadable folder: Permission denied" in refused(folder)
+        assert self.counted(folder) == {"unreadable_folder": 1}
+
+    def test_a_pipe_and_a_name_that_is_not_utf8(self, folder):
+        os.mkfifo(folder / "p.txt")
+        (folder / os.fsdecode(b"caf\xe9.txt")).write_text("two")
+        message = refused(folder)
+        assert "p.txt': no regular file" in message
+        assert "caf\\udce9.txt': name not utf8" in message
+        assert self.counted(folder) == {"no_regular_file": 1, "name_not_utf8": 1}
+
+    def test_hidden_files_and_folders_are_left_out_and_counted(self, folder, tmp_path):
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints" / "note.txt").write_text("old")
+        (folder / ".b.txt").write_text("hidden")
+        assert len(read(folder)) == 1
+        source = FolderSource(kind="folder", path=str(folder))
+        assert open_corpus(source, tmp_path / "absent" / "d.json").hidden == 2
 
 
 class TestMissing:
@@ -197,7 +317,7 @@ class TestMissing:
 
     def test_file_of_another_kind(self, tmp_path):
         (tmp_path / "a.pdf").write_bytes(b"x")
-        assert "Its ending is none of" in refused(tmp_path / "a.pdf")
+        assert "no file that ends in one of" in refused(tmp_path / "a.pdf")
 
     @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
     def test_missing_package_names_the_extra(self, tmp_path, monkeypatch, name, package):

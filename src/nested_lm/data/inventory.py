@@ -83,7 +83,7 @@ def take_inventory(corpus: Corpus, config: DataConfig) -> Inventory:
 
     Raises: DataError when a document is bad and may not be skipped, or a split with a share gets no document.
     """
-    skipped: Counter[str] = Counter()
+    skipped: Counter[str] = Counter(corpus.unseen)
     duplicates = ExactDuplicates()
     entries = []
     for place, document in corpus.documents(skipped):

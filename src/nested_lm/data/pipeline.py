@@ -174,7 +174,7 @@ def _inventory(this: _Build) -> Inventory:
     this.report(
         f"{this.corpus.description}: {len(inventory.entries)} documents, {size:,} bytes; "
         f"{inventory.duplicates_removed} duplicates removed; skipped: {skipped}; "
-        f"{this.corpus.ignored} files of other kinds ignored"
+        f"{this.corpus.ignored} files of other kinds and {this.corpus.hidden} hidden files and folders left out"
     )
     return inventory
 

@@ -3,17 +3,18 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from nested_lm.config.data import EmbeddedSource, FileSource, FolderSource, HubSource, Source
+from nested_lm.config.data import EmbeddedSource, FileSource, HubSource, Source
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.document import BadDocument, Document
 from nested_lm.data.hub import fetch
-from nested_lm.data.readers import SUFFIXES, Item, read_file
+from nested_lm.data.readers import Item, read_file
+from nested_lm.data.scan import Scan, scan
 from nested_lm.errors import DataError
 from nested_lm.storage.atomic import write_atomically
 
@@ -25,6 +26,7 @@ class Corpus:
     """A source that is ready to be read, any number of times, always in the same order.
 
     digest: changes when any byte that is read changes. ignored: files whose ending no reader knows.
+    hidden: files and folders whose name starts with a dot. unseen: what could not be looked into, by reason.
     """
 
     description: str
@@ -33,6 +35,8 @@ class Corpus:
     ignored: int
     on_bad_document: str
     read: Callable[[], Iterator[Item]]
+    hidden: int = 0
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[tuple[int, Document]]:
         """Usable documents, each with its place in the source.
@@ -69,38 +73,21 @@ def open_corpus(source: Source, digests: Path) -> Corpus:
             read=lambda: read_documents(corpus),
         )
     if isinstance(source, HubSource):
-        files, ignored = fetch(source), 0
+        found = Scan(fetch(source))
         described = f"{source.repository} at {source.revision}"
     else:
-        files, ignored = _find(source)
+        found = scan(source)
         described = source.path
     return Corpus(
-        description=f"{described} ({len(files)} files)",
+        description=f"{described} ({len(found.files)} files)",
         licence=source.licence,
-        digest=_digest(files, digests),
-        ignored=ignored,
+        digest=_digest(found.files, digests),
+        ignored=found.ignored,
+        hidden=found.hidden,
+        unseen=Counter(reason for _, reason, _ in found.unseen),
         on_bad_document=source.on_bad_document,
-        read=lambda: _read_all(files, source),
+        read=lambda: _read_all(found.files, source),
     )
-
-
-def _find(source: FolderSource) -> tuple[dict[str, Path], int]:
-    root = Path(source.path)
-    known = ", ".join(SUFFIXES)
-    if not root.exists():
-        raise DataError(f"source.path {root} does not exist\n  Name a folder, or one file ({known}).")
-    if root.is_file():
-        if not root.name.endswith(SUFFIXES):
-            raise DataError(f"source.path {root} cannot be read\n  Its ending is none of {known}.")
-        return {root.name: root}, 0
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = {path.relative_to(root).as_posix(): path for path in paths if path.name.endswith(SUFFIXES)}
-    if not files:
-        raise DataError(
-            f"source.path {root} holds no text: {len(paths)} files, none of them ending in {known}\n"
-            "  Name another folder, or convert the files."
-        )
-    return dict(sorted(files.items())), len(paths) - len(files)
 
 
 def _read_all(files: dict[str, Path], source: FileSource) -> Iterator[Item]:
