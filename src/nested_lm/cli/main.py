@@ -89,6 +89,18 @@ def presets(
 
 @app.command()
 @reports_errors
+def explain(
+    field: Annotated[str, typer.Argument(metavar="FIELD", help="Dotted, as train.schedule or campaign.runner.")],
+) -> None:
+    """Say what a setting means, what it may hold, and what stands below it."""
+    from nested_lm.config.meanings import explain_field
+
+    for line in explain_field(field):
+        typer.echo(line)
+
+
+@app.command()
+@reports_errors
 def data(preset: DataPreset, overrides: DataOverrides = None) -> None:
     """Build a data set: text to tokenizer, splits and token shards. Continues where it stopped."""
     from nested_lm.config.load import load_data

@@ -58,9 +58,9 @@ class Variant(Section):
 class AblationConfig(Section):
     """A base preset and its variants by name. A variant set to null is left out of the grid."""
 
-    title: Annotated[str, Field(min_length=1)]
+    title: Annotated[str, Field(min_length=1)]  # headline of its table
     base: Annotated[str, Field(min_length=1)]  # run preset
-    variants: dict[Name, Variant | None]
+    variants: dict[Name, Variant | None]  # one factor each
 
     @model_validator(mode="after")
     def _there_are_variants(self) -> "AblationConfig":

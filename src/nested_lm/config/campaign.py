@@ -19,20 +19,20 @@ class DataStep(Section):
     """Build a data set."""
 
     kind: Literal["data"]
-    id: Name
+    id: Name  # name of the step in the campaign
     config: str  # preset name below configs/, or a path to a YAML file
-    after: Names = ()
-    overrides: Overrides = ()
+    after: Names = ()  # steps that must be over before
+    overrides: Overrides = ()  # changes to the preset
 
 
 class TrainStep(Section):
     """Train one run."""
 
     kind: Literal["train"]
-    id: Name
+    id: Name  # name of the step in the campaign
     config: str
-    after: Names = ()
-    overrides: Overrides = ()
+    after: Names = ()  # steps that must be over before
+    overrides: Overrides = ()  # changes to the preset
 
 
 class EvalStep(Section):
@@ -44,10 +44,10 @@ class EvalStep(Section):
     """
 
     kind: Literal["eval"]
-    id: Name
+    id: Name  # name of the step in the campaign
     run: Name  # id of a train step
     settings: str | None = None  # evaluation preset; null: the section `eval` of the run's own preset
-    after: Names = ()
+    after: Names = ()  # steps that must be over before
     overrides: Overrides = ()  # of the settings
     suite: Literal["run", "zeroshot", "niah", "babilong", "books", "continual"] = "run"
     options: Overrides = ()  # of a suite's verb, such as --tasks=s1,mk1
@@ -77,12 +77,12 @@ class GridStep(Section):
     """Train and evaluate the arms of an ablation grid, each with every seed."""
 
     kind: Literal["grid"]
-    id: Name
+    id: Name  # name of the step in the campaign
     ablations: str  # preset such as ablations/phase2_nano
     evaluation: str  # preset of the measurements, such as eval/ablations
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
     only: Names | None = None  # variants to take besides the base; null: all
-    after: Names = ()
+    after: Names = ()  # steps that must be over before
     overrides: Overrides = ()  # of every run
 
     @model_validator(mode="after")
@@ -96,8 +96,8 @@ class ReportStep(Section):
     """Render tables and figures from the runs so far."""
 
     kind: Literal["report"]
-    id: Name
-    after: Names = ()
+    id: Name  # name of the step in the campaign
+    after: Names = ()  # steps that must be over before
 
 
 Step = Annotated[DataStep | TrainStep | EvalStep | GridStep | ReportStep, Field(discriminator="kind")]
@@ -120,7 +120,7 @@ class Torchrun(Section):
     """Trainings are shared by processes that torchrun starts on this machine; other steps are single processes."""
 
     kind: Literal["torchrun"]
-    processes: Annotated[int, Field(ge=2)]
+    processes: Annotated[int, Field(ge=2)]  # that share one training, on this machine
 
     @property
     def parallel(self) -> int:
@@ -142,10 +142,10 @@ class Slurm(Section):
     timeout_minutes: Count  # of a job; when it ends the step saves and the job is queued again
     cpus: Count = 8  # of a job
     gpus: Annotated[int, Field(ge=0)] = 0  # of a job
-    memory_gb: Count | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    memory_gb: Count | None = None  # of a job
+    partition: str | None = None  # Slurm's partition
+    account: str | None = None  # Slurm's account
+    qos: str | None = None  # Slurm's quality of service
 
 
 class Ray(Section):
@@ -155,7 +155,7 @@ class Ray(Section):
     parallel: Count = 1  # tasks at a time, also those that wait for a node
     address: str | None = None  # host:port of a cluster; auto: the one this machine is in; null: a Ray of our own here
     processes: Count = 1  # that share one training, started by torchrun
-    cpus_per_step: Count = 1
+    cpus_per_step: Count = 1  # of a task
     gpus_per_step: Annotated[float, Field(ge=0)] = 0  # a share of one lets several steps use it
 
 
@@ -177,12 +177,12 @@ class CampaignConfig(Section):
     variables: values that steps name as ${variables.NAME}, null where only the user knows them.
     """
 
-    name: Name
-    title: str
-    output_dir: str
+    name: Name  # folder name of its evidence
+    title: str  # headline of its report
+    output_dir: str  # folder of the campaign
     variables: dict[Name, Variable | None] = Field(default_factory=dict)
-    steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]
-    runner: Runner = Local(kind="local")
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]  # what is done, as a graph
+    runner: Runner = Local(kind="local")  # what starts the steps
     speed: Speed | None = None  # null: a dry run gives no hours
 
     def left_out(self) -> dict[str, str]:

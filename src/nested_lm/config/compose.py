@@ -319,13 +319,16 @@ def readable_errors(preset: Preset) -> Iterator[None]:
         for file in sorted({file for folder in preset.folders for file in folder.rglob("*.yaml")}):
             read_yaml_node(file)
         raise ConfigError(f"{subject} or a file it names is not UTF-8; save it as UTF-8 text") from error
-    except ValueError as error:  # Hydra's, for a group that is set to a number
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra meets malformed files with whatever its internals raise
         raise _refused(preset, error) from error
 
 
 def _refused(preset: Preset, error: Exception) -> ConfigError:
     subject = shown(preset.file)
-    reasons = [str(error)] + ([str(error.__cause__)] if error.__cause__ is not None else [])
+    reasons = [str(error) or f"Hydra cannot compose it ({type(error).__name__})"]
+    reasons += [str(error.__cause__)] if error.__cause__ is not None else []
     text = "; ".join(line.strip() for reason in reasons for line in reason.splitlines() if line.strip())
     text = text.replace(" ++", " ")  # our prefix, not the user's
     issue = Issue(subject, "", text, "", "correct the override or the defaults list it names")

@@ -63,8 +63,9 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
             if len(members) == 1:
                 annotation = members[0]
                 continue
-            variants = {_tag(member): member for member in members}
-            return Kind(annotation, variants, optional, notes)
+            tagged = all(isinstance(member, type) and issubclass(member, Section) for member in members)
+            variants = {_tag(member): member for member in members} if tagged else {}
+            return Kind(Union[tuple(members)], variants, optional, notes)  # noqa: UP007  # made of a tuple
         return Kind(annotation, {}, optional, notes)
 
 
@@ -222,6 +223,10 @@ def describe(kind: Kind) -> str:
         text = f"a section with the keys {', '.join(kind.section.model_fields)}"
     elif get_origin(annotation) is Literal:
         text = "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+    elif get_origin(annotation) is Union:
+        text = " or ".join(describe(kind_of(member)) for member in get_args(annotation))
+    elif get_origin(annotation) is dict:
+        text = "a section with keys of your own"
     elif get_origin(annotation) is tuple:
         text = f"a list; each entry {describe(kind_of(get_args(annotation)[0]))}"
     else:

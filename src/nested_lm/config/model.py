@@ -22,13 +22,13 @@ Channel = Annotated[ContinuumMemory | LayerLevels | SwiGLU, Field(discriminator=
 class ModelConfig(Section):
     """A language model: embedding, `num_layers` blocks of mixer and channel memory, norm, head."""
 
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
-    width: Size
-    num_layers: Annotated[int, Field(ge=1, le=1024)]
-    mixer: Mixer
-    channel: Channel
-    tie_embeddings: bool = True
-    norm_epsilon: PositiveFloat = 1e-6
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]  # tokens of the tokenizer, or more
+    width: Size  # of the residual stream
+    num_layers: Annotated[int, Field(ge=1, le=1024)]  # blocks of mixer and channel
+    mixer: Mixer  # what moves information between tokens
+    channel: Channel  # what works on each token by itself
+    tie_embeddings: bool = True  # one matrix for embedding and head
+    norm_epsilon: PositiveFloat = 1e-6  # added to the mean square inside RMSNorm
     init_std: NonNegativeFloat = 0.02  # of the embedding; matrices start at 1/sqrt(fan-in)
 
     @model_validator(mode="after")

@@ -14,13 +14,13 @@ from nested_lm.config.train import TrainConfig
 class RunConfig(Section):
     """One run: what `nested-lm train` resolves and stores as `config.resolved.yaml`."""
 
-    name: Name
+    name: Name  # what reports and trackers call the run
     output_dir: str  # run folder
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    data: DataConfig
-    model: ModelConfig
-    train: TrainConfig
-    eval: EvalConfig
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # of weights, order of data and everything drawn
+    data: DataConfig  # the data set: text, tokenizer, splits
+    model: ModelConfig  # the architecture
+    train: TrainConfig  # budget, optimizer, schedule, checkpoints
+    eval: EvalConfig  # what `nested-lm eval` measures
 
     @model_validator(mode="after")
     def _clocks_fit_the_batch(self) -> "RunConfig":

@@ -11,9 +11,9 @@ from nested_lm.config.update_rules import TrainingRule
 class MatrixOptimizer(Section):
     """How the matrices of one level are stepped."""
 
-    rule: TrainingRule
+    rule: TrainingRule  # the update rule
     rate: PositiveFloat  # a rule's own unit: that of the gradient for gd, momentum, delta_momentum, dmgd
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, times the rate
 
 
 LevelOptimizers = Annotated[tuple[MatrixOptimizer | None, ...], Field(strict=False)]
@@ -24,12 +24,12 @@ class AdamW(Section):
     """AdamW for every parameter, but for the matrices of levels that have an optimizer of their own."""
 
     kind: Literal["adamw"]
-    rate: PositiveFloat
-    weight_decay: NonNegativeFloat = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
-    levels: LevelOptimizers = ()
+    rate: PositiveFloat  # peak of the schedule
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, times the rate; matrices only
+    beta1: Fraction = 0.9  # share of the running mean of gradients that is kept a step
+    beta2: Fraction = 0.95  # the same of squared gradients
+    epsilon: PositiveFloat = 1e-8  # added to the root of squared gradients
+    levels: LevelOptimizers = ()  # one entry a level of the channel, fastest first; null: as the other matrices
 
 
 class Muon(Section):
@@ -38,26 +38,26 @@ class Muon(Section):
     kind: Literal["muon"]
     rate: PositiveFloat  # of the matrices, in AdamW units (update RMS matched to AdamW)
     adamw_rate: PositiveFloat  # of everything else
-    weight_decay: NonNegativeFloat = 0.1
-    momentum: Fraction = 0.95
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
-    levels: LevelOptimizers = ()
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, times the rate; matrices only
+    momentum: Fraction = 0.95  # share of the running sum of gradients that is kept a step
+    beta1: Fraction = 0.9  # AdamW's: share of the mean of gradients kept a step
+    beta2: Fraction = 0.95  # the same of squared gradients
+    epsilon: PositiveFloat = 1e-8  # added to the root of squared gradients
+    levels: LevelOptimizers = ()  # one entry a level of the channel, fastest first; null: as the other matrices
 
 
 class Deep(Section):
     """An update rule for the 2-D matrices inside the blocks; AdamW for embeddings, vectors and memory starts."""
 
     kind: Literal["deep"]
-    rule: TrainingRule
+    rule: TrainingRule  # the update rule
     rate: PositiveFloat  # of the matrices, in the rule's own unit
     adamw_rate: PositiveFloat  # of everything else
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, times the rate; matrices only
     beta1: Fraction = 0.9  # AdamW's, as the next two
-    beta2: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
-    levels: LevelOptimizers = ()
+    beta2: Fraction = 0.95  # the same of squared gradients
+    epsilon: PositiveFloat = 1e-8  # added to the root of squared gradients
+    levels: LevelOptimizers = ()  # one entry a level of the channel, fastest first; null: as the other matrices
 
 
 Optimizer = Annotated[AdamW | Muon | Deep, Field(discriminator="kind")]
@@ -67,17 +67,17 @@ class Cosine(Section):
     """Linear warm-up, then half a cosine to `final` of the peak."""
 
     kind: Literal["cosine"]
-    warmup_tokens: Annotated[int, Field(ge=0)]
-    final: Fraction = 0.1
+    warmup_tokens: Annotated[int, Field(ge=0)]  # tokens until the peak
+    final: Fraction = 0.1  # rate at the end / peak
 
 
 class WarmupStableDecay(Section):
     """Linear warm-up, constant, then linear to `final` of the peak over the last `decay_tokens`."""
 
     kind: Literal["wsd"]
-    warmup_tokens: Annotated[int, Field(ge=0)]
-    decay_tokens: Annotated[int, Field(ge=0)]
-    final: Fraction = 0.0
+    warmup_tokens: Annotated[int, Field(ge=0)]  # tokens until the peak
+    decay_tokens: Annotated[int, Field(ge=0)]  # tokens of the decay at the end
+    final: Fraction = 0.0  # rate at the end / peak
 
 
 Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")]
@@ -99,7 +99,7 @@ class Chronological(Section):
     """
 
     kind: Literal["chronological"]
-    periods: Annotated[int, Field(ge=2)]
+    periods: Annotated[int, Field(ge=2)]  # parts of equal tokens
     order: Literal["forward", "reverse", "shuffled"] = "forward"
     replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
@@ -116,7 +116,7 @@ class ElasticWeights(Section):
     Source: Kirkpatrick et al., arXiv 1612.00796, in the online form of arXiv 1805.06370 without decay.
     """
 
-    strength: PositiveFloat
+    strength: PositiveFloat  # weight of the penalty
     sequences: Count = 64  # rows of a period that its Fisher information is estimated on
 
 
@@ -129,15 +129,15 @@ class Probe(Section):
 class Checkpoints(Section):
     """When training state is written and how much of it is kept."""
 
-    every_tokens: PositiveInt
+    every_tokens: PositiveInt  # training tokens between two checkpoints
     keep: Count = 2  # newest ones kept; border checkpoints of a chronological stream are always kept
 
 
 class Logging(Section):
     """Where metrics go besides `metrics.jsonl`, which is always written."""
 
-    every_steps: Count = 10
-    tensorboard: bool = False
+    every_steps: Count = 10  # steps between two lines of metrics.jsonl
+    tensorboard: bool = False  # also write TensorBoard events
     wandb_project: str | None = None  # null: W&B is off; offline when no key is set
 
 
@@ -151,29 +151,29 @@ class ContextStage(Section):
 class TrainConfig(Section):
     """One training run."""
 
-    budget_tokens: PositiveInt
+    budget_tokens: PositiveInt  # training tokens in all
     context_length: Count  # tokens; of the last stage, of validation, and of the batch sizes below
     curriculum: Annotated[tuple[ContextStage, ...], Field(strict=False)] = ()  # stages before context_length is reached
     batch_size: Count  # sequences of a micro-batch: the most a device holds at once
     accumulation: Count = 1  # micro-batches a step, of all devices together
     init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
-    stream: Stream = Shuffled(kind="shuffled")
+    stream: Stream = Shuffled(kind="shuffled")  # order of documents
     ewc: ElasticWeights | None = None  # of a chronological stream
     probe: Probe | None = None  # of a chronological stream
-    optimizer: Optimizer
-    schedule: Schedule
-    clip_norm: PositiveFloat = 1.0
+    optimizer: Optimizer  # what steps the weights
+    schedule: Schedule  # rate over the run
+    clip_norm: PositiveFloat = 1.0  # largest norm of the whole gradient
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; fast state stays float32
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     recompute: Literal["none", "chunk", "block"] = "none"  # what backward computes again to save memory
-    compile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False  # torch.compile the blocks
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the run computes
     strategy: Literal["single", "fsdp2", "deepspeed"] = "single"  # fsdp2: the processes that torchrun starts share it
-    evaluate_every_tokens: PositiveInt
+    evaluate_every_tokens: PositiveInt  # training tokens between two validations
     evaluate_tokens: PositiveInt  # validation tokens of one such evaluation
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 5  # skipped in a row before the run stops
-    checkpoints: Checkpoints
-    logging: Logging = Logging()
+    checkpoints: Checkpoints  # when the state is written
+    logging: Logging = Logging()  # where metrics go
 
     @property
     def step_tokens(self) -> int:

@@ -37,23 +37,23 @@ class Momentum(RuleSection):
     """Heavy-ball momentum (eqs. 33-34)."""
 
     kind: Literal["momentum"]
-    inertia: Fraction = 0.9
+    inertia: Fraction = 0.9  # share of the running sum that is kept a step
 
 
 class PreconditionedMomentum(RuleSection):
     """Momentum of gradients divided by the root mean square of past ones (eqs. 46-47)."""
 
     kind: Literal["preconditioned_momentum"]
-    inertia: Fraction = 0.9
-    square_keep: Keep = 0.99
-    epsilon: PositiveFloat = 1e-8
+    inertia: Fraction = 0.9  # share of the running sum that is kept a step
+    square_keep: Keep = 0.99  # share of the squared gradients that is kept
+    epsilon: PositiveFloat = 1e-8  # added to the root of squared gradients
 
 
 class DeltaMomentum(RuleSection):
     """Momentum that erases what it holds along the new gradient (eqs. 48-49). Matrices only."""
 
     kind: Literal["delta_momentum"]
-    inertia: Fraction = 0.9
+    inertia: Fraction = 0.9  # share of the running sum that is kept a step
     erase: Fraction = 0.9  # at most inertia
     square_keep: Keep | None = None  # null: gradients are not preconditioned
 
@@ -92,32 +92,32 @@ class Adam(RuleSection):
     """Adam (appendix B)."""
 
     kind: Literal["adam"]
-    mean_keep: Keep = 0.9
-    square_keep: Keep = 0.99
-    epsilon: PositiveFloat = 1e-8
+    mean_keep: Keep = 0.9  # share of the mean of gradients that is kept a step
+    square_keep: Keep = 0.99  # the same of squared gradients
+    epsilon: PositiveFloat = 1e-8  # added to the root of squared gradients
 
 
 class Muon(RuleSection):
     """The orthogonal part of the momentum (eqs. 42-44), sized like AdamW's updates. Matrices only."""
 
     kind: Literal["muon"]
-    inertia: Keep = 0.95
-    look_ahead: bool = True
-    iterations: Iterations = 5
+    inertia: Keep = 0.95  # share of the running sum that is kept a step
+    look_ahead: bool = True  # Nesterov momentum
+    iterations: Iterations = 5  # Newton-Schulz iterations
 
 
 class M3(RuleSection):
     """Multi-scale momentum Muon (Algorithm 1), sized like AdamW's updates in mode `ema`. Matrices only."""
 
     kind: Literal["m3"]
-    mode: Literal["ema", "literal"] = "ema"
-    beta1: Keep = 0.95
-    beta2: Keep = 0.95
-    beta3: Keep = 0.9
-    slow_weight: NonNegativeFloat = 0.3
-    slow_every: Count = 50
-    iterations: Iterations = 5
-    epsilon: PositiveFloat = 1e-2
+    mode: Literal["ema", "literal"] = "ema"  # how both momenta are combined
+    beta1: Keep = 0.95  # share of the fast momentum kept
+    beta2: Keep = 0.95  # share of squared gradients kept
+    beta3: Keep = 0.9  # share of the slow momentum kept
+    slow_weight: NonNegativeFloat = 0.3  # weight of the slow momentum
+    slow_every: Count = 50  # steps between two updates of the slow momentum
+    iterations: Iterations = 5  # Newton-Schulz iterations
+    epsilon: PositiveFloat = 1e-2  # added to the root of squared gradients
 
 
 class DeltaGradientDescent(RuleSection):
