@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nested_lm.errors import ReportError
 from nested_lm_lab.evaluation.results import load_result, require_comparable
-from nested_lm_lab.evaluation.schema import Interval, ResultFile
+from nested_lm_lab.evaluation.interval import Interval
+from nested_lm_lab.evaluation.schema import ResultFile
 
 ROOT = Path(__file__).parents[1]
 CAMPAIGN = Path("artifacts/demo")

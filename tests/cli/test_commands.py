@@ -123,7 +123,7 @@ class TestArguments:
     def test_eval(self, run, stub, tmp_path):
         seen = []
         stub(
-            "nested_lm_lab.evaluation.runner",
+            "nested_lm_lab.evaluation.run",
             evaluate_run=lambda *given, settings, device: seen.append((*given, device)),
         )
         assert run("eval", tmp_path).exit_code == 0

@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def seen(monkeypatch):
     found = {}
-    run = ModuleType("nested_lm_lab.tasks.continual.run")
-    run.evaluate_continual = lambda sources, **options: found.update(options, sources=sources)
+    run = ModuleType("nested_lm_lab.tasks.continual.evaluate")
+    run.evaluate_continual = lambda sources, settings, **options: found.update(
+        options, sources=sources, settings=settings
+    )
     comparison = ModuleType("nested_lm_lab.tasks.continual.comparison")
     comparison.compare_runs = lambda sources, path, **options: found.update(compared=(list(sources), path))
     for module in (run, comparison):
@@ -37,17 +39,17 @@ def test_options_are_handed_on(seen, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert seen["sources"] == [Path("a"), Path("b")]
-    assert seen["tasks"] == ("classes", "facts")
     settings = seen["settings"]
+    assert settings.tasks == ("classes", "facts")
     assert (settings.shots, settings.class_sets, settings.tests_per_class) == ((5, None), ("banking77",), 2)
     assert (settings.pieces_per_document, settings.seed) == (None, 4)
-    assert (seen["oracle"], seen["class_data"], seen["output_dir"]) == (Path("c"), tmp_path, None)
+    assert (settings.oracle, settings.class_data, seen["output_dir"]) == (Path("c"), tmp_path, None)
     assert seen["compared"] == ([Path("a"), Path("b")], tmp_path / "x.json")
 
 
 def test_by_default_tasks_are_chosen_by_the_run(seen):
     assert invoke("a").exit_code == 0
-    assert seen["tasks"] is None
+    assert seen["settings"].tasks is None
     assert "compared" not in seen
     assert "pieces_per_document" not in seen["settings"].model_fields_set  # each run says how many
 
@@ -59,7 +61,7 @@ def test_by_default_tasks_are_chosen_by_the_run(seen):
         (("--tests-per-class", "0"), "--tests-per-class: '0' is neither"),
         (("--class-sets", "mnist"), "--class-sets: Input should be"),
         (("--compare", "x.json"), "--compare puts runs side by side; name two or more"),
-        (("--tasks", ","), "--tasks ',' names nothing"),
+        (("--tasks", ","), "--tasks: ',' names nothing"),
         (("--set-back-to", "start"), "--set-back-to: String should match pattern"),
     ],
 )

@@ -12,7 +12,7 @@ from nested_lm.cli.main import app
 @pytest.fixture
 def seen(monkeypatch):
     found = []
-    module = ModuleType("nested_lm_lab.evaluation.runner")
+    module = ModuleType("nested_lm_lab.evaluation.run")
     module.evaluate_run = lambda run_dir, names, *, settings, device: found.append((run_dir, names))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return found

@@ -49,7 +49,7 @@ class EvalStep(Section):
     settings: str | None = None  # evaluation preset; null: the section `eval` of the run's own preset
     after: Names = ()  # steps that must be over before
     overrides: Overrides = ()  # of the settings
-    suite: Literal["run", "zeroshot", "niah", "babilong", "books", "continual"] = "run"
+    suite: Name = "run"
     options: Overrides = ()  # of a suite's verb, such as --tasks=s1,mk1
     requires: Names = ()
     seconds: PositiveFloat | None = None  # what it takes where `speed` was measured; null: part of `run_seconds`

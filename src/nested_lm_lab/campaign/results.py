@@ -10,18 +10,8 @@ from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.errors import ConfigError
+from nested_lm_lab.evaluation.registry import CONTINUAL, continual_words, own_verbs
 from nested_lm_lab.evaluation.results import labelled
-
-LABELLED_SUITES = ("niah", "zeroshot")
-"""Suites that keep several results of a run apart, by --label."""
-
-_CONTINUAL = {
-    "stream": "continual",
-    "classes": "class_incremental",
-    "facts": "changing_facts",
-    "languages": "invented_languages",
-}
-"""Tasks of the suite `continual` whose result has another name than the task."""
 
 
 class Results(NamedTuple):
@@ -42,11 +32,16 @@ def results_of_suite(step: EvalStep, folder: Path) -> Results:
     Raises ConfigError when the options do not say it, or say a place where the report does not look.
     """
     allowed = folder / "results"
-    if step.suite == "continual":
+    if step.suite == CONTINUAL:
         place = option_of(step, "output-dir")
         if place is not None and Path(place).resolve() != allowed.resolve():
             raise _elsewhere(step, "output-dir", str(allowed))
         return _in_results(_continual_names(step))
+    suites = [entry.kind for entry in own_verbs()]
+    if step.suite not in suites:
+        raise ConfigError(
+            f"step {step.id!r}: unknown suite {step.suite!r}; choices: run, {', '.join(suites)}, {CONTINUAL}"
+        )
     name = labelled(step.suite, option_of(step, "label"))
     output = option_of(step, "output")
     if output is None:
@@ -73,7 +68,11 @@ def _continual_names(step: EvalStep) -> tuple[str, ...]:
             f"step {step.id!r}: suite continual without --tasks measures what it finds possible, so the campaign "
             "cannot know which results are to be there\n  Name the tasks, such as --tasks=facts,languages."
         )
-    return tuple(dict.fromkeys(_CONTINUAL.get(task, task) for task in tasks))
+    known = continual_words()
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"step {step.id!r}: unknown task {task!r}; choices: {', '.join(known)}")
+    return tuple(dict.fromkeys(known[task].kind for task in tasks))
 
 
 def _elsewhere(step: EvalStep, option: str, allowed: str) -> ConfigError:

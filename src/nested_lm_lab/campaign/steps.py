@@ -13,7 +13,8 @@ from nested_lm.config.load import config_hash, load_ablation, load_data, load_ev
 from nested_lm.config.run import RunConfig
 from nested_lm.errors import ConfigError
 from nested_lm_lab.campaign.grid import BASE, Arm, plan_arms
-from nested_lm_lab.campaign.results import LABELLED_SUITES, option_of, results_of_run, results_of_suite
+from nested_lm_lab.campaign.results import option_of, results_of_run, results_of_suite
+from nested_lm_lab.evaluation.registry import own_verbs
 from nested_lm_lab.report.manifest import CampaignManifest, GridEntry, RunEntry, StepEntry, VariantEntry
 
 
@@ -328,7 +329,7 @@ def _refuse_shared_results(config: CampaignConfig, planned: dict[str, PlannedSte
             if owner != step.id:
                 repair = (
                     f"Add --label=... to the options of step {step.id!r}, such as --label=long, to keep both."
-                    if step.suite in LABELLED_SUITES
+                    if step.suite in [entry.kind for entry in own_verbs()]
                     else "A run has one such result: measure it in one of the steps."
                 )
                 raise ConfigError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nested_lm.errors import NumericsError
-from nested_lm_lab.evaluation.schema import Interval
+from nested_lm_lab.evaluation.interval import Interval
 
 _LEVEL = 0.95
 _Z = 1.959963984540054  # normal quantile of 0.975

@@ -1,17 +1,13 @@
 """What a result was measured on: the run, the checkpoint and the machine, from a loaded checkpoint."""
 
-import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
 from nested_lm.checkpoint import MANIFEST, LoadedCheckpoint
-from nested_lm.storage.commit import current_commit
-from nested_lm_lab.evaluation.schema import SCHEMA_VERSION, CheckpointMark, Metrics, ResultFile, RunIdentity
+from nested_lm_lab.evaluation.schema import CheckpointMark, RunIdentity
 
 UNKNOWN_DATA = "none"
 """Stands for the data of a converted model, which was trained on none of ours."""
@@ -42,22 +38,6 @@ def identify(loaded: LoadedCheckpoint, *, data_hash: Callable[[], str]) -> RunId
 def mark_checkpoint(path: Path) -> CheckpointMark:
     """Name of a checkpoint folder and its digest: its manifest holds the digests of all its files."""
     return CheckpointMark(name=path.name, digest=xxhash.xxh3_128_hexdigest((path / MANIFEST).read_bytes()))
-
-
-def result_of(metrics: Metrics, fields: Mapping[str, Any], *, device: torch.device, started: float) -> ResultFile:
-    """What was found, with what it was found by and when. fields: the rest of `ResultFile`.
-
-    started: when measuring began, by `time.perf_counter`.
-    """
-    return ResultFile(
-        schema_version=SCHEMA_VERSION,
-        device=device_name(device),
-        scored_commit=current_commit(),
-        metrics=metrics,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        wall_seconds=time.perf_counter() - started,
-        **fields,
-    )
 
 
 def device_name(device: torch.device) -> str:

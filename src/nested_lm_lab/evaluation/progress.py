@@ -36,33 +36,28 @@ class Progress:
             )
 
 
-class LengthProgress(Progress):
+class LengthProgress:
     """Progress over tasks and lengths. What will not be read, because a state grew too large, is taken off the total.
 
     planned: tokens of each task and length.
     """
 
-    def __init__(
-        self,
-        planned: Mapping[tuple[str, int], int],
-        report: Callable[[str], None],
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        super().__init__(sum(planned.values()), report, clock=clock)
-        self.planned = dict(planned)
+    def __init__(self, planned: Mapping[tuple[str, int], int], progress: Progress) -> None:
+        self.planned, self.progress = dict(planned), progress
+        progress.total += sum(planned.values())
 
     @contextmanager
     def at(self, task: str, length: int) -> Iterator[None]:
         """Read one length of a task; afterwards it counts as much as was read of it."""
-        self.label, before = f"{task} at {length:,} tokens", self.done
+        progress = self.progress
+        progress.label, before = f"{task} at {length:,} tokens", progress.done
         yield
-        self.total += self.done - before - self.planned.pop((task, length), 0)
+        progress.total += progress.done - before - self.planned.pop((task, length), 0)
 
     def stop(self, length: int) -> None:
         """Take this length and longer ones off: a state that is too large in one task is so in the others."""
         for key in [key for key in self.planned if key[1] >= length]:
-            self.total -= self.planned.pop(key)
+            self.progress.total -= self.planned.pop(key)
 
 
 def _minutes(seconds: float) -> str:

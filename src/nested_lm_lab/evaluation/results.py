@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from nested_lm.errors import ConfigError, NumericsError, ReportError
 from nested_lm.storage.atomic import write_atomically
-from nested_lm_lab.evaluation.schema import SCHEMA_VERSION, ResultFile
+from nested_lm_lab.evaluation.registry import CONTINUAL, RUN, find_entry, find_task, kinds
+from nested_lm_lab.evaluation.schema import SCHEMA_VERSION, Metrics, ResultFile
 
 PARAMETER_TOLERANCE = 0.02
 """Rows of one table are models of equal size: parameters within this share of the larger."""
@@ -20,26 +21,6 @@ _EQUAL_IDENTITY = ("data_hash", "tokenizer_hash", "tokens", "context_length")
 _EQUAL_RESULT = ("task", "task_version")
 
 _ABSENT = "absent"
-
-_VERBS = {
-    "niah": "niah",
-    "babilong": "babilong",
-    "books": "books",
-    "zeroshot": "zeroshot",
-    "regret": "continual",
-    "carried": "continual",
-    "lesion": "continual",
-    "events": "continual",
-    "retention": "continual",
-    "class_incremental": "continual",
-    "changing_facts": "continual",
-    "invented_languages": "continual",
-}
-"""The verb of `nested-lm eval` that measures a kind of result; other kinds are measured by `nested-lm eval RUN`."""
-
-_OWN_SETTINGS = {"zeroshot": ("memorize",), "regret": ("oracle",)}
-"""Settings, by task, that a row has for itself: tables name them. Arms that only one result has are beside the others,
-and every arm has an oracle of its own kind."""
 
 
 def labelled(kind: str, label: str | None) -> str:
@@ -65,19 +46,22 @@ def readable_result(path: Path, report: Callable[[str], None]) -> ResultFile | N
         return None
 
 
-def stored_result(path: Path, fields: Mapping[str, Any], report: Callable[[str], None]) -> ResultFile | None:
+def stored_result(
+    path: Path, fields: Mapping[str, Any], report: Callable[[str], None], *, replace: bool
+) -> ResultFile | None:
     """The result of these fields that is there already; None when it is to be measured, and why is reported.
 
-    fields: of `ResultFile`, `identity` among them. An older result of the same run may be replaced.
+    fields: of `ResultFile`, `identity` among them. An older result of the same run may be replaced. replace: that of
+    another run may be, too, since the folder is this run's own.
 
     Raises:
-        ConfigError: the file is another run's.
+        ConfigError: the file is another run's, and does not lie in this run's results.
     """
     old = readable_result(path, report)
     if old is None:
         return None
     run_id = fields["identity"].run_id
-    if old.identity.run_id != run_id:
+    if old.identity.run_id != run_id and not replace:
         raise ConfigError(
             f"{path} holds the scores of run {old.identity.run_id}, this is {run_id}; name another file with "
             "--output, or move that one away"
@@ -91,7 +75,7 @@ def stored_result(path: Path, fields: Mapping[str, Any], report: Callable[[str],
 
 def shared_settings(result: ResultFile) -> dict[str, Any]:
     """Settings that all rows of a table must have in common."""
-    own = _OWN_SETTINGS.get(result.metrics.kind, ())
+    own = find_task(result.metrics.kind).own_settings
     return {key: value for key, value in result.settings.items() if key not in own}
 
 
@@ -130,7 +114,9 @@ def load_result(path: Path) -> ResultFile:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReportError(f"{path}: there is no such result file\n  {again}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}\n  {again}") from error
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not a JSON file: {error}\n  {again}") from error
     if not isinstance(document, dict):
         raise ReportError(f"{path}: expected a JSON object, found {type(document).__name__}\n  {again}")
@@ -139,18 +125,38 @@ def load_result(path: Path) -> ResultFile:
     if version != SCHEMA_VERSION:
         raise ReportError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}\n  {again}")
     _check_digest(path, document, again)
-    content = {key: value for key, value in document.items() if key != "digest"}
+    return _validated(path, document, again)
+
+
+def _validated(path: Path, document: dict[str, Any], again: str) -> ResultFile:
+    """The file's content as its task's schema has it."""
+    fields = {key: value for key, value in document.items() if key != "digest"}
+    metrics = fields.get("metrics")
+    kind = metrics.get("kind") if isinstance(metrics, dict) else None
+    if kind not in kinds():
+        raise ReportError(
+            f"{path} does not fit the result schema:\n"
+            f"  metrics.kind: found {kind!r:.80}, allowed are {', '.join(kinds())}\n  {again}"
+        )
+    problems = []
     try:
         # Strict mode reads JSON arrays as tuples from text only.
-        return ResultFile.model_validate_json(json.dumps(content))
+        fields["metrics"] = find_task(kind).Metrics.model_validate_json(json.dumps(metrics))
     except ValidationError as error:
-        found = "\n".join(
-            f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (found {item['input']!r:.80})"
-            for item in error.errors()[:5]
-        )
-        raise ReportError(
-            f"{path} does not fit the result schema ({error.error_count()} problems):\n{found}\n  {again}"
-        ) from error
+        problems += [("metrics", problem) for problem in error.errors()]
+        fields["metrics"] = Metrics(kind=kind)
+    try:
+        found = ResultFile.model_validate(fields)
+    except ValidationError as error:
+        problems += [("", problem) for problem in error.errors()]
+    if not problems:
+        return found
+    lines = "\n".join(
+        f"  {'.'.join([*filter(None, [part]), *map(str, item['loc'])]) or 'file'}: {item['msg']} "
+        f"(found {item['input']!r:.80})"
+        for part, item in problems[:5]
+    )
+    raise ReportError(f"{path} does not fit the result schema ({len(problems)} problems):\n{lines}\n  {again}")
 
 
 def _way_out(path: Path, task: str) -> str:
@@ -159,8 +165,8 @@ def _way_out(path: Path, task: str) -> str:
     Results lie in RUN/results, those of a checkpoint named by itself in RUN/results/CHECKPOINT; other places are named
     on the command line.
     """
-    kind = next((kind for kind in _VERBS if task == kind or task.startswith(f"{kind}_")), "")
-    verb = _VERBS.get(kind, "")
+    entry = find_entry(task)
+    verb = "" if entry is None or entry.verb == RUN else entry.verb
     results = next((folder for folder in path.parents[:2] if folder.name == "results"), None)
     if results is not None and not (results.parent / "checkpoints").is_dir():
         return (
@@ -174,11 +180,12 @@ def _way_out(path: Path, task: str) -> str:
         words.append(str(results.parent))
     else:
         words.append(str(results.parent / "checkpoints" / path.parent.name))
-    if verb in ("niah", "zeroshot") and task != kind:
-        words += ["--label", task.removeprefix(f"{kind}_")]
-    if verb == "zeroshot" or (results is None and verb in ("niah", "babilong", "books")):
+    owns_verb = entry is not None and entry.verb == entry.kind
+    if entry is not None and owns_verb and task != entry.kind:
+        words += ["--label", task.removeprefix(f"{entry.kind}_")]
+    if owns_verb and (results is None or path.stem != task):
         words += ["--output", str(path)]
-    elif results is None and verb == "continual":
+    elif results is None and verb == CONTINUAL:
         words += ["--output-dir", str(path.parent)]
     return f"Run `{' '.join(words)}` with the options it was measured with to write it again."
 
@@ -189,6 +196,11 @@ def _check_digest(path: Path, document: dict[str, Any], again: str) -> None:
         found = content_digest(document)
     except NumericsError as error:  # NaN and Infinity are read by Python's JSON but never written by us
         raise ReportError(f"{path} was changed after it was written: {error}\n  {again}") from error
+    except UnicodeEncodeError as error:  # JSON can spell half a character, which no text that we write holds
+        raise ReportError(
+            f"{path} was changed after it was written: it holds half a character, "
+            f"{error.object[error.start : error.end]!a}\n  {again}"
+        ) from error
     if written != found:
         raise ReportError(
             f"{path} was changed after it was written\n"

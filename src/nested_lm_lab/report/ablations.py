@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.results import require_comparable
-from nested_lm_lab.evaluation.schema import LanguageModellingMetrics
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.manifest import GridEntry, VariantEntry
 from nested_lm_lab.report.papers import papers
@@ -14,6 +13,7 @@ from nested_lm_lab.report.plot_style import short_count
 from nested_lm_lab.report.seeds import over_seeds
 from nested_lm_lab.report.tables import ABSENT, Cell, Table, interval_cell
 from nested_lm_lab.tasks.language_modelling import paired_difference
+from nested_lm_lab.tasks.schema import LanguageModellingMetrics
 
 BASE = "base"
 

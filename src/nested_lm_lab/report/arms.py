@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 
 from nested_lm.config.run import RunConfig
 from nested_lm_lab.evaluation.interval import Interval
-from nested_lm_lab.evaluation.schema import ContinualMetrics, LanguageModellingMetrics
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.seeds import over_seeds
 from nested_lm_lab.report.tables import Cell, Shown, Table, interval_cell
 from nested_lm_lab.tasks.continual.chronological import mean_forgetting
 from nested_lm_lab.tasks.continual.comparison import SweepRow, sweep_row, trends
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics
 from nested_lm_lab.tasks.continual.settings import ContinualSettings
+from nested_lm_lab.tasks.schema import LanguageModellingMetrics
 
 Score = Callable[[Run], float | None]
 

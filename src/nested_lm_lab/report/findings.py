@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.results import PARAMETER_TOLERANCE
-from nested_lm_lab.evaluation.schema import ContinualMetrics, Interval, LanguageModellingMetrics, PasskeyMetrics
 from nested_lm_lab.report.collect import Campaign, Run, parameter_gap
 from nested_lm_lab.report.plot_style import short_count
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics
 from nested_lm_lab.tasks.language_modelling import paired_difference
+from nested_lm_lab.tasks.needles.metrics import PasskeyMetrics
+from nested_lm_lab.tasks.schema import LanguageModellingMetrics
 
 
 class Check(NamedTuple):

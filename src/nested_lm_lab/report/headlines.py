@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TypeVar
 
-from nested_lm_lab.evaluation.schema import ContinualMetrics
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.zeroshot_tables import is_above_floors
 from nested_lm_lab.tasks.continual.chronological import mean_forgetting
-from nested_lm_lab.tasks.continual.schema import EventMetrics, LesionMetrics
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics, EventMetrics, LesionMetrics
 from nested_lm_lab.tasks.needles.metrics import NiahMetrics
 from nested_lm_lab.tasks.needles.stops import first_stop, why_stopped
 from nested_lm_lab.tasks.zeroshot.metrics import ZeroShotMetrics

@@ -2,14 +2,7 @@
 
 from typing import Any
 
-from nested_lm_lab.evaluation.schema import (
-    Interval,
-    LanguageModellingMetrics,
-    PasskeyMetrics,
-    PeriodScore,
-    PositionScore,
-    ProtocolScores,
-)
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.plot_style import (
     ARM_COLOURS,
@@ -23,6 +16,8 @@ from nested_lm_lab.report.plot_style import (
     running_mean,
     thousands,
 )
+from nested_lm_lab.tasks.needles.metrics import PasskeyMetrics
+from nested_lm_lab.tasks.schema import LanguageModellingMetrics, PeriodScore, PositionScore, ProtocolScores
 
 _FIRST_POSITION = 8  # tokens; the loss before it would flatten the rest of the figure
 _SMOOTH_ABOVE = 120  # logged steps; fewer are drawn as they are

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nested_lm_lab.evaluation.interval import Interval
-from nested_lm_lab.evaluation.schema import ContinualMetrics
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.plot_style import (
     INK,
@@ -26,6 +25,7 @@ from nested_lm_lab.report.plots import arm_colour
 from nested_lm_lab.tasks.continual.clocks import predict_lost
 from nested_lm_lab.tasks.continual.schema import (
     ClassIncrementalMetrics,
+    ContinualMetrics,
     EventMetrics,
     FactsMetrics,
     LesionMetrics,

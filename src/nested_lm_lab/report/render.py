@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from nested_lm.errors import ReportError
-from nested_lm_lab.report import plots, plots_continual, plots_inside, plots_needles
+from nested_lm_lab.evaluation.registry import find_task
+from nested_lm_lab.report import plots, plots_continual, plots_inside
 from nested_lm_lab.report.ablation_parts import ablation_document
 from nested_lm_lab.report.ablations import grid_reports
 from nested_lm_lab.report.collect import Campaign, collect
@@ -132,7 +133,7 @@ def make_page(campaign: Campaign) -> Page:
         limits=limits(campaign),
         notes=notes,
         others=[*other_results(campaign), *cost(campaign)],
-        others_figures=[drawing for plot in _needle_plots(campaign) if (drawing := draw(plot)) is not None],
+        others_figures=[drawing for plot in _task_plots(campaign) if (drawing := draw(plot)) is not None],
     )
 
 
@@ -145,11 +146,10 @@ def _reading_orders(campaign: Campaign, draw: Draw) -> list[ReadingOrder]:
     return found
 
 
-def _needle_plots(campaign: Campaign) -> tuple[Plot, ...]:
-    """Figures of needle curves and of books where there are any: most campaigns have none, and need not be told."""
-    kinds = {result.metrics.kind for run in campaign.runs for result in run.results.values()}
-    needles = (plots_needles.needle_matches, plots_needles.needle_worth, plots_needles.needle_distance)
-    return (*(needles if "niah" in kinds else ()), *((plots_needles.book_positions,) if "books" in kinds else ()))
+def _task_plots(campaign: Campaign) -> tuple[Plot, ...]:
+    """Figures of tasks that some run was measured on: most campaigns lack some, and need not be told."""
+    kinds = dict.fromkeys(result.metrics.kind for run in campaign.runs for result in run.results.values())
+    return tuple(plot for kind in kinds for plot in find_task(kind).figures())
 
 
 def _drawer(campaign: Campaign, notes: list[str]) -> Draw:

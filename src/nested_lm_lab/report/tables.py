@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nested_lm_lab.evaluation.schema import ContinualMetrics, Interval, PasskeyMetrics, SamplingMetrics
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.report.collect import Campaign, Run
 from nested_lm_lab.report.findings import compared_runs, language, shortened
 from nested_lm_lab.tasks.continual.chronological import mean_forgetting
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics
+from nested_lm_lab.tasks.needles.metrics import PasskeyMetrics
+from nested_lm_lab.tasks.schema import SamplingMetrics
 
 ABSENT = "not measured"
 

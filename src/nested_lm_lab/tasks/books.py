@@ -9,15 +9,18 @@ Shapes: B books, T tokens.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 
 from nested_lm.checkpoint import LoadedCheckpoint
+from nested_lm.config.section import Count, Section
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError
@@ -27,66 +30,121 @@ from nested_lm.reading.generation import reading_mode
 from nested_lm.reading.packed import position_edges
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.interval import Interval
+from nested_lm_lab.evaluation.options import Option, file_names, size
+from nested_lm_lab.evaluation.progress import Progress
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.evaluation.task import Task, from_report
 from nested_lm_lab.tasks.needles.haystack import SHIPPED, read_texts
 from nested_lm_lab.tasks.needles.metrics import BookPosition, BooksMetrics
 from nested_lm_lab.tasks.needles.reading import MIB, OutOfRoomError, memory_watch, segment_length
-from nested_lm_lab.tasks.needles.run import Measurement, measure_once
-
-VERSION = "1"
-
-_RESAMPLES = 2000
+from nested_lm_lab.tasks.needles.stops import may_go_further
 
 
-def evaluate_books(
-    loaded: LoadedCheckpoint,
-    checkpoint: Path,
-    files: Sequence[Path],
-    *,
-    length: int,
-    count: int,
-    batch_rows: int,
-    max_state_mib: int,
-    output: Path,
-    report: Callable[[str], None],
-) -> Path:
-    """Measure and write the result file; one of the same checkpoint, books and task version is kept, unless it stopped
-    at a lower limit for states.
+class BooksSettings(Section):
+    """Which books, and how much of each. count: of stretches of the shipped corpus, where there are no files."""
 
-    Args:
-        files: books, whose first `length` tokens are read; none: `count` stretches of the shipped corpus.
+    files: Annotated[
+        tuple[Path, ...],
+        Option("Books; the shipped corpus in stretches by default.", metavar="[FILE]...", argument=True),
+    ] = ()
+    length: Annotated[int, Field(ge=2), Option("Tokens read of each book; 32k is 32,768.", read=size, shown="32k")] = (
+        32768
+    )
+    count: Annotated[Count | None, Option("Stretches of the shipped corpus, 8 by default; not with files.")] = None
+    batch_rows: Annotated[Count, Option("Books read side by side.")] = 8
+    max_state_mib: Annotated[Count, Option("Stop where their states take more MiB.")] = 2048
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
 
-    Raises:
-        DataError: a book that cannot be read, or text that is too short.
-        NumericsError: a score is not finite; nothing is written.
-    """
-    if length < 2:
-        raise ConfigError(f"--length {length}: give a book of two tokens or more")
-    tokens = open_books(loaded.tokenizer, files, length=length, books=count)
-    bootstrap = Bootstrap(samples=_RESAMPLES)
-    settings = {
-        "books": [path.name for path in files] or [SHIPPED] * count,
-        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
-        "length": length,
-        "bootstrap_samples": bootstrap.samples,
-    }
+    @model_validator(mode="after")
+    def _files_or_count(self) -> "BooksSettings":
+        if self.files and self.count is not None:
+            raise ConfigError("--count says how much of the shipped corpus is read; leave it out, or the files")
+        return self
 
-    def measure() -> BooksMetrics:
+    @property
+    def stretches(self) -> int:
+        """How many stretches of the shipped corpus are read."""
+        return self.count or 8
+
+
+class BooksTask(Task[BooksSettings, BooksMetrics]):
+    """Loss and perplexity by position in long books: with carried state, and with a fresh one every context."""
+
+    name = "books"
+    version = "1"
+    Settings = BooksSettings
+    Metrics = BooksMetrics
+
+    def __init__(self, settings: BooksSettings) -> None:
+        super().__init__(settings)
+        self._tokens = np.zeros((0, 0), dtype=np.int64)
+
+    @contextmanager
+    def opened(self, subject: Subject) -> Iterator[None]:
+        """Read the books.
+
+        Raises:
+            DataError: a book that cannot be read, or text that is too short.
+        """
+        given = self.settings
+        self._tokens = open_books(subject.loaded.tokenizer, given.files, length=given.length, books=given.stretches)
+        yield
+
+    def record(self, subject: Subject) -> dict[str, Any]:  # noqa: ARG002
+        """Names and digest of the books, and how much is read of them."""
+        return {
+            "books": file_names(self.settings.files) or [SHIPPED] * self.settings.stretches,
+            "tokens_sha256": hashlib.sha256(self._tokens.tobytes()).hexdigest()[:16],
+            "length": self.settings.length,
+            "bootstrap_samples": self.settings.bootstrap_samples,
+        }
+
+    def measure(self, subject: Subject, progress: Progress) -> BooksMetrics:  # noqa: ARG002
+        """Read all books.
+
+        Raises:
+            ConfigError: not even their first tokens fit into memory.
+            NumericsError: a score is not finite.
+        """
+        given = self.settings
         try:
-            found = measure_books(
-                loaded, tokens, batch_rows=batch_rows, max_state_mib=max_state_mib, bootstrap=bootstrap
+            return measure_books(
+                subject.loaded,
+                self._tokens,
+                batch_rows=given.batch_rows,
+                max_state_mib=given.max_state_mib,
+                bootstrap=Bootstrap(samples=given.bootstrap_samples),
             )
         except OutOfRoomError as error:
             raise ConfigError(f"not even the first tokens of the books fit: {error}; lower --batch-rows") from error
-        report(
-            f"{found.carried.value:.3f} nats a token, perplexity {found.perplexity.value:.1f}; the past beyond a "
-            f"training context saves {found.saved.value:+.4f}; {found.tokens_per_s:,.0f} tokens/s"
+
+    def may_go_further(self, old: BooksMetrics) -> bool:
+        """A higher limit for states reads further."""
+        return may_go_further(old, self.settings.max_state_mib)
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """Loss, and what the far past saves."""
+        found = result.metrics
+        assert isinstance(found, BooksMetrics)
+        yield (
+            f"  {found.carried.text()} nats a token, perplexity {found.perplexity.text(1)}; the past beyond a training "
+            f"context saves {found.saved.text(4)}; {found.tokens_per_s:,.0f} tokens/s"
         )
         if found.stopped is not None:
-            report(found.stopped)
+            yield f"  {found.stopped}"
+
+    @classmethod
+    def tables(cls, campaign: Any, runs: Sequence[Any], name: str) -> list[Any]:
+        """Loss by position."""
+        found: list[Any] = from_report("needle_tables", "books")(campaign, runs, name)
         return found
 
-    measurement = Measurement("books", VERSION, settings, max_state_mib, measure)
-    return measure_once(loaded, checkpoint, measurement, output=output, report=report)
+    @classmethod
+    def figures(cls) -> tuple[Any, ...]:
+        """Loss over the position."""
+        return (from_report("plots_needles", "book_positions"),)
 
 
 def open_books(tokenizer: TextTokenizer, files: Sequence[Path], *, length: int, books: int) -> Int[np.ndarray, "B T"]:

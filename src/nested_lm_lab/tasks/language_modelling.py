@@ -1,30 +1,33 @@
 """Held-out bits per byte: overall, by chronological period and by position, beside the floors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nested_lm.config.evaluation import LanguageModelling
+from nested_lm.config.evaluation import EvalConfig, LanguageModelling
 from nested_lm.data.shards import DocumentRow, Period, TokenDataset
 from nested_lm.errors import DataError, ReportError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.packed import DocumentScores, score_streaming, score_window
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.floors import NgramFloors
-from nested_lm_lab.evaluation.schema import (
+from nested_lm_lab.evaluation.interval import Interval
+from nested_lm_lab.evaluation.progress import Progress
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.evaluation.task import Task
+from nested_lm_lab.tasks.schema import (
     DocumentSums,
     FloorScores,
-    Interval,
     LanguageModellingMetrics,
     PeriodScore,
     PositionScore,
     ProtocolScores,
-    ResultFile,
 )
 
-TASK_VERSION = "1"
 BITS = 1.0 / math.log(2.0)
 
 
@@ -35,6 +38,53 @@ class Reading:
     context_length: int
     batch_size: int
     align: int
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Reading":
+        """As the run of a subject was trained to read."""
+        config = subject.config
+        return cls(config.train.context_length, subject.settings.batch_size, config.document_alignment)
+
+
+class LanguageModellingTask(Task[LanguageModelling, LanguageModellingMetrics]):
+    """Held-out bits per byte, beside the floors."""
+
+    name = "language_modelling"
+    version = "1"
+    Settings = LanguageModelling
+    Metrics = LanguageModellingMetrics
+    on_the_page = True
+
+    @classmethod
+    def of_run(cls, settings: EvalConfig) -> "LanguageModellingTask":
+        """The task as the section `eval` asks for it."""
+        assert settings.language_modelling is not None
+        return cls(settings.language_modelling)
+
+    def record(self, subject: Subject) -> dict[str, Any]:
+        """The settings, and how often documents are drawn."""
+        return super().record(subject) | {"bootstrap_samples": subject.settings.bootstrap_samples}
+
+    def measure(self, subject: Subject, progress: Progress) -> LanguageModellingMetrics:  # noqa: ARG002
+        """Score the split."""
+        return evaluate(
+            subject.loaded.model,
+            subject.split(self.settings.split),
+            subject.split("train"),
+            self.settings,
+            reading=Reading.of(subject),
+            bootstrap=Bootstrap(samples=subject.settings.bootstrap_samples),
+        )
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """Bits per byte of each way of reading, beside the floors."""
+        found = result.metrics
+        assert isinstance(found, LanguageModellingMetrics)
+        for way, scores in (("window", found.window), ("streaming", found.streaming)):
+            if scores is not None:
+                yield f"  {way}: {scores.bits_per_byte.text(4)} bits per byte of the {found.split} split"
+        yield f"  floors: bigram {found.bigram.bits_per_byte.text(4)}, unigram {found.unigram.bits_per_byte.text(4)}"
 
 
 def chosen_documents(dataset: TokenDataset, limit: int | None) -> list[int]:

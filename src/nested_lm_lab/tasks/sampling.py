@@ -1,17 +1,52 @@
 """Text that a model writes after given prompts, for the report."""
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from nested_lm.config.evaluation import Sampling
+from nested_lm.config.evaluation import EvalConfig, Sampling
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.generation import generate
-from nested_lm_lab.evaluation.schema import SamplingMetrics, TextSample
+from nested_lm_lab.evaluation.progress import Progress
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.evaluation.task import Task
+from nested_lm_lab.tasks.schema import SamplingMetrics, TextSample
 
-TASK_VERSION = "1"
+
+class SamplingTask(Task[Sampling, SamplingMetrics]):
+    """Text that a model writes."""
+
+    name = "sampling"
+    version = "1"
+    Settings = Sampling
+    Metrics = SamplingMetrics
+    on_the_page = True
+
+    @classmethod
+    def of_run(cls, settings: EvalConfig) -> "SamplingTask":
+        """The task as the section `eval` asks for it."""
+        assert settings.sampling is not None
+        return cls(settings.sampling)
+
+    def record(self, subject: Subject) -> dict[str, Any]:
+        """The settings; older results also hold how often documents are drawn."""
+        return super().record(subject) | {"bootstrap_samples": subject.settings.bootstrap_samples}
+
+    def measure(self, subject: Subject, progress: Progress) -> SamplingMetrics:  # noqa: ARG002
+        """Write the samples."""
+        return evaluate(subject.loaded.model, subject.loaded.tokenizer, self.settings)
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """The first sample's beginning: there is no score."""
+        assert isinstance(result.metrics, SamplingMetrics)
+        first = result.metrics.samples[0]
+        yield f"  {(first.prompt + first.text)[:80]!r} ..."
 
 
 def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -> SamplingMetrics:

@@ -11,26 +11,20 @@ from nested_lm.config.load import config_hash, dump_resolved, load_run
 from nested_lm.config.run import RunConfig
 from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
 from nested_lm_lab.evaluation.results import write_result
-from nested_lm_lab.evaluation.schema import (
-    CheckpointMark,
-    ContinualMetrics,
+from nested_lm_lab.evaluation.schema import CheckpointMark, Metrics, ResultFile, RunIdentity
+from nested_lm_lab.report.manifest import CampaignManifest, RunEntry, StepEntry, write_manifest
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics, Segment
+from nested_lm_lab.tasks.needles.metrics import PasskeyLength, PasskeyMetrics, PasskeySample
+from nested_lm_lab.tasks.schema import (
     DocumentSums,
     FloorScores,
     LanguageModellingMetrics,
-    Metrics,
-    PasskeyLength,
-    PasskeyMetrics,
-    PasskeySample,
     PeriodScore,
     PositionScore,
     ProtocolScores,
-    ResultFile,
-    RunIdentity,
     SamplingMetrics,
-    Segment,
     TextSample,
 )
-from nested_lm_lab.report.manifest import CampaignManifest, RunEntry, StepEntry, write_manifest
 
 BOOTSTRAP = Bootstrap(samples=200)
 BITS = 1 / math.log(2)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nested_lm_lab.evaluation.schema import Interval
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.report.collect import collect
 from nested_lm_lab.report.findings import _verdict, checks, limits, supports, verdicts
 from nested_lm_lab.report.tables import continual_table, duration, main_table, passkey_table

@@ -10,7 +10,8 @@ from nested_lm.config.model import ModelConfig
 from nested_lm.data.pipeline import build
 from nested_lm.data.shards import TokenDataset
 from nested_lm.nn.model import LanguageModel
-from nested_lm_lab.evaluation.schema import CheckpointMark, ResultFile, RunIdentity, SamplingMetrics, TextSample
+from nested_lm_lab.evaluation.schema import CheckpointMark, ResultFile, RunIdentity
+from nested_lm_lab.tasks.schema import SamplingMetrics, TextSample
 
 
 @pytest.fixture

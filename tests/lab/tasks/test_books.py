@@ -15,9 +15,12 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError
 from nested_lm.nn.model import token_losses
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
+from nested_lm_lab.evaluation.options import read_settings
+from nested_lm_lab.evaluation.publish import publish
 from nested_lm_lab.evaluation.results import load_result
-from nested_lm_lab.evaluation.schema import ResultFile
-from nested_lm_lab.tasks.books import evaluate_books, measure_books, open_books
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.tasks.books import BooksSettings, BooksTask, measure_books, open_books
+from nested_lm_lab.tasks.needles.metrics import BooksMetrics
 from nested_lm_lab.tasks.needles.stops import may_go_further
 
 LENGTH = 300
@@ -44,6 +47,11 @@ def files(tmp_path):
         paths.append(tmp_path / f"{name}.txt")
         paths[-1].write_text(f"The union of {name} shall keep its army and navy in peace. " * 40)
     return paths
+
+
+def evaluate(loaded, checkpoint, files, *, output, report, **settings):
+    subject = Subject(checkpoint, None, None, loaded, loaded.config.eval, report)
+    return publish(BooksTask(BooksSettings(files=tuple(files), **settings)), subject, output=output)
 
 
 @pytest.mark.parametrize("kind", ["self_modifying", "attention"])
@@ -87,19 +95,19 @@ def test_a_result_that_stopped_is_kept_until_the_limit_is_raised(make_model, loa
     book, output = tmp_path / "long.txt", tmp_path / "books.json"
     book.write_text("The union of these states shall keep its army. " * 1200)
     loaded, lines = load(make_model("attention")), []
-    options = {"length": 12_000, "count": 1, "batch_rows": 1, "output": output, "report": lines.append}
-    evaluate_books(loaded, checkpoint, [book], max_state_mib=1, **options)
+    options = {"length": 12_000, "batch_rows": 1, "output": output, "report": lines.append}
+    evaluate(loaded, checkpoint, [book], max_state_mib=1, **options)
     first = load_result(output)
     assert (first.metrics.stopped is None, first.metrics.max_state_mib) == (False, 1)
-    evaluate_books(loaded, checkpoint, [book], max_state_mib=1, **options)
-    assert "kept" in lines[-1]
+    evaluate(loaded, checkpoint, [book], max_state_mib=1, **options)
+    assert any("kept" in line for line in lines[-3:])
     assert load_result(output) == first
     # What was written before the limit was kept does not say that it was high enough.
     document = first.model_dump(mode="json")
     del document["metrics"]["max_state_mib"]
-    old = ResultFile.model_validate_json(json.dumps(document)).metrics
+    old = BooksMetrics.model_validate_json(json.dumps(document["metrics"]))
     assert may_go_further(old, 1)
-    evaluate_books(loaded, checkpoint, [book], max_state_mib=64, **options)
+    evaluate(loaded, checkpoint, [book], max_state_mib=64, **options)
     assert load_result(output).metrics.reached == 12_000
     assert not may_go_further(load_result(output).metrics, 128)
 
@@ -121,16 +129,18 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(make_model, l
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST).write_text("{}")
     output = tmp_path / "results" / "books.json"
-    options = {"count": 1, "batch_rows": 3, "max_state_mib": 64, "output": output}
+    options = {"batch_rows": 3, "max_state_mib": 64, "output": output}
     loaded = load(make_model("self_modifying"))
     with pytest.raises(DataError, match=r"one.txt has .* --length asks for 100,000"):
-        evaluate_books(loaded, checkpoint, files, length=100_000, report=print, **options)
-    with pytest.raises(ConfigError, match="two tokens or more"):
-        evaluate_books(loaded, checkpoint, files, length=1, report=print, **options)
+        evaluate(loaded, checkpoint, files, length=100_000, report=print, **options)
+    with pytest.raises(ConfigError, match="--length: Input should be greater than or equal to 2"):
+        read_settings(BooksSettings, {"length": "1"})
+    with pytest.raises(ConfigError, match="leave it out, or the files"):
+        read_settings(BooksSettings, {"files": files, "count": 3})
     with torch.no_grad():
         loaded.model.embedding.weight.fill_(float("nan"))
     with pytest.raises(NumericsError, match=r"books on .*: the loss of a token is not finite"):
-        evaluate_books(loaded, checkpoint, files, length=100, report=print, **options)
+        evaluate(loaded, checkpoint, files, length=100, report=print, **options)
     assert not output.exists()
 
 
@@ -139,10 +149,11 @@ def test_a_result_is_whole_and_kept(make_model, load, files, tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST).write_text("{}")
     lines = []
-    options = {"count": 1, "batch_rows": 3, "max_state_mib": 64, "output": tmp_path / "books.json"}
+    options = {"batch_rows": 3, "max_state_mib": 64, "output": tmp_path / "books.json"}
     for _ in range(2):
-        evaluate_books(load(make_model("attention")), checkpoint, files, length=200, report=lines.append, **options)
+        evaluate(load(make_model("attention")), checkpoint, files, length=200, report=lines.append, **options)
     result = load_result(tmp_path / "books.json")
     assert result.metrics.books == 3
     assert result.settings["books"] == ["one.txt", "two.txt", "three.txt"]
-    assert "kept" in lines[-1]
+    assert "kept" in lines[-2]
+    assert " nats a token, perplexity " in lines[-1]

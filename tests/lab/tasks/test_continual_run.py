@@ -10,15 +10,16 @@ import torch
 
 from nested_lm.checkpoint import list_checkpoints, load_model, read_tensors
 from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError, ReportError
+from nested_lm_lab.evaluation.options import read_settings
 from nested_lm_lab.evaluation.progress import Progress
 from nested_lm_lab.evaluation.results import load_result
-from nested_lm_lab.evaluation.runner import evaluate_run
+from nested_lm_lab.evaluation.run import evaluate_run
+from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.continual import over_periods, over_steps
 from nested_lm_lab.tasks.continual.comparison import compare_runs, load_comparison
-from nested_lm_lab.tasks.continual.run import evaluate_continual
+from nested_lm_lab.tasks.continual.evaluate import evaluate_continual
 from nested_lm_lab.tasks.continual.settings import ContinualSettings
 from nested_lm_lab.tasks.continual.step_log import ProbeLog
-from nested_lm_lab.tasks.continual.subject import Subject
 from tests.lab.tasks.continual_runs import LEVELS, PERIODS, STEP_TOKENS, STEPS, config_of, trained
 
 SETTINGS = ContinualSettings(
@@ -47,10 +48,13 @@ def runs(tmp_path_factory, tiny_data):
     }
 
 
-def evaluate(*sources, tasks, settings=SETTINGS, report=lambda line: None, **options):
-    given = {"oracle": None, "class_data": None, "output_dir": None} | options
+def evaluate(*sources, tasks, settings=SETTINGS, oracle=None, output_dir=None, report=lambda line: None):
     return evaluate_continual(
-        sources, tasks=tasks, settings=settings, device=torch.device("cpu"), report=report, **given
+        sources,
+        settings.model_copy(update={"tasks": tasks, "oracle": oracle}),
+        output_dir=output_dir,
+        device=torch.device("cpu"),
+        report=report,
     )
 
 
@@ -207,7 +211,9 @@ class TestWhatRuns:
     def test_by_default_all_that_can(self, runs, monkeypatch):
         pytest.importorskip("sacrebleu")
         names, lines = [], []
-        monkeypatch.setattr(Subject, "publish", lambda self, task, **options: names.append(task))
+        monkeypatch.setattr(
+            "nested_lm_lab.tasks.continual.evaluate.publish", lambda task, subject: names.append(task.name)
+        )
         evaluate(runs["hope"], tasks=None, report=lines.append)
         on_the_run = ["continual", "carried", "lesion", "events", "retention"]
         assert names == [*on_the_run, "changing_facts", "invented_languages"]
@@ -218,7 +224,8 @@ class TestWhatRuns:
         for seed in (0, 0, 1):
             settings = SETTINGS.model_copy(update={"seed": seed})
             evaluate(runs["hope"], tasks=("facts",), settings=settings, output_dir=tmp_path, report=lines.append)
-        assert ["kept" in line for line in lines] == [False, True, False]
+        said = [line for line in lines if line.startswith("changing_facts")]
+        assert ["kept" in line for line in said] == [False, True, False]
 
     @pytest.mark.parametrize(
         ("task", "name"),
@@ -229,7 +236,9 @@ class TestWhatRuns:
         lines = []
         evaluate(runs["hope"], tasks=(task,), output_dir=tmp_path, report=lines.append)
         assert re.fullmatch(name + r": \d+% of [\d,]+ tokens, [\d,]+ tokens/s, .* left", lines[0])
-        assert lines[-2].startswith(f"{name}: 100% of ")
+        said = [line for line in lines if not line.startswith("  ")]
+        assert said[-2].startswith(f"{name}: 100% of ")
+        assert len(said) < len(lines)  # the scores
         assert re.match(name + r": [\d.]+ s, [\d,]+ tokens, [\d,]+ tokens/s, ", lines[-1])
 
     def test_the_matrix_obeys_the_options(self, runs, tmp_path):
@@ -283,15 +292,15 @@ class TestWhatRuns:
         load_result(path)
 
     @pytest.mark.parametrize(
-        ("tasks", "options", "message"),
+        ("given", "message"),
         [
-            (("telepathy",), {}, "unknown task 'telepathy'; choices: stream, regret"),
-            (("classes",), {}, "--class-data"),
+            ({"tasks": "telepathy"}, "unknown task 'telepathy'; choices: stream, regret"),
+            ({"tasks": "classes"}, "--class-data"),
         ],
     )
-    def test_what_cannot_run_is_refused(self, runs, tasks, options, message):
+    def test_what_cannot_run_is_refused(self, runs, given, message):
         with pytest.raises(ConfigError, match=message):
-            evaluate(runs["hope"], tasks=tasks, **options)
+            evaluate_continual([runs["hope"]], read_settings(ContinualSettings, given))
 
     def test_tasks_that_do_not_fit_the_run_are_refused(self, tmp_path, tiny_data):
         shuffled = trained(tiny_data.config, tmp_path / "a", stream={"kind": "shuffled"}, budget_tokens=64)

@@ -10,7 +10,7 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.tasks.language_modelling import Reading
-from nested_lm_lab.tasks.passkey import depths, evaluate
+from nested_lm_lab.tasks.needles.passkey import depths, evaluate
 
 READING = Reading(context_length=32, batch_size=4, align=4)
 

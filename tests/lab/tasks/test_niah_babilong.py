@@ -1,13 +1,14 @@
 """Facts hidden in books: stories, prompts and the scorer."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError
-from nested_lm_lab.tasks.needles.babilong import LABELS, first_sentence, label_match, parse_babilong, plan_babilong
+from nested_lm_lab.evaluation.options import read_settings
+from nested_lm_lab.tasks.needles.babilong import LABELS, babilong_suites, first_sentence, label_match
+from nested_lm_lab.tasks.needles.haystack import Books
+from nested_lm_lab.tasks.needles.settings import BabilongSettings
 from nested_lm_lab.tasks.needles.stories import PLACES, make_story, read_stories
 
 BABI = """1 John travelled to the hallway.
@@ -19,7 +20,6 @@ BABI = """1 John travelled to the hallway.
 1 Sandra went to the office.
 2 Where is Sandra? \toffice\t1
 """
-OPTIONS = {"samples": 2, "books": (), "seed": 0, "batch_rows": 8, "max_state_mib": 64, "max_new_tokens": 8}
 
 
 @pytest.fixture
@@ -35,13 +35,15 @@ def facts(tmp_path):
     return tmp_path
 
 
-def plan(tokenizer, tmp_path, *, facts=None, examples=False, tasks="qa1", **changed):
+def settings(**changed):
+    return read_settings(BabilongSettings, {"tasks": "qa1", "lengths": "700,900", "samples": 2} | changed)
+
+
+def suite(tokenizer, tmp_path, **changed):
     book = tmp_path / "book.txt"
     book.write_text(" ".join(f"Chapter {n} tells of ships and storms at sea." for n in range(400)))
-    settings, names = parse_babilong(
-        tasks=tasks, lengths="700,900", facts=facts, **(OPTIONS | {"books": (str(book),)} | changed)
-    )
-    return plan_babilong(SimpleNamespace(tokenizer=tokenizer), settings, names, facts=facts, examples=examples)
+    (found,) = babilong_suites(tokenizer, Books.open(tokenizer, [book]), settings(**changed))
+    return found
 
 
 def test_stories_are_read_with_every_fact_before_their_question(facts):
@@ -94,8 +96,7 @@ def test_answers_of_made_stories_follow_from_their_facts(task):
 
 @pytest.mark.parametrize("examples", [False, True])
 def test_facts_lie_in_the_book_in_order_and_the_text_has_its_length(tokenizer, tmp_path, examples):
-    made = plan(tokenizer, tmp_path, examples=examples)
-    sample = made.suites[0].make(900, 0)
+    sample = suite(tokenizer, tmp_path, examples=examples).make(900, 0)
     (prompt,) = sample.prompts
     assert len(prompt.tokens) == len(sample.without.tokens) == 900
     text = tokenizer.decode(prompt.tokens)
@@ -107,16 +108,15 @@ def test_facts_lie_in_the_book_in_order_and_the_text_has_its_length(tokenizer, t
     assert sample.references[0] in support.split(".")[0]
     without = tokenizer.decode(sample.without.tokens[: -len(sample.question)]).split("Text:\n")[1]
     assert not any(place in without for place in PLACES)
-    assert made.settings["examples"] == examples
 
 
 def test_questions_from_files_come_once_and_in_the_same_order_at_every_length(tokenizer, tmp_path, facts):
-    suite = plan(tokenizer, tmp_path, facts=facts, samples=3).suites[0]
-    short, long = ([suite.make(length, number).references for number in range(3)] for length in (700, 900))
+    made = suite(tokenizer, tmp_path, facts=facts, samples=3)
+    short, long = ([made.make(length, number).references for number in range(3)] for length in (700, 900))
     assert short == long
     assert sorted(short) == [("bedroom",), ("hallway",), ("office",)]
     with pytest.raises(DataError, match="3 questions of qa1, --samples asks for 4"):
-        plan(tokenizer, tmp_path, facts=facts, samples=4)
+        suite(tokenizer, tmp_path, facts=facts, samples=4)
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_the_first_sentence_must_name_the_target_and_no_other_label(output, targ
 
 
 def test_an_answer_is_settled_when_its_sentence_ends(tokenizer, tmp_path):
-    suite = plan(tokenizer, tmp_path).suites[0]
-    sample = suite.make(700, 0)
-    assert not suite.settled(" The kitchen", sample)
-    assert suite.settled(" The kitchen.", sample)
+    made = suite(tokenizer, tmp_path)
+    sample = made.make(700, 0)
+    assert not made.settled(" The kitchen", sample)
+    assert made.settled(" The kitchen.", sample)
     assert first_sentence(" The Kitchen. And") == " the kitchen"
-    assert suite.match(f" {sample.references[0]}", sample) == 1.0
+    assert made.match(f" {sample.references[0]}", sample) == 1.0
 
 
 def test_tasks_without_facts_are_refused():
     with pytest.raises(ConfigError, match="facts are not made here, only those of qa1, qa2"):
-        parse_babilong(tasks="qa3", lengths="2k", facts=None, **OPTIONS)
+        settings(tasks="qa3")
     with pytest.raises(ConfigError, match="unknown task 'qa9'; choices: qa1, qa2"):
-        parse_babilong(tasks="qa9", lengths="2k", facts=None, **OPTIONS)
-    with pytest.raises(ConfigError, match="unknown task ''"):
-        parse_babilong(tasks=",", lengths="2k", facts=None, **OPTIONS)
+        settings(tasks="qa9")
+    with pytest.raises(ConfigError, match="--tasks: ',' names nothing"):
+        settings(tasks=",")

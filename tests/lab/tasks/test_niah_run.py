@@ -11,13 +11,16 @@ from nested_lm.config.load import load_run
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
 from nested_lm_lab.evaluation.bootstrap import wilson
+from nested_lm_lab.evaluation.options import read_settings
 from nested_lm_lab.evaluation.progress import LengthProgress, Progress
+from nested_lm_lab.evaluation.publish import publish
 from nested_lm_lab.evaluation.results import load_result
+from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.needles.answers import string_match
 from nested_lm_lab.tasks.needles.lists import make_list_sample
 from nested_lm_lab.tasks.needles.metrics import NeedleLength
-from nested_lm_lab.tasks.needles.run import default_output, evaluate_plan, plan_niah
-from nested_lm_lab.tasks.needles.settings import GROUPS, parse_settings
+from nested_lm_lab.tasks.needles.niah import NiahTask
+from nested_lm_lab.tasks.needles.settings import GROUPS, NiahSettings
 from nested_lm_lab.tasks.needles.stops import explain_stop
 from nested_lm_lab.tasks.needles.summary import effective_lengths, effective_words
 from tests.lab.tasks.niah_oracles import Blind, Oracle
@@ -25,16 +28,15 @@ from tests.lab.tasks.niah_oracles import Blind, Oracle
 DEFAULTS = {
     "seed": 0,
     "haystack": None,
-    "books": (),
     "max_new_tokens": 12,
     "batch_rows": 8,
     "max_state_mib": 64,
-    "bootstrap_samples": 200,
 }
 
 
 def settings(*, tasks="s1", lengths="500,700", depths="0,0.5,1", samples=3, **others):
-    return parse_settings(tasks=tasks, lengths=lengths, depths=depths, samples=samples, **(DEFAULTS | others))
+    given = {"tasks": tasks, "lengths": lengths, "depths": depths, "samples": samples, **DEFAULTS, **others}
+    return read_settings(NiahSettings, given).model_copy(update={"bootstrap_samples": 200})
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def measure(tokenizer, tmp_path):
     (checkpoint / MANIFEST).write_text("{}")
     output = tmp_path / "run" / "results" / "niah.json"
 
-    def run(model, *, run_id="r1", **changed):
+    def run(model, *, run_id="r1", label=None, output=output, **changed):
         identity = {
             "run_id": run_id,
             "name": "oracle",
@@ -63,8 +65,8 @@ def measure(tokenizer, tmp_path):
         }
         loaded = LoadedCheckpoint(model, load_run("hope/demo"), tokenizer, identity, 4, 4096, None)
         lines = []
-        plan = plan_niah(loaded, settings(**changed))
-        path = evaluate_plan(loaded, checkpoint, plan, output=output, report=lines.append)
+        subject = Subject(checkpoint, checkpoint.parent.parent, None, loaded, loaded.config.eval, lines.append)
+        path = publish(NiahTask(settings(**changed)), subject, label=label, output=output)
         return load_result(path), lines
 
     return run
@@ -151,13 +153,13 @@ def test_a_result_that_stopped_is_measured_again_under_a_higher_limit_only(measu
     for limit in (1, 2):
         again, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=limit, **options)
         assert again == stopped
-        assert "kept" in lines[-1]
+        assert "kept" in lines[0]
     whole, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=8, **options)
-    assert "stopped at a lower limit than 8 MiB" in lines[0]
+    assert "ended early, and will be replaced" in lines[0]
     assert whole.metrics.tasks[0].lengths[1].scores is not None
     again, lines = measure(Oracle(tokenizer, grows=True), max_state_mib=64, **options)
     assert again == whole
-    assert "kept" in lines[-1]
+    assert "kept" in lines[0]
 
 
 def test_a_sample_that_cannot_be_made_is_refused_before_anything_is_read(measure, tokenizer, monkeypatch):
@@ -193,7 +195,8 @@ def test_a_result_is_kept_until_settings_change_and_never_edited(measure, tokeni
     first, _ = measure(Blind(tokenizer), lengths="500")
     again, lines = measure(Oracle(tokenizer), lengths="500", batch_rows=2)
     assert again == first
-    assert "kept" in lines[-1]
+    assert "kept" in lines[0]
+    assert lines[1] == "  s1: match 0.00 [0.00, 0.56] at 500"
     changed, lines = measure(Oracle(tokenizer), lengths="500", samples=2)
     assert changed.metrics.tasks[0].lengths[0].scores.score.match.value == 1.0
     assert "another settings" in lines[0]
@@ -211,13 +214,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is_read_or_written(measu
     with pytest.raises(DataError, match="no room for task s1"):
         measure(model, lengths="64,500")
     with pytest.raises(DataError, match="haystack is too short"):
-        measure(model, tasks="s2", books=(str(book),))
+        measure(model, tasks="s2", books=(book,))
     with pytest.raises(DataError, match="is not a text file"):
-        measure(model, tasks="s2", books=("missing.txt",))
+        measure(model, tasks="s2", books=(Path("missing.txt"),))
     with pytest.raises(ConfigError, match="task cwe cannot have it"):
         measure(model, tasks="cwe", haystack="books")
     with pytest.raises(ConfigError, match="no task reads them"):
-        measure(model, tasks="s1", books=(str(book),))
+        measure(model, tasks="s1", books=(book,))
     assert not model.rows
     assert not (tmp_path / "run" / "results").exists()
 
@@ -234,12 +237,11 @@ def test_the_result_of_another_run_is_not_replaced(measure, tokenizer, tmp_path)
     assert path.read_bytes() != before
 
 
-def test_a_label_sets_a_result_apart(tokenizer):
-    loaded = LoadedCheckpoint(Blind(tokenizer), load_run("hope/demo"), tokenizer, {}, 4, 4096, None)
-    assert plan_niah(loaded, settings()).task == "niah"
-    assert plan_niah(loaded, settings(), label="long").task == "niah_long"
+def test_a_label_sets_a_result_apart(measure, tokenizer):
+    result, _ = measure(Blind(tokenizer), lengths="500", samples=1, label="long")
+    assert result.task == "niah_long"
     with pytest.raises(ConfigError, match=r"--label '\.\./x'"):
-        plan_niah(loaded, settings(), label="../x")
+        measure(Blind(tokenizer), label="../x")
 
 
 def test_a_diverged_model_is_named_and_nothing_is_written(measure, tokenizer, tmp_path):
@@ -258,8 +260,8 @@ def test_a_diverged_model_is_named_and_nothing_is_written(measure, tokenizer, tm
         ({"lengths": "2m"}, "'2m' is not a number of tokens"),
         ({"depths": "0,2"}, "--depths"),
         ({"depths": "deep"}, "neither how many depths"),
-        ({"depths": "0"}, r"--depths 0: a whole number is how many depths; write 0\.0"),
-        ({"depths": "-3"}, "--depths -3: a whole number is how many"),
+        ({"depths": "0"}, r"--depths: 0: a whole number is how many depths; write 0\.0"),
+        ({"depths": "-3"}, "--depths: -3: a whole number is how many"),
         ({"samples": 0}, "--samples"),
     ],
 )
@@ -282,14 +284,6 @@ def test_sizes_groups_and_depths_may_be_written_short():
 )
 def test_a_whole_number_counts_depths_and_a_point_or_comma_names_them(written, meant):
     assert settings(depths=written).depths == meant
-
-
-def test_results_go_to_the_run_or_to_a_folder_of_the_checkpoint(tmp_path):
-    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-1"
-    assert default_output(run, checkpoint, "niah") == run / "results" / "niah.json"
-    assert default_output(checkpoint, checkpoint, "niah") == run / "results" / "step-1" / "niah.json"
-    with pytest.raises(ConfigError, match="--output"):
-        default_output(tmp_path, tmp_path, "niah")
 
 
 def test_effective_length_ends_at_the_first_length_below(measure, tokenizer):
@@ -364,22 +358,23 @@ def test_lengths_that_will_not_be_read_are_no_time_left():
     now = [0.0]
     lines = []
     planned = {(task, length): length for task in ("s1", "s2") for length in (1000, 4000, 5000)}
-    progress = LengthProgress(planned, lines.append, clock=lambda: now[0])
+    told = Progress(0, lines.append, clock=lambda: now[0])
+    progress = LengthProgress(planned, told)
     with progress.at("s1", 1000):
-        progress.add(1000)
+        told.add(1000)
     with progress.at("s1", 4000):
-        progress.add(500)  # then the state is too large
+        told.add(500)  # then the state is too large
     progress.stop(4000)
-    assert progress.total == 2500  # what was read, and the one length of s2 that fits
+    assert told.total == 2500  # what was read, and the one length of s2 that fits
     with progress.at("s1", 5000):
         pass
     now[0] = 150.0
     with progress.at("s2", 1000):
-        progress.add(1000)
+        told.add(1000)
     assert lines == ["s2 at 1,000 tokens: 100% of 2,500 tokens, 17 tokens/s, 0 s left"]
     with progress.at("s2", 4000):  # it fits after all
-        progress.add(4000)
-    assert progress.total == progress.done == 6500
+        told.add(4000)
+    assert told.total == told.done == 6500
 
 
 def test_string_match_is_a_share_whatever_the_case():

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from nested_lm.errors import DataError, NumericsError, ReportError
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.results import (
     comparable,
     content_digest,
@@ -13,7 +14,6 @@ from nested_lm_lab.evaluation.results import (
     require_comparable,
     write_result,
 )
-from nested_lm_lab.evaluation.schema import Interval
 
 
 @pytest.fixture
@@ -106,7 +106,14 @@ def test_published_evidence_is_restored_and_not_measured_again(written):
     [
         (lambda d: d.update(extra=1), r"extra: Extra inputs are not permitted \(found 1\)"),
         (lambda d: d["identity"].update(seed="0"), r"identity\.seed: .*valid integer \(found '0'\)"),
-        (lambda d: d["metrics"].update(kind="telepathy"), r"metrics: .*'sampling'"),
+        (
+            lambda d: d["metrics"].update(kind="telepathy"),
+            r"metrics\.kind: found 'telepathy', allowed are language_",
+        ),
+        (lambda d: d.update(metrics=[1]), r"metrics\.kind: found None"),
+        (lambda d: d["metrics"].update(kind=["sampling"]), r"metrics\.kind: found \['sampling'\]"),
+        (lambda d: d["metrics"].update(samples=[3]), r"metrics\.samples\.0: .*should be an object"),
+        (lambda d: d.update(task=5, identity=None), r"task: .*valid string[^$]*identity: "),
         (lambda d: d.update(task="passkey"), r"task is 'passkey' but the metrics are those of 'sampling'"),
         (lambda d: d.update(schema_version=2), r"schema_version is 2, this version reads 1"),
     ],
@@ -119,7 +126,15 @@ def test_a_result_that_does_not_fit_the_schema_is_refused(written, change, messa
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such result file"), ("{", "not a JSON file"), ("[]", "expected a JSON object, found list")],
+    [
+        (None, "no such result file"),
+        ("{", "not a JSON file"),
+        ("[]", "expected a JSON object, found list"),
+        ("[" * 100_000, "not a JSON file"),
+        (f'{{"seed": {"9" * 5000}}}', "not a JSON file"),
+        ('{"schema_version": 1, "task": "\\ud800"}', "holds half a character"),
+        ('{"schema_version": 1, "task": ["niah"], "metrics": 7}', "was changed after it was written"),
+    ],
 )
 def test_files_that_are_no_results_are_refused(written, text, message):
     written.unlink() if text is None else written.write_text(text)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nested_lm.nn.model import LanguageModel
 from nested_lm.storage.commit import current_commit
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.results import comparable, load_result
-from nested_lm_lab.evaluation.runner import evaluate_run
+from nested_lm_lab.evaluation.run import evaluate_run
 from nested_lm_lab.tasks.language_modelling import BITS, paired_difference
 
 CONTEXT = 16
@@ -106,7 +107,10 @@ def test_all_tasks_of_a_run(run_dir, data_config):
     lines = []
     paths = evaluate_run(run_dir, report=lines.append)
     assert [path.name for path in paths] == ["language_modelling.json", "passkey.json", "sampling.json"]
-    assert [line.split(":")[0] for line in lines] == ["language_modelling", "passkey", "sampling"]
+    written = [line for line in lines if not line.startswith(" ")]
+    assert [line.split(":")[0] for line in written] == ["language_modelling", "passkey", "sampling"]
+    assert re.match(r"  window: [\d.]+ \[[\d.]+, [\d.]+\] bits per byte of the test split", lines[0])
+    assert any(re.match(r"  96 tokens: found 0.00 \[0.00, ", line) for line in lines)
     scored, passkey, text = (load_result(path).metrics for path in paths)
     identity = load_result(paths[0]).identity
     assert (identity.tokens, identity.step, identity.arm) == (512, 8, "self_modifying+cms")
@@ -140,7 +144,7 @@ def test_a_second_run_does_nothing(run_dir):
     lines = []
     assert evaluate_run(run_dir, report=lines.append) == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
-    assert all("kept" in line for line in lines)
+    assert all("kept" in line for line in lines if not line.startswith(" "))
 
 
 def test_settings_of_the_call_replace_those_of_the_run(run_dir):
@@ -257,7 +261,7 @@ def test_a_task_set_to_null_is_refused(tmp_path, data_config):
 
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+    with pytest.raises(CheckpointError, match="with a valid one below checkpoints/"):
         evaluate_run(tmp_path, report=lambda line: None)
 
 

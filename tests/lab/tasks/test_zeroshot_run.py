@@ -5,6 +5,7 @@ import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.config.load import load_run
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, DataError, NumericsError, ReportError
+from nested_lm_lab.evaluation.publish import publish
 from nested_lm_lab.evaluation.results import load_result
+from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.zeroshot import tasks
 from nested_lm_lab.tasks.zeroshot.compare import compare, comparison_lines
 from nested_lm_lab.tasks.zeroshot.data_folder import (
@@ -26,8 +29,8 @@ from nested_lm_lab.tasks.zeroshot.data_folder import (
     verified_files,
 )
 from nested_lm_lab.tasks.zeroshot.harness import check_task_files, hash_of_files, require_harness
-from nested_lm_lab.tasks.zeroshot.run import default_output, evaluate_zeroshot
 from nested_lm_lab.tasks.zeroshot.settings import Memorize, ZeroShotSettings
+from nested_lm_lab.tasks.zeroshot.task import ZeroShotSuite
 from tests.lab.tasks.zeroshot_oracle import log_likelihood, rolling_log_likelihood
 
 pytest.importorskip("lm_eval")
@@ -123,15 +126,9 @@ def measure(tokenizer, make_model, data_config, folder, tmp_path):
         loaded = LoadedCheckpoint(model, config, tokenizer, identity, 4, 4096, None)
         fields = {"tasks": NAMES, "bootstrap_samples": 100, "batch_rows": 4, "max_length": 64}
         run.said = []
-        return evaluate_zeroshot(
-            loaded,
-            checkpoint,
-            ZeroShotSettings(**(fields | settings)),
-            data_dir=data_dir,
-            output=tmp_path / name / "results" / "zeroshot.json",
-            report=run.said.append,
-            label=label,
-        )
+        subject = Subject(checkpoint, checkpoint.parent.parent, None, loaded, config.eval, run.said.append)
+        task = ZeroShotSuite(ZeroShotSettings(**(fields | settings), data_dir=data_dir))
+        return publish(task, subject, output=tmp_path / name / "results" / "zeroshot.json", label=label)
 
     return run
 
@@ -185,10 +182,11 @@ def test_a_result_of_the_same_checkpoint_is_kept_and_another_runs_is_never_repla
 
 
 def test_labels_keep_results_apart(measure, tmp_path):
-    assert default_output("hope") == Path("eval/zeroshot_hope.json")
-    assert default_output("hope", "memorize") == Path("eval/zeroshot_hope_memorize.json")
+    subject, task = SimpleNamespace(identity=SimpleNamespace(name="hope")), ZeroShotSuite(ZeroShotSettings())
+    assert task.place(subject, "zeroshot") == Path("eval/zeroshot_hope.json")
+    assert task.place(subject, "zeroshot_memorize") == Path("eval/zeroshot_hope_memorize.json")
     with pytest.raises(ConfigError, match="small letters and digits only"):
-        default_output("hope", "a/b")
+        measure(tasks=("piqa",), label="a/b")
     path = measure(tasks=("piqa",))
     assert load_result(measure(tasks=("piqa",), label="again")).task == "zeroshot_again"
     assert measure.said[0] == f"measured again: {path} is of another task, and will be replaced"
@@ -224,7 +222,7 @@ def test_the_hub_gives_the_same_scores_as_a_folder_made_from_it(measure, monkeyp
 
 
 def test_a_training_text_that_is_missing_is_found_out_before_anything_is_read(measure, monkeypatch, tmp_path):
-    monkeypatch.setattr("nested_lm_lab.tasks.zeroshot.run._encode", None)
+    monkeypatch.setattr("nested_lm_lab.tasks.zeroshot.task._encode", None)
     with pytest.raises(
         DataError, match=r"nowhere holds no finished data set(?s:.*)leave this floor out with --no-bigram"
     ):
@@ -290,7 +288,7 @@ def test_scores_that_are_not_finite_are_refused_and_nothing_is_written(measure, 
         with torch.no_grad():
             model.embedding.weight[5:] = float("nan")
 
-    with pytest.raises(NumericsError, match=r"zero-shot tasks on .*step-00000004"):
+    with pytest.raises(NumericsError, match=r"zeroshot on .*step-00000004"):
         measure(tasks=("piqa",), change=poison)
     assert results(tmp_path) == []
 

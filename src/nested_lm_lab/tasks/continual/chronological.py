@@ -19,8 +19,9 @@ from nested_lm.errors import DataError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.packed import score_window, scored_sizes
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
-from nested_lm_lab.evaluation.schema import ContinualMetrics, Interval, Segment
+from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.tasks.continual.matrix import accuracy, backward_transfer, forgetting, forward_transfer, plasticity
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics, Segment
 from nested_lm_lab.tasks.language_modelling import BITS, Reading
 
 TASK_VERSION = "1"

@@ -16,10 +16,10 @@ from nested_lm.storage.atomic import write_atomically
 from nested_lm.storage.commit import current_commit
 from nested_lm_lab.evaluation.interval import Interval, Natural
 from nested_lm_lab.evaluation.results import content_digest, load_result, require_comparable
-from nested_lm_lab.evaluation.schema import ContinualMetrics, ResultFile, RunIdentity
+from nested_lm_lab.evaluation.schema import ResultFile, RunIdentity
 from nested_lm_lab.tasks.continual.chronological import mean_forgetting
 from nested_lm_lab.tasks.continual.clocks import spearman
-from nested_lm_lab.tasks.continual.schema import CorrelationScore, RegretMetrics, RetentionMetrics
+from nested_lm_lab.tasks.continual.schema import ContinualMetrics, CorrelationScore, RegretMetrics, RetentionMetrics
 from nested_lm_lab.tasks.continual.settings import ContinualSettings
 
 _Clock = Literal["log slowest period", "log fastest period", "number of levels"]

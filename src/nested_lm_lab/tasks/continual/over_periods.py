@@ -16,12 +16,13 @@ from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.identity import identify, mark_checkpoint
 from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.progress import Progress
-from nested_lm_lab.evaluation.schema import ContinualMetrics
+from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.continual.chronological import SegmentDocuments, matrix_over, score_segments, segment_documents
 from nested_lm_lab.tasks.continual.clocks import centre_of_mass, spearman
 from nested_lm_lab.tasks.continual.matrix import accuracy, backward_transfer, regret
 from nested_lm_lab.tasks.continual.schema import (
     CarriedMetrics,
+    ContinualMetrics,
     CorrelationScore,
     LesionLevel,
     LesionMetrics,
@@ -29,7 +30,6 @@ from nested_lm_lab.tasks.continual.schema import (
     RegretMetrics,
 )
 from nested_lm_lab.tasks.continual.settings import ContinualSettings
-from nested_lm_lab.tasks.continual.subject import Subject
 from nested_lm_lab.tasks.language_modelling import BITS, Reading
 
 REGRET_VERSION = CARRIED_VERSION = LESION_VERSION = "1"

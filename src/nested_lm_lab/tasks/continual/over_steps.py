@@ -11,6 +11,7 @@ from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.generation import segment_room
 from nested_lm_lab.evaluation.progress import Progress
+from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.continual.clocks import (
     Effect,
     RetentionCurve,
@@ -29,7 +30,6 @@ from nested_lm_lab.tasks.continual.schema import (
 )
 from nested_lm_lab.tasks.continual.settings import ContinualSettings
 from nested_lm_lab.tasks.continual.step_log import ProbeLog, read_probe_log
-from nested_lm_lab.tasks.continual.subject import Subject
 
 EVENTS_VERSION = RETENTION_VERSION = "1"
 

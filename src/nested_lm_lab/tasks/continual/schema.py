@@ -1,4 +1,4 @@
-"""What result files hold of continual learning, beside the loss matrix of a chronological run."""
+"""What result files hold of continual learning."""
 
 from typing import Annotated, Literal
 
@@ -6,6 +6,7 @@ from pydantic import Field
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm_lab.evaluation.interval import Interval, Natural
+from nested_lm_lab.evaluation.schema import Metrics
 
 Matrix = tuple[tuple[Interval, ...], ...]
 Shares = tuple[tuple[Fraction, ...], ...]
@@ -24,7 +25,7 @@ class OtherRun(Section):
     arm: str | None = None
 
 
-class RegretMetrics(Section):
+class RegretMetrics(Metrics):
     """Bits per byte above an oracle that read the same text mixed, with the same budget."""
 
     kind: Literal["regret"]
@@ -37,7 +38,7 @@ class RegretMetrics(Section):
     above: Interval  # mean over t < s: segments not yet read
 
 
-class CarriedMetrics(Section):
+class CarriedMetrics(Metrics):
     """The matrix with whole documents read in one stream each, the state carried and the memories writing on."""
 
     kind: Literal["carried"]
@@ -65,7 +66,7 @@ class LesionLevel(Section):
     centre: Interval | None  # mean segment number weighted by damage; null: damages nothing
 
 
-class LesionMetrics(Section):
+class LesionMetrics(Metrics):
     """A lesion matrix: which segment's knowledge goes with which level."""
 
     kind: Literal["lesion"]
@@ -100,7 +101,7 @@ class LevelEvents(Section):
     why: str | None
 
 
-class EventMetrics(Section):
+class EventMetrics(Metrics):
     """What happens at ticks, in training (old periods, step by step) or while reading (loss around the tick)."""
 
     kind: Literal["events"]
@@ -127,7 +128,7 @@ class RetentionScore(Section):
     held_out_error: NonNegativeFloat
 
 
-class RetentionMetrics(Section):
+class RetentionMetrics(Metrics):
     """Forgetting curves fitted with time constants tied to the levels' periods, and with one free exponential."""
 
     kind: Literal["retention"]
@@ -169,7 +170,7 @@ class ClassStream(Section):
     seconds: NonNegativeFloat
 
 
-class ClassIncrementalMetrics(Section):
+class ClassIncrementalMetrics(Metrics):
     """Classes that come task after task, learned by reading."""
 
     kind: Literal["class_incremental"]
@@ -192,7 +193,7 @@ class FactsEpoch(Section):
     nats: Interval  # a token of the current value
 
 
-class FactsMetrics(Section):
+class FactsMetrics(Metrics):
     """Facts of an invented world that change."""
 
     kind: Literal["changing_facts"]
@@ -222,7 +223,7 @@ class LanguageScores(Section):
     kept: Interval  # chrF of first_then_other minus alone, paired; negative: the other language took its place
 
 
-class LanguagesMetrics(Section):
+class LanguagesMetrics(Metrics):
     """Two invented languages, learned one after the other by reading."""
 
     kind: Literal["invented_languages"]
@@ -234,13 +235,29 @@ class LanguagesMetrics(Section):
     state_bytes: Natural
 
 
-ContinualTaskMetrics = (
-    RegretMetrics
-    | CarriedMetrics
-    | LesionMetrics
-    | EventMetrics
-    | RetentionMetrics
-    | ClassIncrementalMetrics
-    | FactsMetrics
-    | LanguagesMetrics
-)
+class Segment(Section):
+    """One stretch of the training stream and its held-out documents; bytes and tokens are the scored ones."""
+
+    label: str
+    periods: tuple[Natural, ...]
+    documents: Count
+    bytes: Count
+    tokens: Count
+    trained_tokens: Natural  # training tokens seen at the end of this segment
+
+
+class ContinualMetrics(Metrics):
+    """Loss on every segment after every segment: row t, column s. Row 0 is the untrained model.
+
+    Lower is better. forgetting has one row a trained segment: [t-1][s-1] for t >= s, null above the diagonal.
+    """
+
+    kind: Literal["continual"]
+    segments: tuple[Segment, ...]
+    bits_per_byte: tuple[tuple[Interval, ...], ...]
+    nats_per_token: tuple[tuple[Interval, ...], ...]
+    forgetting: tuple[tuple[Interval | None, ...], ...]  # bits per byte above the best seen since the segment
+    backward_transfer: Interval  # positive: later training helped earlier segments
+    forward_transfer: Interval  # positive: earlier training helped segments not yet seen
+    plasticity: Interval  # mean loss on a segment right after it
+    accuracy: Interval  # mean loss over the segments at the end (ACC, lower is better)

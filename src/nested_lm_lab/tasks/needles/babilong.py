@@ -5,23 +5,28 @@ labels of each task and the scorer `compare_answers`. Deviations: instructions a
 is one word for every task, and lengths are exact.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.errors import ConfigError, DataError
+from nested_lm.errors import DataError
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.task import Task, from_report
 from nested_lm_lab.tasks.needles.haystack import Books
-from nested_lm_lab.tasks.needles.measure import Batching, Suite
+from nested_lm_lab.tasks.needles.metrics import BabilongMetrics
 from nested_lm_lab.tasks.needles.prompts import Sample, make_rng, scatter
-from nested_lm_lab.tasks.needles.run import Plan
-from nested_lm_lab.tasks.needles.settings import NiahSettings, parse_settings, split_words
-from nested_lm_lab.tasks.needles.stories import GENERATED, PLACES, Story, make_story, read_stories
+from nested_lm_lab.tasks.needles.settings import BabilongSettings
+from nested_lm_lab.tasks.needles.stops import may_go_further
+from nested_lm_lab.tasks.needles.stories import PLACES, Story, make_story, read_stories
+from nested_lm_lab.tasks.needles.suite import Suite
+from nested_lm_lab.tasks.needles.summary import curve_lines
 from nested_lm_lab.tasks.needles.tasks import Asked
 
-VERSION = "1"
+if TYPE_CHECKING:
+    from nested_lm_lab.evaluation.progress import Progress
+    from nested_lm_lab.evaluation.subject import Subject
 
 _THINGS = ("bill", "fred", "jeff", "mary", "apple", "football", "milk")
 LABELS = {"qa1": PLACES, "qa2": PLACES, "qa3": PLACES, "qa4": PLACES, "qa5": _THINGS}
@@ -73,62 +78,73 @@ _EXAMPLES = {
 """Text, question and answer; their people, places and things are in no story."""
 
 
-def parse_babilong(
-    *, tasks: str, lengths: str, facts: Path | None, max_new_tokens: int, **others: Any
-) -> tuple[NiahSettings, tuple[str, ...]]:
-    """Read what the command line says. Returns the settings that needles have too, and the tasks.
+class BabilongTask(Task[BabilongSettings, BabilongMetrics]):
+    """Questions about facts hidden in books, after BABILong, with controls."""
+
+    name = "babilong"
+    version = "1"
+    Settings = BabilongSettings
+    Metrics = BabilongMetrics
+
+    def __init__(self, settings: BabilongSettings) -> None:
+        super().__init__(settings)
+        self._suites: tuple[Suite, ...] = ()
+        self._books = ""
+
+    @contextmanager
+    def opened(self, subject: "Subject") -> Iterator[None]:
+        """Read the books and the facts.
+
+        Raises:
+            DataError: files that cannot be read, or fewer questions than samples.
+        """
+        books = Books.open(subject.loaded.tokenizer, self.settings.books)
+        self._books = books.identity
+        self._suites = babilong_suites(subject.loaded.tokenizer, books, self.settings)
+        yield
+
+    def record(self, subject: "Subject") -> dict[str, Any]:  # noqa: ARG002
+        """The settings, and the identity of the books."""
+        kept = {"tasks", "lengths", "samples", "seed", "max_new_tokens", "bootstrap_samples", "examples"}
+        return self.settings.model_dump(mode="json", include=kept) | {
+            "facts": "made" if self.settings.facts is None else "bAbI files",
+            "books": self._books,
+        }
+
+    def measure(self, subject: "Subject", progress: "Progress") -> BabilongMetrics:
+        """Measure all tasks and lengths.
+
+        Raises:
+            DataError: a length without room, or a haystack that is too short: before anything is read.
+        """
+        from nested_lm_lab.tasks.needles.curves import measure_curves
+
+        return measure_curves(BabilongMetrics, self.name, subject, self._suites, self.settings, progress)
+
+    def may_go_further(self, old: BabilongMetrics) -> bool:
+        """A higher limit for states reads longer texts."""
+        return may_go_further(old, self.settings.max_state_mib)
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """The share answered at each length, and the effective lengths."""
+        assert isinstance(result.metrics, BabilongMetrics)
+        yield from curve_lines(result.metrics.tasks)
+
+    @classmethod
+    def tables(cls, campaign: Any, runs: Sequence[Any], name: str) -> list[Any]:
+        """Every score beside its controls."""
+        found: list[Any] = from_report("needle_tables", "babilong")(campaign, runs, name)
+        return found
+
+
+def babilong_suites(tokenizer: TextTokenizer, books: Books, settings: BabilongSettings) -> tuple[Suite, ...]:
+    """The tasks that settings name.
 
     Raises:
-        ConfigError: an unknown task, or one whose facts are not made here and not given.
+        DataError: facts that cannot be read, or fewer questions than samples.
     """
-    names = tuple(dict.fromkeys(split_words(tasks)))
-    for name in names or ("",):
-        if name not in LABELS:
-            raise ConfigError(f"--tasks: unknown task {name!r}; choices: {', '.join(LABELS)}")
-        if facts is None and name not in GENERATED:
-            raise ConfigError(
-                f"--tasks {name}: its facts are not made here, only those of {', '.join(GENERATED)}; name the folder "
-                "of bAbI's English files with --facts"
-            )
-    settings = parse_settings(
-        tasks="s1", lengths=lengths, depths="0.5", haystack=None, max_new_tokens=max_new_tokens, **others
-    )
-    return settings, names
-
-
-def plan_babilong(
-    loaded: LoadedCheckpoint, settings: NiahSettings, names: tuple[str, ...], *, facts: Path | None, examples: bool
-) -> Plan:
-    """The plan of questions about facts in books.
-
-    facts: folder of bAbI's files; None: facts are made. examples: two worked examples stand before the text.
-
-    Raises:
-        DataError: files that cannot be read, or fewer questions than samples.
-    """
-    books = Books.open(loaded.tokenizer, settings.files)
-    suites = tuple(_suite(name, loaded.tokenizer, books, settings, facts, examples) for name in names)
-    return Plan(
-        kind="babilong",
-        task="babilong",
-        version=VERSION,
-        suites=suites,
-        lengths=settings.lengths,
-        batching=Batching(settings.samples, settings.batch_rows),
-        max_state_mib=settings.max_state_mib,
-        bootstrap_samples=settings.bootstrap_samples,
-        settings={
-            "tasks": list(names),
-            "lengths": list(settings.lengths),
-            "samples": settings.samples,
-            "seed": settings.seed,
-            "max_new_tokens": settings.max_new_tokens,
-            "bootstrap_samples": settings.bootstrap_samples,
-            "examples": examples,
-            "facts": "made" if facts is None else "bAbI files",
-            "books": books.identity,
-        },
-    )
+    return tuple(_suite(name, tokenizer, books, settings) for name in settings.tasks)
 
 
 def label_match(output: str, target: str, question: str, labels: tuple[str, ...]) -> bool:
@@ -149,20 +165,18 @@ def first_sentence(output: str) -> str:
     return text
 
 
-def _suite(
-    name: str, tokenizer: TextTokenizer, books: Books, settings: NiahSettings, facts: Path | None, examples: bool
-) -> Suite:
+def _suite(name: str, tokenizer: TextTokenizer, books: Books, settings: BabilongSettings) -> Suite:
+    facts = settings.facts
     stories = None if facts is None else read_stories(facts, name)
     if stories is not None and len(stories) < settings.samples:
         raise DataError(f"{facts} has {len(stories)} questions of {name}, --samples asks for {settings.samples}")
-    assert settings.max_new_tokens is not None
     return Suite(
         name=name,
         upstream=name,
         haystack=books.identity,
         rows=2,
         max_new_tokens=settings.max_new_tokens,
-        make=_maker(name, tokenizer, books, settings, stories, examples),
+        make=_maker(name, tokenizer, books, settings, stories),
         match=lambda output, sample: float(label_match(output, sample.references[0], sample.words, LABELS[name])),
         settled=lambda output, sample: first_sentence(output) != output.lower(),  # noqa: ARG005  a sentence has ended
     )
@@ -172,12 +186,11 @@ def _maker(
     name: str,
     tokenizer: TextTokenizer,
     books: Books,
-    settings: NiahSettings,
+    settings: BabilongSettings,
     stories: list[Story] | None,
-    examples: bool,
 ) -> Callable[[int, int], Sample]:
     header = _INSTRUCTIONS[name]
-    if examples:
+    if settings.examples:
         header += "".join(
             f"Example: {text}\nQuestion: {question}\nAnswer: {answer}.\n" for text, question, answer in _EXAMPLES[name]
         )

@@ -13,28 +13,10 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm_lab.tasks.needles.answers import Forced, decode_greedily, force, read_question
 from nested_lm_lab.tasks.needles.prompts import Prompt, Sample
 from nested_lm_lab.tasks.needles.reading import OutOfRoomError, Reader
+from nested_lm_lab.tasks.needles.suite import Suite
 
 _PENDING_TOKENS = 1 << 24
 """Prompts that wait for others whose question is as long: read them before they take more memory than this."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One task: where its samples come from, and how outputs are judged.
-
-    upstream: its name where it comes from. haystack: what a result says about the text; None: the text is the task.
-    rows: prompts of the full length that a sample has, its control included. make: a sample of a length, by number.
-    match: score of an output, 0 to 1. settled: whether no more tokens can change it.
-    """
-
-    name: str
-    upstream: str
-    haystack: str | None
-    rows: int
-    max_new_tokens: int
-    make: Callable[[int, int], Sample]
-    match: Callable[[str, Sample], float]
-    settled: Callable[[str, Sample], bool]
 
 
 @dataclass(frozen=True)

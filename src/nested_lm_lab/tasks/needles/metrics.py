@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, Section
 from nested_lm_lab.evaluation.interval import Interval, Natural
+from nested_lm_lab.evaluation.schema import Metrics
 
 
 class Score(Section):
@@ -133,7 +134,7 @@ class NeedleTask(Section):
     effective: tuple[EffectiveLength, ...]
 
 
-class _Curves(Section):
+class _Curves(Metrics):
     """What all needle curves have in common. max_state_mib: limit within which states were read side by side."""
 
     constant_state: bool  # false: the state grows with the text, up to that limit or the end of memory
@@ -169,7 +170,7 @@ class BookPosition(Section):
     saved: Interval
 
 
-class BooksMetrics(Section):
+class BooksMetrics(Metrics):
     """Loss by position in long books. Intervals resample books.
 
     length: tokens of each book that were asked for. reached: that were read before the limit for states, or memory,
@@ -194,3 +195,39 @@ class BooksMetrics(Section):
 
 LongTextMetrics = NiahMetrics | BabilongMetrics | BooksMetrics
 """What is measured within a limit for states."""
+
+
+class PasskeySample(Section):
+    """One prompt, with its key and with the key's sentence taken out."""
+
+    depth: Fraction  # of the key in the document: 0 start, 1 end
+    answer_tokens: Count
+    nats_per_token: NonNegativeFloat
+    exact: bool
+    first_rank: Count  # of the first answer token among the vocabulary; 1 is the model's first choice
+    control_nats_per_token: NonNegativeFloat
+    control_exact: bool
+    control_first_rank: Count
+
+
+class PasskeyLength(Section):
+    """All samples of one length. `worth`: nats per answer token that the key in the text saves, paired."""
+
+    length: Count  # tokens of the prompt
+    nats_per_token: Interval
+    exact: Interval
+    median_first_rank: float
+    control_nats_per_token: Interval
+    control_exact: Interval
+    control_median_first_rank: float
+    worth: Interval
+    tokens_per_s: NonNegativeFloat
+    samples: tuple[PasskeySample, ...]
+
+
+class PasskeyMetrics(Metrics):
+    """A five-digit key hidden in a document."""
+
+    kind: Literal["passkey"]
+    reading: Literal["segments", "whole"]  # state carried over segments, or one forward over the whole prompt
+    lengths: tuple[PasskeyLength, ...]

@@ -1,15 +1,16 @@
-"""What `nested-lm eval niah` measures, as written on the command line and in result files."""
+"""What `nested-lm eval niah` and `eval babilong` measure, as given on the command line."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nested_lm.config.section import Count, Fraction, Section
 from nested_lm.errors import ConfigError
 from nested_lm_lab.evaluation.interval import Natural
+from nested_lm_lab.evaluation.options import Option, sizes, words
+from nested_lm_lab.tasks.needles.stories import GENERATED
 from nested_lm_lab.tasks.needles.tasks import TASKS, HaystackKind
 
 GROUPS = {
@@ -18,38 +19,113 @@ GROUPS = {
 }
 """Names that stand for several tasks."""
 
-_SIZE = re.compile(r"(\d+)(k?)")
+BABILONG = ("qa1", "qa2", "qa3", "qa4", "qa5")
+
+_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 
-class NiahSettings(Section):
-    """Tasks, lengths and samples. haystack: None takes that of each task in RULER. books: files; none: shipped text.
+def read_tasks(text: str) -> tuple[str, ...]:
+    """Names or groups with commas between.
 
-    max_new_tokens: None takes RULER's number for each task.
+    Raises:
+        ValueError: an unknown one, or none.
+    """
+    found: list[str] = []
+    for word in words(text):
+        if word not in GROUPS and word not in TASKS:
+            raise ValueError(f"unknown task {word!r}; choices: {', '.join([*GROUPS, *TASKS])}")
+        found += GROUPS.get(word, (word,))
+    return tuple(dict.fromkeys(found))
+
+
+def read_depths(text: str) -> tuple[float, ...]:
+    """A whole number says how many, spread evenly from 0 to 1 (1: the middle); with a point or commas it is the depths
+    themselves, as in 0.25 or 0,0.5,1.
+
+    Raises:
+        ValueError: neither.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        if len(parts) == 1 and "," not in text and "." not in parts[0]:
+            count = int(parts[0])
+        else:
+            return tuple(float(part) for part in parts)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither how many depths, as in 11, nor shares of the text, as in 0.5 or 0,0.5,1"
+        ) from None
+    if count < 1:
+        raise ValueError(f"{count}: a whole number is how many depths; write 0.0 for the depth itself")
+    return spread(count)
+
+
+def spread(count: int) -> tuple[float, ...]:
+    """Depths spread evenly from 0 to 1; a single one is the middle."""
+    return (0.5,) if count == 1 else tuple(index / (count - 1) for index in range(count))
+
+
+class LongTextSettings(Section):
+    """What all suites of hidden needles have in common.
+
+    books: files; none: shipped text. max_state_mib: changes no number, but ends what is measured.
     """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    lengths: Annotated[tuple[Count, ...], Field(min_length=1)]
-    depths: Annotated[tuple[Fraction, ...], Field(min_length=1)]
-    samples: Count
-    seed: Natural
-    haystack: HaystackKind | None
-    books: tuple[str, ...]
-    max_new_tokens: Count | None
-    batch_rows: Count
-    max_state_mib: Count
+    lengths: Annotated[
+        tuple[Count, ...],
+        Field(min_length=1),
+        Option("Tokens of a prompt, with commas between; 2k is 2,048.", read=sizes, shown="2k,4k,8k,16k,32k"),
+    ] = _LENGTHS
+    samples: Annotated[Count, Option("Questions for each length; fewer than 23 show no length at RULER's 0.856.")] = 24
+    books: Annotated[
+        tuple[Path, ...],
+        Option(
+            "Text to hide things in; repeat for more files. The shipped corpus by default.",
+            metavar="FILE",
+            repeat=True,
+        ),
+    ] = ()
+    seed: Annotated[Natural, Option("The same seed asks the same questions.")] = 0
+    batch_rows: Annotated[Count, Option("Prompts read side by side.")] = 48
+    max_state_mib: Annotated[
+        Count, Option("MiB for states read side by side; a length of which one takes more is left out.")
+    ] = 2048
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
 
-    @field_validator("lengths", "depths")
+    @field_validator("lengths")
     @classmethod
     def _ascending(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if list(values) != sorted(set(values)):
-            raise ValueError(f"{list(values)} must be different and ascending")
-        return values
+        return _different_and_ascending(values)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Books as paths."""
-        return tuple(Path(name) for name in self.books)
+
+class NiahSettings(LongTextSettings):
+    """Tasks, lengths and samples. haystack, max_new_tokens: null takes what each task has in RULER."""
+
+    tasks: Annotated[
+        tuple[str, ...],
+        Field(min_length=1),
+        Option(f"{' '.join(TASKS)}, commas between; niah: the first eight; all.", read=read_tasks, shown="niah"),
+    ] = GROUPS["niah"]
+    depths: Annotated[
+        tuple[Fraction, ...],
+        Field(min_length=1),
+        Option(
+            "How many, evenly from 0 to 1 (1: the middle); or the depths, as 0.5 or 0,0.5,1.",
+            read=read_depths,
+            shown="11",
+        ),
+    ] = spread(11)
+    haystack: Annotated[
+        HaystackKind | None,
+        Option("noise, needle or books for all tasks; what each has in RULER by default."),
+    ] = None
+    max_new_tokens: Annotated[Count | None, Option("Tokens generated for an answer; RULER's number by default.")] = None
+
+    @field_validator("depths")
+    @classmethod
+    def _depths_ascend(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        return _different_and_ascending(values)
 
     def of_result(self, haystacks: Mapping[str, str | None]) -> dict[str, Any]:
         """What two results must share to be compared; limits of the machine are not part of it.
@@ -60,70 +136,35 @@ class NiahSettings(Section):
         return fields | {"haystacks": dict(haystacks)}
 
 
-def parse_settings(*, tasks: str, lengths: str, depths: str, **others: Any) -> NiahSettings:
-    """Read what the command line says.
+class BabilongSettings(LongTextSettings):
+    """Tasks, lengths and samples. facts: folder of bAbI's files; null: facts are made."""
 
-    Args:
-        tasks: names or groups with commas between.
-        lengths: tokens with commas between; 2k is 2,048.
-        depths: a whole number says how many, spread evenly from 0 to 1 (1: the middle); with a point or commas it is
-            the depths themselves, as in 0.25 or 0,0.5,1.
+    tasks: Annotated[
+        tuple[str, ...],
+        Field(min_length=1),
+        Option("qa1 to qa5, with commas between.", read=words, shown="qa1,qa2"),
+    ] = GENERATED
+    facts: Annotated[
+        Path | None,
+        Option("bAbI's English files, such as qa1_test.txt; made here by default: qa1, qa2.", metavar="DIR"),
+    ] = None
+    examples: Annotated[bool, Option("Put two worked examples before the text.")] = True
+    max_new_tokens: Annotated[Count, Option("Tokens generated for an answer.")] = 20
 
-    Raises:
-        ConfigError: an unknown task, or a value that cannot be.
-    """
-    fields = {
-        "tasks": tuple(dict.fromkeys(name for word in split_words(tasks) for name in _expand(word))),
-        "lengths": tuple(sorted({parse_size(word) for word in split_words(lengths)})),
-        "depths": _parse_depths(depths),
-        **others,
-    }
-    try:
-        return NiahSettings(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{name}: {first['msg'].removeprefix('Value error, ')}") from error
-
-
-def split_words(text: str) -> list[str]:
-    """Words with commas between."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    @model_validator(mode="after")
+    def _tasks_have_facts(self) -> "BabilongSettings":
+        for name in self.tasks:
+            if name not in BABILONG:
+                raise ConfigError(f"--tasks: unknown task {name!r}; choices: {', '.join(BABILONG)}")
+            if self.facts is None and name not in GENERATED:
+                raise ConfigError(
+                    f"--tasks {name}: its facts are not made here, only those of {', '.join(GENERATED)}; name the "
+                    "folder of bAbI's English files with --facts"
+                )
+        return self
 
 
-def parse_size(word: str, *, option: str = "--lengths") -> int:
-    """Tokens, as in 2048 or 2k. option: that the word was given to, for the message.
-
-    Raises:
-        ConfigError: not a whole number.
-    """
-    found = _SIZE.fullmatch(word)
-    if found is None:
-        raise ConfigError(f"{option}: {word!r} is not a number of tokens; write 2048 or 2k")
-    return int(found[1]) * (1024 if found[2] else 1)
-
-
-def _expand(word: str) -> Sequence[str]:
-    if word in GROUPS:
-        return GROUPS[word]
-    if word not in TASKS:
-        raise ConfigError(f"--tasks: unknown task {word!r}; choices: {', '.join([*GROUPS, *TASKS])}")
-    return (word,)
-
-
-def _parse_depths(text: str) -> tuple[float, ...]:
-    words = split_words(text)
-    try:
-        if len(words) == 1 and "," not in text and "." not in words[0]:
-            return _spread(int(words[0]))
-        return tuple(float(word) for word in words)
-    except ValueError:
-        raise ConfigError(
-            f"--depths: {text!r} is neither how many depths, as in 11, nor shares of the text, as in 0.5 or 0,0.5,1"
-        ) from None
-
-
-def _spread(count: int) -> tuple[float, ...]:
-    if count < 1:
-        raise ConfigError(f"--depths {count}: a whole number is how many depths; write 0.0 for the depth itself")
-    return (0.5,) if count == 1 else tuple(index / (count - 1) for index in range(count))
+def _different_and_ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"{list(values)} must be different and ascending")
+    return values

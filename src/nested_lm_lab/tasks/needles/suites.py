@@ -7,9 +7,9 @@ from nested_lm.errors import ConfigError
 from nested_lm_lab.tasks.needles.answers import string_match
 from nested_lm_lab.tasks.needles.haystack import Books, Haystack, Needles, Noise
 from nested_lm_lab.tasks.needles.lists import make_list_sample
-from nested_lm_lab.tasks.needles.measure import Suite
 from nested_lm_lab.tasks.needles.prompts import Sample, make_sample
 from nested_lm_lab.tasks.needles.settings import NiahSettings
+from nested_lm_lab.tasks.needles.suite import Suite
 from nested_lm_lab.tasks.needles.tasks import TASKS, Task
 
 
@@ -66,7 +66,7 @@ def _open_haystacks(tokenizer: TextTokenizer, settings: NiahSettings) -> dict[st
             )
     if settings.books and "books" not in kinds.values():
         raise ConfigError("--books: no task reads them; name one that does with --tasks, or add --haystack books")
-    books = Books.open(tokenizer, settings.files) if "books" in kinds.values() else None
+    books = Books.open(tokenizer, settings.books) if "books" in kinds.values() else None
     made: dict[str, Haystack | None] = {}
     for name, kind in kinds.items():
         task = TASKS[name]

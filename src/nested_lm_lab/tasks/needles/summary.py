@@ -3,13 +3,13 @@
 Intervals by length count samples, not rows: the depths of a sample share its text, so they are not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
 from nested_lm_lab.evaluation.interval import Interval
-from nested_lm_lab.tasks.needles.measure import ControlRow, Measured, Row
 from nested_lm_lab.tasks.needles.metrics import (
     Cell,
     ControlRows,
@@ -22,13 +22,16 @@ from nested_lm_lab.tasks.needles.metrics import (
     Score,
 )
 
+if TYPE_CHECKING:
+    from nested_lm_lab.tasks.needles.measure import ControlRow, Measured, Row
+
 THRESHOLDS = (0.5, 0.856)
 """Of effective lengths. The second is RULER's: what Llama-2-7B reaches at 4,096 tokens (arXiv 2404.06654)."""
 
 _OUTPUT_CHARACTERS = 80
 
 
-def summarise(measured: Measured, bootstrap: Bootstrap) -> LengthScores:
+def summarise(measured: "Measured", bootstrap: Bootstrap) -> LengthScores:
     """Make a length's part of the result file."""
     rows = [row for row in measured.rows if row.has_needle]
     empty = [row for row in measured.rows if not row.has_needle]
@@ -77,19 +80,53 @@ def effective_words(task: NeedleTask, found: EffectiveLength) -> str:
     return f"not decidable with {n} sample{'s'[: n > 1]}" if perfect < found.threshold else "none"
 
 
-def _by_sample(rows: Sequence[Row] | Sequence[ControlRow], values: Sequence[float]) -> np.ndarray:
+def curve_lines(tasks: Sequence[NeedleTask]) -> Iterator[str]:
+    """The share found at each length, and the effective lengths: two lines a task, for the terminal."""
+    for task in tasks:
+        yield f"  {task.task}: match {', '.join(_match_at(entry) for entry in task.lengths)}"
+        yield f"  {effective_line(task)}"
+
+
+def _match_at(entry: NeedleLength) -> str:
+    match = None if entry.scores is None else entry.scores.score.match
+    return f"{'not read' if match is None else match.text(2)} at {entry.length:,}"
+
+
+def effective_line(task: NeedleTask) -> str:
+    """The effective lengths of a task, for the terminal."""
+    found = (f"{effective_words(task, entry)} (match at least {entry.threshold:g})" for entry in task.effective)
+    return f"{task.task}: effective length {', '.join(found)}"
+
+
+def length_line(task: str, entry: NeedleLength) -> str:
+    """One line about a length, for the terminal."""
+    where = f"{task} at {entry.length:,} tokens"
+    if entry.scores is None:
+        return f"{where}: {entry.stopped}"
+    scores, control = entry.scores, entry.scores.controls.no_needle
+    match = scores.score.match
+    assert match is not None
+    assert control.match is not None
+    return (
+        f"{where}: match {match.value:.3f} [{match.low:.3f}, {match.high:.3f}], without needle "
+        f"{control.match.value:.3f}; {scores.score.nats.value:.2f} nats, needle saves {scores.worth.value:+.3f}; "
+        f"{scores.tokens / max(scores.seconds, 1e-9):,.0f} tokens/s"
+    )
+
+
+def _by_sample(rows: "Sequence[Row] | Sequence[ControlRow]", values: Sequence[float]) -> np.ndarray:
     """Mean of the values of each sample."""
     samples = np.array([row.sample for row in rows])
     return np.array([np.asarray(values, dtype=np.float64)[samples == number].mean() for number in np.unique(samples)])
 
 
-def _share(rows: Sequence[Row] | Sequence[ControlRow], values: Sequence[float]) -> Interval:
+def _share(rows: "Sequence[Row] | Sequence[ControlRow]", values: Sequence[float]) -> Interval:
     means = _by_sample(rows, values)
     return wilson(float(means.sum()), len(means))
 
 
 def _score(
-    rows: Sequence[Row] | Sequence[ControlRow],
+    rows: "Sequence[Row] | Sequence[ControlRow]",
     scores: Sequence[tuple[float, bool, int]],
     matches: Sequence[float] | None,
     bootstrap: Bootstrap,
@@ -103,17 +140,17 @@ def _score(
     )
 
 
-def _score_rows(rows: Sequence[Row], bootstrap: Bootstrap) -> Score:
+def _score_rows(rows: "Sequence[Row]", bootstrap: Bootstrap) -> Score:
     return _score(rows, [(row.nats, row.exact, row.rank) for row in rows], [row.match for row in rows], bootstrap)
 
 
-def _cell(depth: float, rows: Sequence[Row], bootstrap: Bootstrap) -> Cell:
+def _cell(depth: float, rows: "Sequence[Row]", bootstrap: Bootstrap) -> Cell:
     distances = [row.distance for row in rows if row.distance is not None]
     return Cell(depth=depth, distance=round(float(np.median(distances))), score=_score_rows(rows, bootstrap))
 
 
 def _controls(
-    rows: Sequence[Row], empty: Sequence[Row], controls: Sequence[ControlRow], bootstrap: Bootstrap
+    rows: "Sequence[Row]", empty: "Sequence[Row]", controls: "Sequence[ControlRow]", bootstrap: Bootstrap
 ) -> Controls:
     frozen = [row.frozen for row in rows if row.frozen is not None]
     only = [row.only for row in controls if row.only is not None]
@@ -127,7 +164,7 @@ def _controls(
     )
 
 
-def _columns(rows: Sequence[Row]) -> Rows:
+def _columns(rows: "Sequence[Row]") -> Rows:
     frozen = [row.frozen for row in rows if row.frozen is not None]
     return Rows(
         sample=tuple(row.sample for row in rows),
@@ -143,7 +180,7 @@ def _columns(rows: Sequence[Row]) -> Rows:
     )
 
 
-def _control_columns(empty: Sequence[Row], controls: Sequence[ControlRow]) -> ControlRows:
+def _control_columns(empty: "Sequence[Row]", controls: "Sequence[ControlRow]") -> ControlRows:
     only = [row.only for row in controls if row.only is not None]
     unwritten = [row.unwritten for row in controls if row.unwritten is not None]
     return ControlRows(

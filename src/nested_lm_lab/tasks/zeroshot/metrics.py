@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from nested_lm.config.section import Count, NonNegativeFloat, Section
 from nested_lm_lab.evaluation.interval import Interval, Natural
+from nested_lm_lab.evaluation.schema import Metrics
 from nested_lm_lab.tasks.zeroshot.settings import Memorize
 
 
@@ -95,7 +96,7 @@ class Arm(Section):
     seconds: NonNegativeFloat
 
 
-class ZeroShotMetrics(Section):
+class ZeroShotMetrics(Metrics):
     """Zero-shot tasks. data, floors: by task. The first arm is the plain score."""
 
     kind: Literal["zeroshot"]

@@ -1,11 +1,14 @@
 """What `nested-lm eval zeroshot` measures, as written on the command line and in result files."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from nested_lm.config.section import Count, NonNegativeFloat, Section
 from nested_lm.errors import ConfigError
+from nested_lm_lab.evaluation.options import Option
+from nested_lm_lab.tasks.zeroshot.tasks import choose_tasks
 
 
 class Memorize(Section):
@@ -56,6 +59,15 @@ def parse_memorize(text: str) -> Memorize:
         raise ConfigError(f"--memorize {text!r}: {reason}") from error
 
 
+_Tasks = Option("all, paper (the papers' columns), or names with commas between.", read=choose_tasks, shown="all")
+_Memorize = Option(
+    "Also score after reading each text into the memory first; repeat for more variants.",
+    read=parse_memorize,
+    metavar="passes=N[,levels=A+B][,surprise=X]",
+    repeat=True,
+)
+
+
 class ZeroShotSettings(Section):
     """Tasks and how they are read.
 
@@ -64,10 +76,19 @@ class ZeroShotSettings(Section):
     bigram floor is counted on; null: no such floor.
     """
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    limit: Count | None = None
-    max_length: Count | None = None
-    memorize: tuple[Memorize, ...] = ()
-    bigram_tokens: Count | None = 16_000_000
-    batch_rows: Count = 32
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
+    tasks: Annotated[tuple[str, ...], Field(min_length=1), _Tasks] = choose_tasks("all")
+    data_dir: Annotated[
+        Path | None,
+        Option("Folder that `eval zeroshot-data` made; the Hugging Face hub by default.", metavar="DIR"),
+    ] = None
+    limit: Annotated[Count | None, Option("First documents of each task only.")] = None
+    max_length: Annotated[
+        Annotated[int, Field(ge=8)] | None,
+        Option("Tokens read of a document; the context of the training by default."),
+    ] = None
+    memorize: Annotated[tuple[Memorize, ...], _Memorize] = ()
+    bigram_tokens: Annotated[
+        Count | None, Option("Leave out the floor of the training text.", name="--no-bigram", off=True)
+    ] = 16_000_000
+    batch_rows: Annotated[Count, Option("Texts read side by side.")] = 32
+    bootstrap_samples: Annotated[int, Field(ge=100), Option("Resamples of the intervals.")] = 1000

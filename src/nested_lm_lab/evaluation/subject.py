@@ -1,61 +1,85 @@
-"""What continual learning is measured on: a checkpoint, its run folder if it has one, and its training data."""
+"""What is measured: a checkpoint, its run folder if it has one, and its training data."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from nested_lm.checkpoint import (
     LoadedCheckpoint,
     find_checkpoint,
     load_model,
 )
+from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological
 from nested_lm.data.chronology import ReadingGroup, reading_groups
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SplitName
-from nested_lm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from nested_lm_lab.evaluation.identity import UNKNOWN_DATA, identify, mark_checkpoint, result_of
-from nested_lm_lab.evaluation.progress import Progress
-from nested_lm_lab.evaluation.results import readable_result, write_result
-from nested_lm_lab.evaluation.schema import CheckpointMark, Metrics, RunIdentity
-from nested_lm_lab.tasks.continual.borders import CHECKPOINTS, border_checkpoints
+from nested_lm.errors import CheckpointError, ConfigError, DataError
+from nested_lm_lab.evaluation.borders import CHECKPOINTS, border_checkpoints
+from nested_lm_lab.evaluation.identity import UNKNOWN_DATA, identify, mark_checkpoint
+from nested_lm_lab.evaluation.schema import CheckpointMark, RunIdentity
 
 
 @dataclass
 class Subject:
-    """One checkpoint. run_dir: null for one that lies outside a run folder. results: where result files go."""
+    """One checkpoint. run_dir: None for one that lies outside a run folder. results: folder where result files go, None
+    where there is none. settings: the section `eval`, of the run or of a preset in its place. report: is told lines.
+    """
 
     path: Path
     run_dir: Path | None
-    results: Path
+    results: Path | None
     loaded: LoadedCheckpoint
+    settings: EvalConfig
     report: Callable[[str], None]
     _splits: dict[str, TokenDataset] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, source: Path, *, device: torch.device, results: Path | None, report: Callable[[str], None]
+        cls,
+        source: Path,
+        *,
+        device: torch.device | None = None,
+        results: Path | None = None,
+        settings: EvalConfig | None = None,
+        report: Callable[[str], None] = print,
     ) -> "Subject":
         """Open a run folder (its newest checkpoint) or a checkpoint.
 
+        Args:
+            device: where the model is put; None: a GPU when there is one, unless the run was configured for the CPU.
+            results: where result files go; None: the run's results, or a folder of its own there for a checkpoint that
+                is named itself.
+            settings: in the place of the run's own section `eval`.
+
         Raises:
             CheckpointError: it is neither, or damaged, or its tokenizer is not its own.
-            ConfigError: a checkpoint outside a run folder, and no folder for results.
         """
         path = find_checkpoint(source, report=report)
         run_dir = path.parent.parent if path.parent.name == CHECKPOINTS else None
-        if results is None:
-            if run_dir is None:
-                raise ConfigError(f"{path} lies in no run folder; say where results go with --output-dir")
+        if results is None and run_dir is not None:
             results = run_dir / "results" if source != path else run_dir / "results" / path.name
-        return cls(path, run_dir, results, load_model(path, device=device), report)
+        loaded = load_model(path, device=device or "cpu")
+        if device is None and torch.cuda.is_available() and loaded.config.train.device != "cpu":
+            loaded.model.to("cuda")
+        return cls(path, run_dir, results, loaded, settings or loaded.config.eval, report)
+
+    def place(self, name: str) -> Path:
+        """File of a result.
+
+        Raises:
+            ConfigError: the checkpoint lies in no run folder.
+        """
+        if self.results is None:
+            raise ConfigError(
+                f"{self.path} lies in no run folder; say where the result goes with --output (of `eval continual`: "
+                "--output-dir)"
+            )
+        return self.results / f"{name}.json"
 
     @property
     def config(self) -> RunConfig:
@@ -70,7 +94,14 @@ class Subject:
     @cached_property
     def identity(self) -> RunIdentity:
         """What the numbers come from."""
-        return identify(self.loaded, data_hash=lambda: UNKNOWN_DATA)
+        return identify(self.loaded, data_hash=self._data_hash)
+
+    def _data_hash(self) -> str:
+        """The data set in use, for a converted model, which was trained on none of ours."""
+        try:
+            return self._open_split("train").data_hash
+        except DataError:
+            return UNKNOWN_DATA
 
     @property
     def mark(self) -> CheckpointMark:
@@ -128,60 +159,3 @@ class Subject:
         if self.run_dir is None:
             raise ConfigError(f"{self.path} lies in no run folder, and this task needs the run's border checkpoints")
         return border_checkpoints(self.run_dir, periods, report=self.report)
-
-    def publish(
-        self,
-        task: str,
-        *,
-        version: str,
-        settings: Mapping[str, Any],
-        mark: CheckpointMark,
-        measure: Callable[[Progress], Metrics],
-    ) -> Path:
-        """Measure and write one result file; one of the same checkpoint and settings is kept.
-
-        measure: told where to add the tokens it will read to the total, and to count those it has read.
-
-        Raises:
-            NumericsError: a number is not finite; nothing is written.
-        """
-        path = self.results / f"{task}.json"
-        if self._is_current(path, version, settings, mark):
-            self.report(f"{task}: kept, {path} is of this checkpoint and these settings already")
-            return path
-        started = time.perf_counter()
-        progress = Progress(0, self.report)
-        progress.label = task
-        metrics = finite_metrics(lambda: measure(progress))
-        fields = {
-            "task": task,
-            "task_version": version,
-            "identity": self.identity,
-            "settings": dict(settings),
-            "checkpoint": mark,
-        }
-        result = result_of(metrics, fields, device=self.device, started=started)
-        write_result(path, result)
-        seconds = result.wall_seconds
-        pace = f", {progress.done:,} tokens, {progress.done / seconds:,.0f} tokens/s" if progress.done else ""
-        self.report(f"{task}: {seconds:.1f} s{pace}, {path}")
-        return path
-
-    def _is_current(self, path: Path, version: str, settings: Mapping[str, Any], mark: CheckpointMark) -> bool:
-        old = readable_result(path, self.report)
-        if old is None:
-            return False
-        kept = (old.task_version, old.settings, old.checkpoint, old.identity)
-        return kept == (version, settings, mark, self.identity)
-
-
-def finite_metrics(measure: Callable[[], Metrics]) -> Metrics:
-    """Run a measurement; a number that is not finite, which the schema refuses, is an error of ours to explain."""
-    try:
-        return measure()
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] != "finite_number":
-            raise
-        where = ".".join(map(str, first["loc"]))
-        raise NumericsError(f"{where} is not finite, so nothing was written; evaluate an earlier checkpoint") from error

@@ -1,7 +1,8 @@
-"""Zero-shot tasks on one checkpoint: plain and with memorised texts, floors beside, one result file."""
+"""Zero-shot tasks on one checkpoint: plain and with memorised texts, with floors beside."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nested_lm import __version__
 from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import DataError, NumericsError
+from nested_lm.errors import DataError
 from nested_lm.storage.commit import current_commit
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
-from nested_lm_lab.evaluation.identity import UNKNOWN_DATA, identify, mark_checkpoint, result_of
 from nested_lm_lab.evaluation.progress import Progress
-from nested_lm_lab.evaluation.results import labelled, stored_result, write_result
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.evaluation.task import Task, from_report
 from nested_lm_lab.tasks.zeroshot.bigram import BigramScorer, count_bigrams
 from nested_lm_lab.tasks.zeroshot.data_folder import is_known_copy, read_manifest, verified_files
 from nested_lm_lab.tasks.zeroshot.harness import build_requests, open_tasks
@@ -37,27 +39,18 @@ from nested_lm_lab.tasks.zeroshot.tasks import HARNESS_VERSION, TASKS, VERSION
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from lm_eval.api.task import Task
+    from lm_eval.api.task import Task as HarnessTask
 
     from nested_lm_lab.tasks.zeroshot.language_model import Requests, RollingRequests
 
 PLAIN = "plain"
 
 
-def default_output(name: str, label: str | None = None) -> Path:
-    """Where the scores of a model go. name: of the run. label: sets the result apart from another of the same run.
-
-    Raises:
-        ConfigError: the label is none.
-    """
-    return Path("eval") / f"{labelled(f'zeroshot_{name}', label)}.json"
-
-
 @dataclass
 class _Questions:
     """One task and its documents."""
 
-    task: "Task"
+    task: "HarnessTask"
     by_document: "list[list[Instance]]"
     data: TaskData
 
@@ -83,60 +76,66 @@ class _Asked(_Questions):
         return Answered(self.task, self.by_document, ordered)
 
 
-def evaluate_zeroshot(
-    loaded: LoadedCheckpoint,
-    checkpoint: Path,
-    settings: ZeroShotSettings,
-    *,
-    data_dir: Path | None,
-    output: Path,
-    report: Callable[[str], None],
-    label: str | None = None,
-) -> Path:
-    """Measure, write the result file and report the table; a result of the same checkpoint and settings is kept.
+class ZeroShotSuite(Task[ZeroShotSettings, ZeroShotMetrics]):
+    """PIQA, HellaSwag, ARC and others through lm-eval's own task files, beside their floors and the papers' rows."""
 
-    data_dir: data folder; None: the Hugging Face hub. label: sets the result apart from another of the same run.
+    name = "zeroshot"
+    version = VERSION
+    Settings = ZeroShotSettings
+    Metrics = ZeroShotMetrics
+    own_settings = ("memorize",)  # arms that only one result has stand beside the others
 
-    Raises:
-        ConfigError: settings that the model cannot have, no harness, an output that is another run's, or a label that
-            is none.
-        DataError: changed task files or data, or no training text for the bigram floor.
-        CheckpointError: the data set for the bigram floor has another tokenizer.
-        NumericsError: a score is not finite. Nothing is written.
-    """
-    task = labelled("zeroshot", label)
-    for memorize in settings.memorize:
-        check_memorize(loaded.model, memorize)
-    started = time.perf_counter()
-    files = None if data_dir is None else verified_files(data_dir, settings.tasks)
-    with open_tasks(settings.tasks, files) as tasks:
-        questions = _ask(tasks, settings, data_dir, files)
-        fields: dict[str, Any] = {
-            "task": task,
-            "task_version": VERSION,
-            "identity": identify(loaded, data_hash=lambda: UNKNOWN_DATA),
-            "settings": _result_settings(loaded, settings, questions),
-            "checkpoint": mark_checkpoint(checkpoint),
-        }
-        old = stored_result(output, fields, report)
-        if old is not None:
-            report(f"zeroshot: kept, {output} is of this checkpoint and these settings already")
-            for line in table_lines(old):
-                report(line)
-            return output
-        bigram = _count_bigrams(loaded, settings)  # what is missing there is found out before the long part
-        asked = _encode(questions, loaded, settings)
-        try:
-            metrics = _measure(loaded, settings, asked, bigram, report)
-        except NumericsError as error:
-            raise NumericsError(f"zero-shot tasks on {checkpoint}: {error}") from error
-    result = result_of(metrics, fields, device=loaded.device, started=started)
-    write_result(output, result)
-    for line in table_lines(result):
-        report(line)
-    plain = metrics.arms[0]
-    report(f"{task}: {result.wall_seconds:.1f} s, plain score at {plain.tokens_per_s:,.0f} tokens/s, {output}")
-    return output
+    def __init__(self, settings: ZeroShotSettings) -> None:
+        super().__init__(settings)
+        self._questions: dict[str, _Questions] = {}
+
+    def place(self, subject: Subject, name: str) -> Path:
+        """Zero-shot scores of all runs lie together: `eval/zeroshot_RUN[_LABEL].json`."""
+        label = name.removeprefix(self.name)
+        return Path("eval") / f"{self.name}_{subject.identity.name}{label}.json"
+
+    @contextmanager
+    def opened(self, subject: Subject) -> Iterator[None]:
+        """Open the harness and its documents.
+
+        Raises:
+            ConfigError: settings that the model cannot have, or no harness.
+            DataError: changed task files or data.
+        """
+        for memorize in self.settings.memorize:
+            check_memorize(subject.loaded.model, memorize)
+        folder = self.settings.data_dir
+        files = None if folder is None else verified_files(folder, self.settings.tasks)
+        with open_tasks(self.settings.tasks, files) as tasks:
+            self._questions = _ask(tasks, self.settings, folder, files)
+            yield
+
+    def record(self, subject: Subject) -> dict[str, Any]:
+        """The settings, and what was asked."""
+        return _result_settings(subject.loaded, self.settings, self._questions)
+
+    def measure(self, subject: Subject, progress: Progress) -> ZeroShotMetrics:
+        """Score all tasks.
+
+        Raises:
+            DataError: no training text for the bigram floor.
+            CheckpointError: the data set for the bigram floor has another tokenizer.
+            NumericsError: a score is not finite.
+        """
+        bigram = _count_bigrams(subject.loaded, self.settings)  # what is missing there is found out first
+        asked = _encode(self._questions, subject.loaded, self.settings)
+        return _measure(subject.loaded, self.settings, asked, bigram, progress)
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """The table."""
+        yield from table_lines(result)
+
+    @classmethod
+    def tables(cls, campaign: Any, runs: Sequence[Any], name: str) -> list[Any]:
+        """The same table, of all runs."""
+        found: list[Any] = from_report("zeroshot_tables", "zero_shot")(campaign, runs, name)
+        return found
 
 
 class _Bigram(NamedTuple):
@@ -173,7 +172,7 @@ def max_length(loaded: LoadedCheckpoint, settings: ZeroShotSettings) -> int:
 
 
 def _ask(
-    tasks: "dict[str, Task]", settings: ZeroShotSettings, data_dir: Path | None, files: Mapping[str, Path] | None
+    tasks: "dict[str, HarnessTask]", settings: ZeroShotSettings, data_dir: Path | None, files: Mapping[str, Path] | None
 ) -> dict[str, _Questions]:
     """Build the requests of every task. files: of the data folder, verified; None: the hub."""
     manifest = None if data_dir is None else read_manifest(data_dir)
@@ -222,7 +221,7 @@ def _result_settings(
     loaded: LoadedCheckpoint, settings: ZeroShotSettings, questions: Mapping[str, _Questions]
 ) -> dict[str, Any]:
     """What two results must share to be compared: limits of the machine are not part of it."""
-    fields = settings.model_dump(mode="json", exclude={"batch_rows"})
+    fields = settings.model_dump(mode="json", exclude={"batch_rows", "data_dir"})
     return fields | {
         "max_length": max_length(loaded, settings),
         "harness": HARNESS_VERSION,
@@ -237,7 +236,7 @@ def _measure(
     settings: ZeroShotSettings,
     asked: dict[str, _Asked],
     bigram: _Bigram | None,
-    report: Callable[[str], None],
+    progress: Progress,
 ) -> ZeroShotMetrics:
     bootstrap = Bootstrap(samples=settings.bootstrap_samples)
     floors = {
@@ -247,7 +246,7 @@ def _measure(
         for name, entry in asked.items()
     }
     variants: list[Memorize | None] = [None, *settings.memorize]
-    progress = Progress(_planned(loaded, settings, asked, variants), report)
+    progress.total += _planned(loaded, settings, asked, variants)
     arms: list[Arm] = []
     for variant in variants:
         plain = {entry.task: entry for entry in arms[0].tasks} if arms else {}

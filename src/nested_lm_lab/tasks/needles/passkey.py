@@ -5,21 +5,65 @@ is what the model remembers; small models that never print all five digits still
 """
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from nested_lm.config.evaluation import Passkey
+from nested_lm.config.evaluation import EvalConfig, Passkey
 from nested_lm.data.synthetic import passkey_document
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.packed import AnswerScores, score_answers
 from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
-from nested_lm_lab.evaluation.schema import PasskeyLength, PasskeyMetrics, PasskeySample
+from nested_lm_lab.evaluation.progress import Progress
+from nested_lm_lab.evaluation.schema import ResultFile
+from nested_lm_lab.evaluation.subject import Subject
+from nested_lm_lab.evaluation.task import Task
 from nested_lm_lab.tasks.language_modelling import Reading
-
-TASK_VERSION = "1"
+from nested_lm_lab.tasks.needles.metrics import PasskeyLength, PasskeyMetrics, PasskeySample
 
 _DEPTH_OF_ONE = 0.5
+
+
+class PasskeyTask(Task[Passkey, PasskeyMetrics]):
+    """A five-digit key hidden in noise."""
+
+    name = "passkey"
+    version = "1"
+    Settings = Passkey
+    Metrics = PasskeyMetrics
+    on_the_page = True
+
+    @classmethod
+    def of_run(cls, settings: EvalConfig) -> "PasskeyTask":
+        """The task as the section `eval` asks for it."""
+        assert settings.passkey is not None
+        return cls(settings.passkey)
+
+    def record(self, subject: Subject) -> dict[str, Any]:
+        """The settings, and how often samples are drawn."""
+        return super().record(subject) | {"bootstrap_samples": subject.settings.bootstrap_samples}
+
+    def measure(self, subject: Subject, progress: Progress) -> PasskeyMetrics:  # noqa: ARG002
+        """Score all lengths."""
+        return evaluate(
+            subject.loaded.model,
+            subject.loaded.tokenizer,
+            self.settings,
+            reading=Reading.of(subject),
+            bootstrap=Bootstrap(samples=subject.settings.bootstrap_samples),
+        )
+
+    @classmethod
+    def lines(cls, result: ResultFile) -> Iterator[str]:
+        """What the key is worth, and how often it is found."""
+        assert isinstance(result.metrics, PasskeyMetrics)
+        for entry in result.metrics.lengths:
+            yield (
+                f"  {entry.length:,} tokens: found {entry.exact.text(2)}, the key saves {entry.worth.text()} nats a "
+                "token of the answer"
+            )
 
 
 def depths(samples: int) -> list[float]:
