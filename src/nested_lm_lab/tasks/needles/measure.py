@@ -107,31 +107,34 @@ class _LengthMeasurement:
         read = self.reader.tokens_read
         rows: list[Row] = []
         controls: list[ControlRow] = []
+        prompts = 0
         for entries in self._batches():
+            prompts += sum(len(entry.prompt.tokens) for entry in entries)
             rows += self._side_by_side(self._score, entries)
-            controls += self._control([entry for entry in entries if not entry.has_needle])
+            if asked := [entry for entry in entries if not entry.has_needle]:
+                controls += self._control(asked)
         unwritten = sum(row.unwritten is not None for row in controls)
         return Measured(
             sorted(rows, key=lambda row: (row.sample, not row.has_needle, row.depth or 0.0)),
             sorted(controls, key=lambda row: row.sample),
             self.state_bytes,
-            (len(rows) + unwritten) * self.length,
+            prompts + unwritten * self.length,
             self.reader.tokens_read - read,
             time.perf_counter() - started,
         )
 
     def _batches(self) -> Iterator[list[_Entry]]:
-        """Prompts whose questions are equally long, samples together."""
-        waiting: dict[int, list[_Entry]] = defaultdict(list)
+        """Prompts that are equally long, and whose questions are, samples together."""
+        waiting: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
         for number in range(self.samples):
             sample = self.suite.make(self.length, number)
-            group = waiting[len(sample.question)]
-            group += [_Entry(number, sample, prompt, True) for prompt in sample.prompts]
-            group.append(_Entry(number, sample, sample.without, False))
-            if len(group) + self.suite.rows > self.batch_rows:
-                yield waiting.pop(len(sample.question))
-            elif sum(map(len, waiting.values())) * self.length > _PENDING_TOKENS:
-                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+            for prompt in sample.rows:
+                sizes = len(sample.question), len(prompt.tokens)
+                waiting[sizes].append(_Entry(number, sample, prompt, prompt is not sample.without))
+            for sizes in [sizes for sizes, group in waiting.items() if len(group) + self.suite.rows > self.batch_rows]:
+                yield waiting.pop(sizes)
+            if sum(map(len, waiting.values())) * self.length > _PENDING_TOKENS:
+                yield waiting.pop(max(waiting, key=lambda sizes: len(waiting[sizes])))
         yield from waiting.values()
 
     def _side_by_side(self, read: Callable[[Sequence[_Entry]], list[_Made]], entries: Sequence[_Entry]) -> list[_Made]:
@@ -164,12 +167,11 @@ class _LengthMeasurement:
         frozen: list[_AnswerScore] | list[None] = [None] * len(entries)
         if self.reader.model.has_fast_weights:
             frozen = _each(force(self.reader, read_question(self.reader, state.freeze(), questions), answers))
-        end = self.length - size
         return [
             Row(
                 entry.number,
                 entry.prompt.depth,
-                end - entry.prompt.needles[0] if entry.prompt.needles else None,
+                len(entry.prompt.tokens) - size - entry.prompt.needles[0] if entry.prompt.needles else None,
                 entry.has_needle,
                 self.suite.match(output, entry.sample),
                 *score,

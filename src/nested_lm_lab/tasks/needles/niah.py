@@ -10,7 +10,7 @@ from nested_lm_lab.tasks.needles.metrics import NiahMetrics
 from nested_lm_lab.tasks.needles.settings import NiahSettings
 from nested_lm_lab.tasks.needles.stops import may_go_further
 from nested_lm_lab.tasks.needles.summary import curve_lines
-from nested_lm_lab.tasks.needles.tasks import VERSION
+from nested_lm_lab.tasks.needles.tasks import GIVEN_AWAY, VERSION
 
 if TYPE_CHECKING:
     from nested_lm_lab.evaluation.progress import Progress
@@ -72,6 +72,24 @@ class NiahTask(Task[NiahSettings, NiahMetrics]):
         """Every score beside its controls."""
         found: list[Any] = from_report("needle_tables", "needles")(campaign, runs, name)
         return found
+
+    @classmethod
+    def current(cls, result: ResultFile) -> tuple[ResultFile | None, str | None]:
+        """Results of version 1 count, those of the tasks that it gave away do not."""
+        metrics = result.metrics
+        assert isinstance(metrics, NiahMetrics)
+        tasks = tuple(task for task in metrics.tasks if task.task not in GIVEN_AWAY)
+        withdrawn = [task.task for task in metrics.tasks if task.task in GIVEN_AWAY]
+        if result.task_version != "1" or not withdrawn:
+            return result, None
+        note = (
+            f"{result.identity.name}: {', '.join(withdrawn)} of {result.task} are withdrawn. They were measured by "
+            f"version 1 of the task, which gave the asked needle away; run `nested-lm eval niah` again for version "
+            f"{VERSION}."
+        )
+        if not tasks:
+            return None, note
+        return result.model_copy(update={"metrics": metrics.model_copy(update={"tasks": tasks})}), note
 
     @classmethod
     def figures(cls) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
 """Prompts of exactly as many tokens as asked for.
 
-Header, sentences, needles and question are tokenised by themselves and joined as ids; the text is filled up with whole
-sentences, and the last one before a needle or the question is cut short where it must be. A needle therefore begins at
-exactly the token its depth says. What must not be cut has noise before it instead.
+Header, sentences, needles and question are tokenised by themselves and joined as ids. The plain text of a sample is the
+same at every depth and in its control: whole sentences, of which the first is cut at its beginning so that the length
+comes out. Every needle, asked for or not, stands between two of them, so that nothing but its key tells the one that is
+asked for from the others, and a prompt differs from its control by the needle alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,13 @@ from nested_lm.errors import DataError
 from nested_lm_lab.tasks.needles.haystack import NOISE, Haystack, Unit
 from nested_lm_lab.tasks.needles.tasks import Asked, Task, ask
 
-_LATEST = 0.9
-"""Needles at random depths lie in this first share of the text, so that all of them find room."""
+_DEPTHS = tuple(index / 39 for index in range(40))
+"""RULER's 40 depths: where needles lie that have no depth of their own."""
 
 _ATTEMPTS = 20
 
-Placed = Sequence[tuple[float, Unit]]
-"""Needles among the text, each with the share of the text before it."""
+_BROKEN = "\ufffd"
+"""What half a character is decoded to."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Prompt:
 class Sample:
     """One question over the same text at several depths, and its controls.
 
-    prompts: one a depth. without: the same text without the needles that are asked for. only: header, needles and
-    question with no text; None where there is no needle. question, answer: token ids. references: as in `Asked`.
-    words: of the question, where a scorer needs them.
+    prompts: one a depth. without: the same text without the needles that are asked for, shorter by these. only: header,
+    needles and question with no text; None where there is no needle. question, answer: token ids. references: as in
+    `Asked`. words: of the question, where a scorer needs them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -79,7 +80,7 @@ def make_sample(
 
     Args:
         length: tokens of each prompt: the start token and the question included, the answer not.
-        depths: of the needle, 0 right after the header, 1 right before the question; for tasks with one needle.
+        depths: of the needle, 0 after the text's first sentence, 1 right before the question; for tasks with one.
         seed, number: which sample.
 
     Raises:
@@ -87,9 +88,11 @@ def make_sample(
     """
     for attempt in range(_ATTEMPTS):
         rng = make_rng(seed, task.name, length, number, attempt)
-        builder = _Builder(task.name, tokenizer, haystack, ask(task, rng), length, rng)
-        sample = builder.build(depths if task.has_depth else None)
-        text = tokenizer.decode(sample.without.tokens[: length - len(sample.question)]).lower()
+        asked = ask(task, rng, joint=haystack.joint)
+        builder = _Builder(task.name, tokenizer, haystack, asked, length, rng)
+        chain = task.shape == "variables"
+        sample = builder.at_depths(depths) if task.has_depth else builder.scattered(ordered=chain)
+        text = tokenizer.decode(sample.without.tokens[: -len(sample.question)].tolist()).lower()
         if not any(reference.lower() in text for reference in sample.references):
             return sample
     raise DataError(
@@ -108,7 +111,20 @@ def scatter(
     Raises:
         DataError: no room for needles and question, or the haystack is too short.
     """
-    return _Builder(name, tokenizer, haystack, asked, length, rng).build(None)
+    return _Builder(name, tokenizer, haystack, asked, length, rng).scattered(ordered=True)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A needle and its place: a share of the plain text, and what decides between needles at one border.
+
+    number: among the asked ones; None for another needle.
+    """
+
+    tokens: np.ndarray
+    depth: float
+    rank: float
+    number: int | None = None
 
 
 class _Builder:
@@ -123,124 +139,94 @@ class _Builder:
         length: int,
         rng: np.random.Generator,
     ) -> None:
-        self.name, self.asked, self.length = name, asked, length
+        self.name, self.asked, self.length, self.rng = name, asked, length, rng
+        self.tokenizer = tokenizer
         encoded = tokenizer.encode_many([asked.header, asked.question, asked.answer, *asked.needles, *asked.others])
         self.header = np.concatenate([[tokenizer.start_of_text], encoded[0]])
         self.question, self.answer = encoded[1], encoded[2]
         self.needles = encoded[3 : 3 + len(asked.needles)]
         self.others = encoded[3 + len(asked.needles) :]
         self.room = length - len(self.header) - len(self.question)
-        self._require_room()
-        noise = np.concatenate(tokenizer.encode_many(NOISE))
-        longest = max(len(unit) for unit in (*self.needles, *self.others))
-        self.noise = np.tile(noise, 2 * longest // len(noise) + 2)
-        self.places = [
-            *np.sort(rng.uniform(0, _LATEST, len(asked.needles))),
-            *rng.uniform(0, _LATEST, len(asked.others)),
-        ]
-        self.units = self._materialise(haystack.units(rng, asked.keys))
-
-    def _require_room(self) -> None:
         hidden = sum(len(unit) for unit in (*self.needles, *self.others))
         if self.room < hidden:
-            shortest = self.length - self.room + hidden
             raise DataError(
-                f"a prompt of {self.length:,} tokens has no room for task {self.name}\n"
-                f"  Header, needles and question take {shortest:,} tokens with this tokenizer. Use longer lengths."
+                f"a prompt of {length:,} tokens has no room for task {name}\n"
+                f"  Header, needles and question take {length - self.room + hidden:,} tokens with this tokenizer. Use "
+                "longer lengths."
             )
+        self.pieces = self._fill(haystack.units(rng, asked.keys), self.room - hidden)
+        self.borders = np.cumsum([len(piece) for piece in self.pieces])
+        if not len(self.borders):
+            self.borders = np.zeros(1, dtype=np.int64)
 
-    def _materialise(self, stream: Iterator[Unit]) -> list[Unit]:
-        """Units that fill the text, and as many more as cutting may cost.
-
-        Every cut drops less than a unit; there are two in a prompt.
-        """
-        found, total, longest = [], 0, 0
-        for unit in stream:
-            found.append(unit)
-            total += len(unit.tokens)
-            longest = max(longest, len(unit.tokens))
-            if total >= self.room + 2 * longest:
-                break
+    def _fill(self, stream: Iterator[Unit], room: int) -> list[np.ndarray]:
+        """Whole units of exactly `room` tokens, after the end of the first unit that found no room."""
+        found: list[np.ndarray] = []
+        while room:
+            unit = next(stream)
+            if len(unit.tokens) > room:
+                return [self._end_of(unit, room), *found]
+            found.append(unit.tokens)
+            room -= len(unit.tokens)
         return found
 
-    def build(self, depths: Sequence[float] | None) -> Sample:
-        """All prompts of the sample. depths: of the one needle; None: needles lie at random ones."""
-        asked = [Unit(tokens, whole=True, needle=index) for index, tokens in enumerate(self.needles)]
-        placed = list(zip(self.places, [*asked, *(Unit(tokens, whole=True) for tokens in self.others)], strict=True))
-        others = placed[len(asked) :]
-        if depths is not None:
-            prompts = [self._at_depth(depth, asked[0], others) for depth in depths]
-        else:
-            prompts = [self._prompt(_Filling(self, placed).take(self.room), None)]
-        without = self._prompt(_Filling(self, others).take(self.room), None)
+    def _end_of(self, unit: Unit, count: int) -> np.ndarray:
+        """The last tokens of a unit; of noise where the unit must stay whole or would be cut inside a character."""
+        end = unit.tokens[-count:]
+        if not unit.whole:
+            text = self.tokenizer.decode(end.tolist())
+            if _BROKEN not in text or _BROKEN in self.tokenizer.decode(unit.tokens.tolist()):
+                return end
+        noise = np.concatenate(self.tokenizer.encode_many(NOISE))
+        return np.tile(noise, count // len(noise) + 1)[-count:]
+
+    def at_depths(self, depths: Sequence[float]) -> Sample:
+        """The asked needle at each depth. The others lie at depths like it, so that their places tell nothing.
+
+        With two depths or more they are drawn from those, else from RULER's.
+        """
+        places = depths if len(depths) > 1 else _DEPTHS
+        others = [_Placed(tokens, float(self.rng.choice(places)), float(self.rng.random())) for tokens in self.others]
+        rank = float(self.rng.random())
+        prompts = [self._prompt([*others, _Placed(self.needles[0], depth, rank, number=0)], depth) for depth in depths]
+        return self._sample(prompts, others)
+
+    def scattered(self, *, ordered: bool) -> Sample:
+        """All needles at random depths. ordered: the asked ones follow each other as they were given."""
+        depths = self.rng.choice(_DEPTHS, len(self.needles))
+        ranks = self.rng.random(len(self.needles))
+        if ordered:
+            depths, ranks = np.sort(depths), np.sort(ranks)
+        asked = [
+            _Placed(tokens, float(depth), float(rank), number)
+            for number, (tokens, depth, rank) in enumerate(zip(self.needles, depths, ranks, strict=True))
+        ]
+        others = [_Placed(tokens, float(self.rng.choice(_DEPTHS)), float(self.rng.random())) for tokens in self.others]
+        return self._sample([self._prompt([*others, *asked], None)], others)
+
+    def _sample(self, prompts: list[Prompt], others: list[_Placed]) -> Sample:
         only = np.concatenate([self.header, *self.needles, *self.others, self.question])
+        without = self._prompt(others, None)
         return Sample(tuple(prompts), without, only, self.question, self.answer, self.asked.references)
 
-    def _at_depth(self, depth: float, needle: Unit, others: Placed) -> Prompt:
-        filling = _Filling(self, others, reserved=len(needle.tokens))
-        around = self.room - len(needle.tokens)
-        before = round(depth * around)
-        return self._prompt([*filling.take(before), needle, *filling.take(around - before)], depth)
-
-    def _prompt(self, units: list[Unit], depth: float | None) -> Prompt:
-        ends = np.cumsum([len(self.header), *(len(unit.tokens) for unit in units)])
-        starts = {unit.needle: int(end) for unit, end in zip(units, ends[:-1], strict=True) if unit.needle is not None}
-        tokens = np.concatenate([self.header, *(unit.tokens for unit in units), self.question]).astype(np.int64)
-        assert len(tokens) == self.length
+    def _prompt(self, placed: Sequence[_Placed], depth: float | None) -> Prompt:
+        borders = np.array([self._border(needle.depth) for needle in placed], dtype=np.int64)
+        parts, starts, at = [self.header], {}, len(self.header)
+        order = sorted(range(len(placed)), key=lambda index: (borders[index], placed[index].rank))
+        for index, piece in enumerate([np.zeros(0, dtype=np.int64), *self.pieces]):
+            parts.append(piece)
+            at += len(piece)
+            while order and borders[order[0]] == index:
+                needle = placed[order.pop(0)]
+                if needle.number is not None:
+                    starts[needle.number] = at
+                parts.append(needle.tokens)
+                at += len(needle.tokens)
+        tokens = np.concatenate([*parts, self.question]).astype(np.int64)
         return Prompt(tokens, depth, tuple(starts[number] for number in sorted(starts)))
 
-
-class _Filling:
-    """Takes a sample's text from its start, with the needles in it that have a place of their own.
-
-    A needle stands behind the first sentence that reaches its place, or before it where the end of the text leaves no
-    more room. placed: share of the plain text before each, and the needle. reserved: tokens of the needle put in by
-    depth.
-    """
-
-    def __init__(self, builder: _Builder, placed: Placed, *, reserved: int = 0) -> None:
-        self.builder = builder
-        # The same places with and without the asked needles, so that both texts agree up to the first of those, or up
-        # to where the end of the text moves a needle.
-        plain = builder.room - sum(len(tokens) for tokens in (*builder.needles, *builder.others))
-        self.waiting = sorted(((share * plain, unit) for share, unit in placed), key=lambda entry: entry[0])
-        self.stream = iter(builder.units)
-        self.next = next(self.stream)
-        self.plain_tokens = 0
-        self.left = builder.room - reserved
-
-    def take(self, count: int) -> list[Unit]:
-        """Units of exactly `count` tokens, and the needles that no later call has room for among them.
-
-        Raises:
-            DataError: those take more than `count` tokens: the needle put in by depth stands in the way.
-        """
-        taken = []
-        self.left -= count
-        owed = self._owed()
-        if owed > count:
-            raise DataError(
-                f"a prompt of {self.builder.length:,} tokens has no room for all needles of task {self.builder.name} "
-                "on either side of the one that is asked for\n  Use longer lengths, or depths nearer to 0 or 1."
-            )
-        while count:
-            free = count - owed
-            due = bool(self.waiting) and self.waiting[0][0] <= self.plain_tokens
-            unit = self.waiting[0][1] if due or not free else self.next
-            if (due and len(unit.tokens) <= count) or not free:
-                del self.waiting[0]
-                owed = max(owed - len(unit.tokens), 0)
-            else:
-                if not due and (len(unit.tokens) <= free or not unit.whole):
-                    self.next = next(self.stream)
-                if len(unit.tokens) > free:  # its start if it may be cut, else noise
-                    unit = Unit((self.builder.noise if unit.whole else unit.tokens)[:free])
-                self.plain_tokens += len(unit.tokens)
-            taken.append(unit)
-            count -= len(unit.tokens)
-        return taken
-
-    def _owed(self) -> int:
-        """Tokens of the first needles that must be taken now, so that the later ones find room in what is left."""
-        sizes = [len(unit.tokens) for _, unit in self.waiting]
-        return next(sum(sizes[:first]) for first in range(len(sizes) + 1) if sum(sizes[first:]) <= self.left)
+    def _border(self, depth: float) -> int:
+        """How many pieces stand before a needle: the border nearest to its share of the text, after the first piece."""
+        if not self.pieces:
+            return 0
+        return 1 + int(np.abs(self.borders - depth * self.borders[-1]).argmin())

@@ -15,8 +15,15 @@ from nested_lm_lab.tasks.needles.words import draw_letters, draw_numbers, draw_u
 
 HaystackKind = Literal["noise", "needle", "books"]
 
-VERSION = "1"
-"""Of everything that makes prompts and scores them. Results of different versions share no table."""
+VERSION = "2"
+"""Of everything that makes prompts and scores them. Results of different versions share no table.
+
+2: every needle stands between two whole sentences. In version 1 noise, or an unfinished sentence, stood before the
+asked needle and before no other, which gave mk1, mk2 and mk3 away.
+"""
+
+GIVEN_AWAY = ("mk1", "mk2", "mk3")
+"""Tasks whose results of version 1 say nothing."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,17 @@ class Asked:
     keys: tuple[str, ...] = ()
 
 
-def ask(task: Task, rng: np.random.Generator) -> Asked:
-    """Draw what a sample of a task with needles or variables hides."""
-    return _ask_variables(rng) if task.shape == "variables" else _ask_needles(task, rng)
+def ask(task: Task, rng: np.random.Generator, *, joint: str = " ") -> Asked:
+    """Draw what a sample of a task with needles or variables hides. joint: what stands before a needle."""
+    return _ask_variables(rng, joint) if task.shape == "variables" else _ask_needles(task, rng, joint)
 
 
-def _ask_needles(task: Task, rng: np.random.Generator) -> Asked:
+def _ask_needles(task: Task, rng: np.random.Generator, joint: str) -> Asked:
     count = task.num_keys * task.num_values
     keys = draw_uuids(rng, task.num_keys) if task.keys == "uuids" else draw_words(rng, task.num_keys)
     values = draw_uuids(rng, count) if task.values == "uuids" else draw_numbers(rng, count)
     sentences = [
-        NEEDLE.format(kind=task.values, key=keys[index // task.num_values], value=value)
+        joint + NEEDLE.format(kind=task.values, key=keys[index // task.num_values], value=value)
         for index, value in enumerate(values)
     ]
     asked = task.num_queries * task.num_values
@@ -129,7 +136,7 @@ def _needle_frame(task: Task, queries: list[str]) -> tuple[str, str]:
     )
 
 
-def _ask_variables(rng: np.random.Generator) -> Asked:
+def _ask_variables(rng: np.random.Generator, joint: str) -> Asked:
     """One chain of assignments, each of the variable before it."""
     names = draw_letters(rng, NUM_HOPS + 1, length=5, letters=_UPPER)
     (value,) = draw_numbers(rng, 1, digits=5)
@@ -141,5 +148,5 @@ def _ask_variables(rng: np.random.Generator) -> Asked:
         f"value {value}, they are:",
         answer=" " + " ".join(names),
         references=tuple(names),
-        needles=tuple(f"\nVAR {name} = {source}\n" for name, source in zip(names, sources, strict=True)),
+        needles=tuple(f"{joint}VAR {name} = {source}" for name, source in zip(names, sources, strict=True)),
     )
