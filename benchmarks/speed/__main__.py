@@ -43,7 +43,7 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     size = QUICK if arguments.quick else Sizes()
-    rules = [SelfModifying.model_validate(mixer).rule() for mixer in timed_mixers(size)]
+    rules = [SelfModifying.model_validate(mixer) for mixer in timed_mixers(size)]
     result: dict[str, Any] = {
         "version": report.VERSION,
         "what": "float32, one thread a side, tokens per processor second; memory in bytes",

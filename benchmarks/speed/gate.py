@@ -1,7 +1,6 @@
 """Nothing is timed unless both fast forms of the memories give what the token-by-token reference gives."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -56,7 +55,7 @@ def worst_errors(rules: Iterable[WriteRule]) -> dict[str, float]:
     Over the rules that it has; without the C where it cannot be compiled.
     """
     short = (
-        replace(rule, chunk=min(rule.chunk, LONGEST_CHUNK), chunk_generators=min(rule.chunk_generators, LONGEST_CHUNK))
+        rule.changed(chunk=min(rule.chunk, LONGEST_CHUNK), chunk_generators=min(rule.generator_chunk, LONGEST_CHUNK))
         for rule in rules
     )
     found: dict[str, list[float]] = {}

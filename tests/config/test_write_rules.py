@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from nested_lm.config.load import config_hash
+from nested_lm.config.load import config_hash, load_run
 from nested_lm.config.mixers import STORED, SelfModifying
+from nested_lm.ops.memory.rule import NAMED, WriteRule
 
 TITANS = {"kind": "self_modifying", "num_heads": 2, "adapt": ("memory",), "targets": "values", "erase": "none"}
 TITANS |= {"rates": {"memory": 0.1}}
@@ -14,7 +15,7 @@ def test_runs_of_earlier_versions_said_true_for_the_sum():
     earlier, now = (SelfModifying.model_validate(TITANS | {"momentum": said}) for said in (True, "sum"))
     assert earlier == now
     assert config_hash(earlier) == config_hash(now)
-    assert SelfModifying.model_validate(TITANS | {"momentum": False}).rule().momentum is False
+    assert SelfModifying.model_validate(TITANS | {"momentum": False}).momentum is False
 
 
 @pytest.mark.parametrize("said", ["true", "average", 1, None])
@@ -57,4 +58,34 @@ def test_rules_that_grow_are_refused_with_the_repair(given, repair):
 
 def test_stored_runs_with_rules_that_grow_are_still_read():
     given = TITANS | {"damp": False}
-    assert not SelfModifying.model_validate(given, context={STORED: True}).rule().damp
+    assert not SelfModifying.model_validate(given, context={STORED: True}).damp
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_rule_stands_for_its_fields(name):
+    given = {"kind": "self_modifying", "num_heads": 2}
+    named = SelfModifying.model_validate(given | {"rule": name})
+    assert named == SelfModifying.model_validate(given | NAMED[name])
+    assert SelfModifying.model_validate(given | {"rule": name, "read": "exclusive", "rate_stretch": 0.2}) == (
+        SelfModifying.model_validate(given | NAMED[name] | {"read": "exclusive", "rate_stretch": 0.2})
+    )
+    assert "rule" not in named.model_dump()
+
+
+@pytest.mark.parametrize(("name", "preset"), [("hope", "demo"), ("hope_paper", "demo_paper"), ("titans", "titans_lmm")])
+def test_a_named_rule_is_that_of_its_preset(name, preset):
+    preset = load_run("baselines/titans_lmm_demo" if preset == "titans_lmm" else f"hope/{preset}").model.mixer
+    named = WriteRule(rule=name, chunk=preset.chunk)
+    assert {field: getattr(preset, field) for field in WriteRule.model_fields} == dict(named)
+
+
+@pytest.mark.parametrize("name", ["Hope", "", None, 1])
+def test_a_rule_that_has_no_such_name_is_refused(name):
+    with pytest.raises(ValidationError, match="is none of hope, hope_paper, titans, linear, delta; name one of them"):
+        WriteRule.model_validate({"rule": name})
+
+
+def test_the_section_is_the_rule():
+    """One declaration: the mixer adds sizes and starts, and repeats no field of the rule."""
+    assert issubclass(SelfModifying, WriteRule)
+    assert not set(SelfModifying.__annotations__) & set(WriteRule.model_fields)

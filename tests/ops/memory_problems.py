@@ -6,8 +6,11 @@ from nested_lm.ops.memory import chunked as memory_chunked
 from nested_lm.ops.memory import reference as memory_reference
 from nested_lm.ops.memory.cpu import backend as memory_cpu
 from nested_lm.ops.memory.cpu import library as cpu_library
-from nested_lm.ops.memory.rule import WriteRule
+from nested_lm.ops.memory.rule import WriteRates, WriteRule
 from nested_lm.ops.memory.state import GateReadout, MemoryInputs, MemoryState, MemoryWeights, unit
+
+PLAIN = {"targets": "generated", "erase_since": "start", "rate_stretch": 0.0, "rate_shares": (1.0,)}
+"""What the options are changes of: nothing that a default fills in."""
 
 ALL = ("k", "eta", "alpha", "v", "q", "memory")
 DEFAULT = ("k", "eta", "alpha", "v", "memory")
@@ -17,7 +20,8 @@ def make_rule(
     chunk=16, chunk_generators=None, adapt=DEFAULT, rate_memory=0.9, rate_generators=0.4, rates=None, **options
 ):
     rates = rates or (rate_generators,) * (len(adapt) - 1) + (rate_memory,)
-    return WriteRule(chunk, chunk_generators or chunk, adapt, rates, **options)
+    given = PLAIN | {"chunk": chunk, "chunk_generators": chunk_generators, "adapt": adapt} | options
+    return WriteRule(**given, rates=WriteRates(**dict(zip(adapt, rates, strict=True))))
 
 
 OPTIONS = {
@@ -125,7 +129,7 @@ OPTIONS = {
     "linear, momentum, dot, zero": {"depth": 1, "momentum": "sum", "objective": "dot", "decay_towards": "zero"},
     "linear, border read": {"depth": 1, "read": "border"},
 }
-"""Name -> options of `make_rule`. Every option of WriteRule occurs; `default` is the rule's own, `Hope` the mixer's."""
+"""Name -> options of `make_rule`. Every option of WriteRule occurs; `default` is PLAIN, `Hope` the own defaults."""
 
 
 BACKENDS = {"reference": memory_reference, "chunked": memory_chunked, "cpu": memory_cpu}

@@ -1,7 +1,6 @@
 """Which rules of writing are stable when one key is written again and again and which are refused."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def test_a_running_mean_is_stable_at_every_share_where_writes_alone_are(options,
     """One key, 2,048 times, just below the bound and hardly fading; as a control, the sum, which linear ones refuse."""
     most = 0.99 if options else 1.9
     rule = make_rule(chunk, adapt=("memory",), rates=(most / chunk,), erase="none", targets="values", **options)
-    problem = Problem(replace(rule, momentum="mean"), batch=1, tokens=2048, heads=1, width=16)
+    problem = Problem(rule.changed(momentum="mean"), batch=1, tokens=2048, heads=1, width=16)
     inputs, start, readout, _ = problem.arguments()
     inputs = MemoryInputs(*(None if x is None else x[:, :1].expand_as(x) for x in inputs))
     logit = math.log(share / (1 - share))
@@ -49,15 +48,15 @@ def test_a_running_mean_is_stable_at_every_share_where_writes_alone_are(options,
     def largest(momentum):
         with torch.no_grad():
             state = zero_state(start, 1, momentum=True)
-            given = replace(rule, momentum=momentum)
+            given = rule.changed(momentum=momentum)
             out = memory_chunked.self_modify(inputs, start, readout, state, rule=given, position=0, resets=None)
         return max(tensor.norm().nan_to_num(math.inf).item() for tensor in out.state.current)
 
     assert largest("mean") < 20
-    assert replace(rule, momentum="mean").unbounded() is None
+    assert rule.changed(momentum="mean").unbounded() is None
     if options and chunk > 1:
         assert share < 0.9 or largest("sum") > 1e3
-        assert "use momentum: mean" in replace(rule, momentum="sum").unbounded()
+        assert "use momentum: mean" in rule.changed(momentum="sum").unbounded()
 
 
 @pytest.mark.parametrize("momentum", ["sum", "mean"])

@@ -21,7 +21,7 @@ from nested_lm.nn.sizing import count_parameters
 from nested_lm.ops.memory import chunked as memory_chunked
 from nested_lm.ops.memory import reference as memory_reference
 from nested_lm.ops.memory.cpu import backend as memory_cpu
-from nested_lm.ops.memory.rule import WriteRule
+from nested_lm.ops.memory.rule import WriteRates, WriteRule
 
 BACKENDS = {"chunked": memory_chunked, "cpu": memory_cpu, "reference": memory_reference}
 
@@ -43,11 +43,13 @@ def mixer_job(mixer: dict[str, Any], width: int, batch: int, tokens: int, *, tra
 
 def memory_job(backend: str, chunk: int, heads: int, head_width: int, tokens: int) -> Job:
     """The memories alone, forward and backward, by one of their forms."""
-    problem = memory_problem(WriteRule(chunk, chunk), 1, tokens, heads, head_width, torch.float32)
+    rates = WriteRates(memory=1.0, generators=1.0)
+    rule = WriteRule(chunk=chunk, targets="generated", erase_since="start", rates=rates, rate_stretch=0.0)
+    problem = memory_problem(rule, 1, tokens, heads, head_width, torch.float32)
     leaves = [*problem[0][:3], *problem[1]]
 
     def predict() -> Tensor:
-        return BACKENDS[backend].self_modify(*problem, rule=WriteRule(chunk, chunk), position=0, resets=None).reads
+        return BACKENDS[backend].self_modify(*problem, rule=rule, position=0, resets=None).reads
 
     return Job(tokens, sum(part.numel() for part in problem[1]), forward_backward(predict, leaves))
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from nested_lm.config.model import ModelConfig
-from nested_lm.ops.memory.rule import ONE_BORDER
+from nested_lm.ops.memory.stability import ONE_BORDER
 from nested_lm_lab.audit.finding import Finding, at_least, broken, does_not_apply
 from nested_lm_lab.audit.probe import difference, next_token_loss
 from nested_lm_lab.audit.shrink import span

@@ -293,7 +293,7 @@ def _sizes(call: Call) -> Iterator[float]:
         return
     rule, start, state = call.arguments["rule"], call.arguments["start"], call.output.state
     assert isinstance(state, MemoryState)
-    written = [index for index, rate in enumerate(rule.rates) if rate > 0]
+    written = [index for index, rate in enumerate(rule.limits) if rate > 0]
     whole = rule.decay_towards == "zero"
     heads = (_is_closed(call).logical_not() | whole)[..., None].expand(-1, -1, len(rule.adapt)).clone()
     if not whole:

@@ -81,7 +81,7 @@ class SelfModifyingTitans(Mixer):
         heads, head_width = config.num_heads, config.head_width
         self.config = config
         self.recompute = recompute
-        self.rule = config.rule()
+        self.rule = config
         memories = len(self.rule.adapt)
         hidden = 0 if config.depth == 1 else round(config.expansion * head_width)
         self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)

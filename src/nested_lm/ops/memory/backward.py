@@ -6,7 +6,6 @@ numbers (tested).
 Shapes: B batch, H heads, C tokens of a chunk, M memories that adapt, K head width, E hidden width.
 """
 
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -64,7 +63,7 @@ _COMMON = (
     *("chunk", "chunk_generators", "adapt", "rates", "rate_stretch", "rate_shares"),
     *("targets", "targets_generators", "erase", "erase_since", "erase_since_generators", "read"),
 )
-_RARE = {field.name: field.default for field in fields(WriteRule) if field.name not in _COMMON}
+_RARE = {name: field.default for name, field in WriteRule.model_fields.items() if name not in _COMMON}
 
 
 def has_closed_backward(rule: WriteRule, *, momentum: bool = False) -> bool:

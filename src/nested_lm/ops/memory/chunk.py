@@ -131,7 +131,7 @@ class Group(NamedTuple):
 
 def write_groups(rule: WriteRule) -> tuple[Group, ...]:
     """All memories, in as few groups as their rules allow."""
-    rules = list(zip(rule.rates, rule.since_border, rule.generated_targets, strict=True))
+    rules = list(zip(rule.limits, rule.since_border, rule.generated_targets, strict=True))
     changes = [i for i, (a, b) in enumerate(pairwise(rules), start=1) if a != b]
     return tuple(Group(slice(a, b), *rules[a]) for a, b in pairwise([0, *changes, len(rules)]))
 

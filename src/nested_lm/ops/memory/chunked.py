@@ -67,11 +67,11 @@ class Plan(NamedTuple):
 def cut(tokens: int, position: int, rule: WriteRule) -> tuple[Piece, ...]:
     """Cut a call of `tokens` tokens, `position` tokens into the stream, at every border."""
     pieces = []
-    shorter = min(rule.chunk, rule.chunk_generators)
+    shorter = min(rule.chunk, rule.generator_chunk)
     begin = 0
     while begin < tokens:
         end = min(begin + shorter - (position + begin) % shorter, tokens)
-        after = Borders((position + end) % rule.chunk_generators == 0, (position + end) % rule.chunk == 0)
+        after = Borders((position + end) % rule.generator_chunk == 0, (position + end) % rule.chunk == 0)
         pieces.append(Piece(begin, end, after, (position + begin) % rule.alignment == 0))
         begin = end
     return tuple(pieces)

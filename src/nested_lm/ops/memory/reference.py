@@ -291,7 +291,7 @@ def self_modify(
         border = move_border(
             border,
             current,
-            generators=read_so_far % rule.chunk_generators == 0,
+            generators=read_so_far % rule.generator_chunk == 0,
             memory=read_so_far % rule.chunk == 0,
         )
     return MemoryOutput(

@@ -1,34 +1,105 @@
-"""The rule by which the self-modifying memories are written: every choice the paper leaves open, in one place.
+"""The rule by which the self-modifying memories are written: every choice the paper leaves open, declared once.
 
-Pure: the configuration checks itself with it, the operations follow it.
+The configuration of the mixer is this rule with sizes; the operations follow it. Imports no torch.
 
 Source: arXiv 2512.24695 eqs. 83-93; arXiv 2501.00663 eq. 10.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from nested_lm.ops.memory import stability
 
 MEMORIES = ("k", "eta", "alpha", "v", "q", "memory")
 """Order along the memory dimension: those that read the key input, then v, then q, then the one that is read out."""
 
-ONE_BORDER = 2.0
-"""Largest product of rate and chunk at which writes without the erase term are stable."""
+Tokens = Annotated[int, Field(ge=1)]
 
-INPUT_ALONE = 6.4
-"""The same when only the first of two layers erases and the target is the memory's own answer: the largest product that
-was measured to be bounded (docs/footguns.md)."""
+Rate = Annotated[float, Field(ge=0.0, le=2.0)]
+"""Largest inner step size of a memory; 0 keeps it at its start."""
+
+Momentum = Annotated[Literal[False, "sum", "mean"], BeforeValidator(lambda given: "sum" if given is True else given)]
+"""Runs of earlier versions say true for the sum."""
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-@dataclass(frozen=True)
-class WriteRule:
+class WriteRates(BaseModel):
+    """Largest inner step size of each memory, reached when its gate saturates.
+
+    Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be stable with unit
+    keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs are small
+    (docs/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate
+    of its own.
+    """
+
+    model_config = STRICT
+
+    memory: Annotated[float, Field(gt=0.0, le=2.0)] = 2.0
+    generators: Rate = 0.1
+    k: Rate | None = None
+    v: Rate | None = None
+    q: Rate | None = None
+    eta: Rate | None = None
+    alpha: Rate | None = None
+
+    def of(self, name: str) -> float:
+        """Largest rate of one memory."""
+        own: float | None = getattr(self, name)
+        return self.generators if own is None else own
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "hope": {},
+    "hope_paper": {
+        "rates": {"memory": 1.0, "generators": 1.0},
+        "rate_stretch": 0.0,
+        "targets": "generated",
+        "erase_since": "start",
+        "erase_after_decay": False,
+        "read": "border",
+        "gates": "token",
+    },
+    "titans": {
+        "adapt": ("memory",),
+        "rates": {"memory": 0.125},
+        "rate_stretch": 0.0,
+        "erase": "none",
+        "momentum": "mean",
+    },
+    "linear": {"depth": 1, "rates": {"memory": 1.0, "generators": 0.02}},
+    "delta": {
+        "adapt": ("memory",),
+        "depth": 1,
+        "rates": {"memory": 1.0},
+        "rate_stretch": 0.0,
+        "gradient": "fresh",
+        "erase": "none",
+    },
+}
+"""Rules by name; `rule: titans` in a configuration stands for these fields, and every field beside it goes before.
+
+hope: the defaults, what measures best. hope_paper: eqs. 83-91 as printed. titans: eqs. 10-15 of arXiv 2501.00663, for
+chunks of up to 16 tokens. linear: eqs. 92-93. delta: one matrix and the delta rule, as in DeltaNet (eq. 65).
+"""
+
+
+class WriteRule(BaseModel):
     """The choices the paper leaves open, and those its ablations switch.
 
     chunk, chunk_generators: tokens between two borders of `memory`, and of the generators (section 8.2 has two
-        sizes). Keys, values and gates come from the generators' last border, and every memory's gradient and
-        target from its own (eq. 90). One of the two divides the other.
-    adapt: memories that exist and are written, in the order of MEMORIES; `memory` is always the last.
-    rates: largest inner learning rate of each of them.
+        sizes; null: as `chunk`). Keys, values and gates come from the generators' last border, and every memory's
+        gradient and target from its own (eq. 90). One of the two divides the other.
+    adapt: memories that exist and are written; `memory` is always among them. Without one, its slow projection serves.
     depth: 2 for residual networks (eq. 91), 1 for matrices (eqs. 92-93).
     objective: half the squared error, or (depth 1) the negative inner product with the target (eq. 92).
     targets, targets_generators: what `memory`, and what the generators, are taught: each its own M(v) (eq. 84), or the
@@ -44,6 +115,7 @@ class WriteRule:
         what the border held as well, so that with `start` a write at rate 1 leaves value - old; with `border` it leaves
         value, the delta rule. At rates above 1 the gradient step has less room (`ops/memory/state.py`), and the erase
         term takes off the rest: at rate 2 both are the same. Taking off everything keeps generators near their start.
+        Null: `border` for `memory` where it replaces, with erase both and a squared error's gradient of the border.
     decay_towards: what retention shrinks, the distance from the `start` or the whole weights (`zero`).
     momentum: whether gradients pass through a running `sum` of writes with its own decay m = mu m + b (Titans eq. 10),
         or through a running `mean`, m = mu m + (1 - mu) b, the same with (1 - mu) as a part of its rate; False:
@@ -54,92 +126,103 @@ class WriteRule:
     normalise: layer normalisation of the second layer's output inside a memory.
     unit_values: whether values are scaled to unit length.
     gates: one learning rate and retention a token for each `head`, or one for all heads of a `token` (eq. 88).
-    damp: whether writes are damped where they would overshoot, see `damping`.
+    damp: whether writes are damped where they would overshoot, see `damping`; false has no bound with depth 2.
+    rates: largest inner learning rate of each memory.
     rate_stretch: how far the sigmoid of the rate reaches beyond both of its ends before it is cut off there, as a share
         of the largest rate; above 0, writing nothing and the largest rate are reached exactly.
     rate_shares: how much of `rates` the heads reach, in as many groups of neighbouring heads. With (0.5, 1.0) and rates
         up to 2 the first half of the heads writes at rates up to 1, where overwriting is exact, and the second half up
-        to 2, which state tracking needs.
+        to 2, which state tracking needs. Null: just that where `memory` may write at rates above 1.
     """
 
-    chunk: int
-    chunk_generators: int
-    adapt: tuple[str, ...] = ("k", "eta", "alpha", "v", "memory")
-    rates: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    model_config = STRICT
+
+    chunk: Tokens = 16
+    chunk_generators: Tokens | None = None
+    adapt: Annotated[tuple[Literal["k", "eta", "alpha", "v", "q", "memory"], ...], Field(strict=False)] = (
+        *("k", "eta", "alpha", "v", "memory"),
+    )
     depth: Literal[1, 2] = 2
     objective: Literal["l2", "dot"] = "l2"
-    targets: Literal["generated", "values"] = "generated"
+    targets: Literal["generated", "values"] = "values"
     targets_generators: Literal["generated", "values"] = "generated"
     gradient: Literal["border", "fresh", "self_referential"] = "border"
     erase: Literal["both", "input", "none"] = "both"
     erase_after_decay: bool = True
-    erase_since: Literal["start", "border"] = "start"
+    erase_since: Literal["start", "border"] | None = None
     erase_since_generators: Literal["start", "border"] = "start"
     decay_towards: Literal["start", "zero"] = "start"
-    momentum: Literal[False, "sum", "mean"] = False
+    momentum: Momentum = False
     read: Literal["inclusive", "exclusive", "border"] = "inclusive"
     normalise: bool = False
     unit_values: bool = True
     gates: Literal["head", "token"] = "head"
     damp: bool = True
-    rate_stretch: float = 0.0
-    rate_shares: tuple[float, ...] = (1.0,)
+    rates: WriteRates = WriteRates()
+    rate_stretch: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    rate_shares: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(strict=False)] | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning, with the reason.
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Replace `rule: NAME` by the fields it stands for."""
+        if not isinstance(given, dict) or "rule" not in given:
+            return given
+        name = given["rule"]
+        if not isinstance(name, str) or name not in NAMED:
+            raise ValueError(f"rule {name!r} is none of {', '.join(NAMED)}; name one of them, or leave `rule` out")
+        return NAMED[name] | {key: value for key, value in given.items() if key != "rule"}
 
-        Raises:
-            ValueError: an impossible combination.
-        """
-        for wrong, reason in self._impossible():
+    @field_validator("adapt")
+    @classmethod
+    def _in_order(cls, adapt: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(adapt)) != len(adapt):
+            raise ValueError(f"adapt {list(adapt)} names a memory twice")
+        if "memory" not in adapt:
+            raise ValueError(f"adapt {list(adapt)} must be some of {', '.join(MEMORIES)}, with `memory`")
+        return tuple(name for name in MEMORIES if name in adapt)
+
+    @field_validator("erase_since", mode="before")
+    @classmethod
+    def _replaces_where_it_can(cls, given: Any, info: ValidationInfo) -> Any:
+        """Write down what was left open, so that the configuration of a run says what it was trained with."""
+        if given is not None:
+            return given
+        written = {"erase": "both", "objective": "l2", "gradient": "border"}
+        return "border" if all(info.data.get(name) == value for name, value in written.items()) else "start"
+
+    @field_validator("rate_shares", mode="before")
+    @classmethod
+    def _half_of_the_heads_replaces(cls, given: Any, info: ValidationInfo) -> Any:
+        """Write down what was left open. A mixer has `num_heads`: one head alone reaches all."""
+        rates = info.data.get("rates")
+        if given is not None or rates is None:
+            return given
+        split = rates.memory > 1.0 and info.data.get("num_heads", 2) > 1
+        return (1.0 / rates.memory, 1.0) if split else (1.0,)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        for wrong, reason in (*self._impossible(), *stability.overshooting(self)):
             if wrong:
                 raise ValueError(reason)
+        return self
 
     def _impossible(self) -> tuple[tuple[bool, str], ...]:
-        return (*self._impossible_shapes(), *self._unstable())
-
-    def _unstable(self) -> tuple[tuple[bool, str], ...]:
-        exact = self.depth == 1 and (self.gradient != "border" or self.alignment == 1)
-        doubled = exact and self.objective == "l2" and self.erase != "none"
-        above = [rate for rate, since in zip(self.rates, self.since_border, strict=False) if doubled and not since]
-        limit = 1.0 if above and max(above) > 1.0 else 2.0
-        useful = min([limit, *self._limits_of_own_answers().values()])
-        grows = not self.unit_values and any(self.generated_targets) and not self.normalise
-        return (
-            (
-                max(self.rates, default=0.0) > limit,
-                f"rates {self.rates}: above {limit:g} a single write overshoots"
-                + (" (gradient and erase term both take the old content off)" if limit == 1.0 else "")
-                + f"; use rates up to {useful:.4g}"
-                + (f" (up to {limit:g} where the targets are values)" if useful < limit else "")
-                + (", or erase_since: border" if limit == 1.0 and self.gradient == "border" else ""),
-            ),
-            (
-                not self.erase_after_decay and self.erase != "none" and max(self.rates, default=0.0) > 1.0,
-                f"erase_after_decay false with rates {self.rates}: eq. 88's alpha I - eta k k^T has the eigenvalue "
-                "alpha - eta, below -1 for a rate near 2 and any decay; use erase_after_decay: true, or rates up to 1",
-            ),
-            (
-                grows,
-                "values of any length with targets the memories generate feed back on themselves and diverge at every "
-                "useful rate; use unit_values: true, or targets: values, or normalise: true",
-            ),
-        )
-
-    def _impossible_shapes(self) -> tuple[tuple[bool, str], ...]:
-        ordered = tuple(name for name in MEMORIES if name in self.adapt)
         linear = self.depth == 1
+        one, other = sorted((self.chunk, self.generator_chunk))
+        near = max(1, round(self.generator_chunk / self.chunk)) * self.chunk
         return (
             (
-                not self.rate_shares or min(self.rate_shares) <= 0.0 or max(self.rate_shares) != 1.0,
+                other % one != 0,
+                f"chunk {self.chunk} and chunk_generators {self.generator_chunk} do not nest: one must be a multiple "
+                f"of the other, so that documents can start on a border of every memory; try chunk_generators={near}",
+            ),
+            (
+                not self.shares or max(self.shares) != 1.0,
                 f"rate_shares {self.rate_shares}: every share must be above 0, and the largest of them 1, which is the "
                 f"whole of `rates`; use rate_shares: [0.5, 1.0] or [1.0], and lower `rates` to write less",
             ),
-            (
-                self.adapt != ordered or not self.adapt or self.adapt[-1] != "memory",
-                f"adapt {self.adapt} must be some of {MEMORIES}, in this order, each once, with `memory`",
-            ),
-            (len(self.rates) != len(self.adapt), f"{len(self.rates)} rates for {len(self.adapt)} memories"),
             (
                 self.objective == "dot" and not linear,
                 "objective `dot` with a two-layer memory has no minimum: its writes grow without bound; use "
@@ -166,130 +249,43 @@ class WriteRule:
                 "momentum needs gradients that are known before the chunk; use gradient: border",
             ),
             (self.normalise and linear, "normalise is a layer inside two-layer memories; use depth: 2"),
-            (
-                max(self.chunk, self.chunk_generators) % min(self.chunk, self.chunk_generators) != 0,
-                f"chunk {self.chunk} and chunk_generators {self.chunk_generators} do not nest: one must be a multiple "
-                "of the other",
-            ),
         )
 
     def unbounded(self) -> str | None:
         """Say which memory grows without bound when one key is written again and again; None when none does.
 
-        Not part of `__post_init__`: such a rule has a meaning, and models that were trained with it are read.
-
-        Source: spec 11.6; measured in docs/stability_journal.md.
+        Not part of the validation: such a rule has a meaning, and models that were trained with it are read.
         """
-        return (
-            self._growing_undamped() or self._growing_momentum() or self._growing_answers() or self._growing_borders()
-        )
+        return stability.unbounded(self)
 
-    def _growing_undamped(self) -> str | None:
-        """Growth of two-layer memories once training has made their second layer steep."""
-        if self.damp or self.depth == 1:
-            return None
-        return (
-            "damp false with two-layer memories: training makes their second layers steep, and an undamped write then "
-            "overshoots at every useful rate; use damp: true, or depth: 1"
-        )
+    def changed(self, **changes: Any) -> Self:
+        """Return the rule with some fields set to other values, validated."""
+        return type(self).model_validate(self.model_dump() | changes)
 
-    def _growing_momentum(self) -> str | None:
-        """Growth through a running sum whose gradients are of a border some tokens ago.
-
-        For linear memories without erase and long chunks it begins where the share that is kept passes about
-        1 - rate x chunk / 2, for short ones later, and the share is learned. Two-layer memories without erase, as in
-        Titans, are held by damping: they stay finite (docs/footguns.md has the figures).
-        """
-        held = self.objective == "dot" or self.alignment == 1 or (self.depth == 2 and self.erase == "none")
-        if self.momentum != "sum" or held:
-            return None
-        return (
-            f"momentum sum with erase {self.erase}, depth {self.depth} and chunks of several tokens: the share of the "
-            "sum that is kept is learned, and near 1 it grows at every rate; use momentum: mean"
-        )
-
-    def _growing_answers(self) -> str | None:
-        """Growth of linear memories whose targets are their own answers, M(v) to a value opposite to the key.
-
-        Without erase the inner product adds M(v) to M(k) at every write. With the squared error a chunk of C writes at
-        rate r multiplies what the key holds by a factor that must not fall below -1, at any rates up to the largest:
-
-        * gradient at the border: 1 - 2 C r without erase; 3 (1 - r)^C - 2 with erase since the start, 2 (1 - r)^C - 1
-          with erase since the border;
-        * at the fresh weights, a write multiplies by 1 - 2 r without erase and by 1 - 3 r with it.
-        """
-        limits = self._limits_of_own_answers()
-        for name, rate in zip(self.adapt, self.rates, strict=True):
-            if rate > limits.get(name, math.inf):
-                return (
-                    f"depth 1, objective {self.objective}, gradient {self.gradient} and erase {self.erase} with rate "
-                    f"{rate:g} of {name}, whose target is its own answer: writes of a value opposite to the key make "
-                    f"what it holds grow; use rates up to {limits[name]:.4g}, or targets: values (and "
-                    "targets_generators)"
-                )
-        return None
-
-    def _limits_of_own_answers(self) -> dict[str, float]:
-        """Largest stable rate of each linear memory that is taught its own answers, by name."""
-        if self.depth == 2:
-            return {}
-        memories = zip(self.adapt, self.chunks, self.generated_targets, self.since_border, strict=True)
-        return {
-            name: self._limit_of_own_answers(chunk, since_border=since_border)
-            for name, chunk, generated, since_border in memories
-            if generated
-        }
-
-    def _limit_of_own_answers(self, chunk: int, *, since_border: bool) -> float:
-        """Largest rate at which a linear memory that is taught its own answers is stable."""
-        erases = self.erase != "none"
-        if self.objective == "dot":
-            return 1.0 if erases else 0.0
-        if self.gradient != "border":
-            return 2 / 3 if erases else 1.0
-        if not erases:
-            return 1 / chunk
-        return 1.0 if since_border else 1 - 3 ** (-1 / chunk)
-
-    def _growing_borders(self) -> str | None:
-        """Growth because all writes of a chunk take the same error off.
-
-        C writes of one key at gradients of one border turn what it held into 1 - C rate times that, without the erase
-        term, or without it in the second layer where it takes off what was written since the border only: beyond 2 the
-        coefficient is below -1. Damping does not help, it holds each write of the chunk by itself. The share of a mean
-        may change from token to token: when a chunk at share 0 is followed by one at share 1, linear memories are
-        stable up to half of that, while damping holds two-layer ones.
-        """
-        if self.objective != "l2" or self.gradient != "border" or self.erase == "both":
-            return None
-        most = ONE_BORDER / 2 if self.momentum and self.depth == 1 else ONE_BORDER
-        memories = zip(self.adapt, self.rates, self.chunks, self.generated_targets, self.since_border, strict=True)
-        for name, rate, chunk, generated, since_border in memories:
-            if self.erase == "input" and not since_border:
-                if self.depth == 2 and generated and chunk * rate > INPUT_ALONE:
-                    return (
-                        f"erase input with rate {rate:g} and chunk {chunk} of {name}, whose target is its own answer: "
-                        f"its second layer erases nothing and grows; use rates up to {INPUT_ALONE / chunk:g}, "
-                        "targets: values, or erase: both"
-                    )
-                continue
-            if chunk * rate > most:
-                return (
-                    f"erase {self.erase} with rate {rate:g} and chunk {chunk} of {name}: {chunk} writes of one key at "
-                    f"one border turn what it held into 1 - {chunk * rate:g} times that, and grow without bound; use "
-                    f"rates up to {most / chunk:g}, chunks of up to {int(most / rate)}, or erase: both"
-                )
-        return None
+    @property
+    def generator_chunk(self) -> int:
+        """Tokens between two borders of the generators."""
+        return self.chunk_generators or self.chunk
 
     @property
     def alignment(self) -> int:
         """Tokens between two moments that are a border of every memory: where a document may start."""
-        return max(self.chunk, self.chunk_generators)
+        return max(self.chunk, self.generator_chunk)
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """Of each memory, tokens between two of its borders."""
-        return (self.chunk_generators,) * (len(self.adapt) - 1) + (self.chunk,)
+        return (self.generator_chunk,) * (len(self.adapt) - 1) + (self.chunk,)
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """Largest rate of each memory."""
+        return tuple(self.rates.of(name) for name in self.adapt)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """How much of the largest rates each group of heads reaches."""
+        return self.rate_shares or ()
 
     @property
     def since_border(self) -> tuple[bool, ...]:
@@ -316,4 +312,4 @@ class WriteRule:
     @property
     def rate_memory(self) -> float:
         """Largest inner learning rate of `memory`."""
-        return self.rates[-1]
+        return self.rates.memory

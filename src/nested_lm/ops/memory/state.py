@@ -266,7 +266,7 @@ def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bo
 
 def shares_of_heads(rule: WriteRule, like: Float[Tensor, "B H *_"]) -> Float[Tensor, "H *_"]:
     """How much of the largest rate each head reaches, with as many trailing dimensions of size 1 as `like` has."""
-    heads, groups = like.shape[1], rule.rate_shares
+    heads, groups = like.shape[1], rule.shares
     shares = [groups[head * len(groups) // heads] for head in range(heads)]
     return torch.tensor(shares, dtype=like.dtype, device=like.device).view(heads, *(1 for _ in like.shape[2:]))
 
@@ -296,4 +296,4 @@ def rate_share_slope(share: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[T
 
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:
     """Largest rate of each memory."""
-    return torch.tensor(rule.rates, dtype=like.dtype, device=like.device)
+    return torch.tensor(rule.limits, dtype=like.dtype, device=like.device)

@@ -334,7 +334,7 @@ def _call(rule: WriteRule, pieces: tuple[Piece, ...], named: dict[str, Any]) -> 
         "begin": torch.tensor([piece.begin for piece in pieces]),
         "end": torch.tensor([piece.end for piece in pieces]),
         "flags": torch.tensor(flags),
-        "limits": torch.tensor(rule.rates, dtype=key.dtype),
+        "limits": torch.tensor(rule.limits, dtype=key.dtype),
         "reached": shares_of_heads(rule, key[:, 0, :, 0]).contiguous(),
     }
     call = _Call(
