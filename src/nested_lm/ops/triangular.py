@@ -29,6 +29,38 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+def full_product(a: Float[Tensor, "*_ X Y"], b: Float[Tensor, "*_ Y Z"]) -> Float[Tensor, "*_ X Z"]:
+    """Matrix product in full precision, and so are its gradients: for what solves, whose errors a chunk carries on."""
+    if not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest":
+        return a @ b
+    product: Tensor = _full_product(a, b)
+    return product
+
+
+@torch.library.custom_op("nested_lm::full_product", mutates_args=())
+def _full_product(a: Tensor, b: Tensor) -> Tensor:
+    with full_precision():
+        return a @ b
+
+
+@_full_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_product(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return full_product(grad, b.mT).sum_to_size(a.shape), full_product(a.mT, grad).sum_to_size(b.shape)
+
+
+_full_product.register_autograd(_backward_product, setup_context=_keep_factors)
+
+
 def unit_lower_inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*batch C C"]:
     """Invert I + L for strictly lower L; entries on and above the diagonal are ignored.
 
@@ -61,7 +93,7 @@ def _keep_inverse(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     """Gradient of the inverse: d(X) = -X dL X, below the diagonal."""
     (inverse,) = ctx.saved_tensors
-    gradient: Tensor = -(inverse.mT @ grad @ inverse.mT).tril(-1)
+    gradient: Tensor = -full_product(full_product(inverse.mT, grad), inverse.mT).tril(-1)
     return gradient
 
 

@@ -34,6 +34,7 @@ from nested_lm.ops.memory.state import (
     room_slope,
 )
 from nested_lm.ops.memory.writes import Writes, joined, product
+from nested_lm.ops.triangular import full_product
 
 
 class ChunkGradients(NamedTuple):
@@ -124,7 +125,7 @@ def _backward_layer(
         rate = chunk.made.rate[:, :, None, :, None] * limit
         right = grad[:, :, group]
         if found.inverse is not None:
-            right = found.inverse.mT @ right
+            right = full_product(found.inverse.mT, right)
         grad_known = -rate * right
         grad_rate -= limit * (right * found.known).sum((2, 4))
         grad_errors.append(grad_known)
@@ -132,7 +133,7 @@ def _backward_layer(
             continue
         shared = direction.shape[2] == 1
         at = direction if shared else direction[:, :, group]
-        factor = -(right @ found.write.mT)  # gradient of the factor; only below the diagonal counts
+        factor = -full_product(right, found.write.mT)  # gradient of the factor; only below the diagonal counts
         if shared:
             factor = factor.sum(2, keepdim=True)
         factor = factor * decays.erased

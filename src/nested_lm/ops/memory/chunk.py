@@ -43,7 +43,7 @@ from nested_lm.ops.memory.writes import (
     solve_writes,
     spread_of_momentum,
 )
-from nested_lm.ops.triangular import unit_lower_inverse
+from nested_lm.ops.triangular import full_product, unit_lower_inverse
 
 
 class ChunkInputs(NamedTuple):
@@ -118,6 +118,17 @@ class Chunk(NamedTuple):
     decays: Decays
     inner: tuple[Writes, ...]  # one entry a group
     outer: tuple[Writes, ...]  # none for linear memories
+
+
+class Layer(NamedTuple):
+    """One layer of all two-layer memories, as its writes see it."""
+
+    error: Float[Tensor, "B H M C X"]  # damped gradient at the output
+    direction: Float[Tensor, "B H G C Y"]  # unit input; G is 1 when all memories share it
+    old: Float[Tensor, "B H M X Y"]  # distance before the chunk
+    border: Float[Tensor, "B H M X Y"] | None  # see `ChunkWeights`
+    momentum: Float[Tensor, "B H M X Y"] | None
+    erase: bool
 
 
 class Group(NamedTuple):
@@ -278,7 +289,7 @@ def solve_self_referential(
     reader = toward - decays.erased * rate * key if rule.erased_layers[0] else toward
     inverse = unit_lower_inverse(-decays.ratio * product(reader, key.mT, operands))
     known = product(toward, base.mT, operands) + decays.before * product(reader, old.mT, operands)
-    return Writes(inverse @ known)
+    return Writes(full_product(inverse, known))
 
 
 def _write_linear(
@@ -319,34 +330,29 @@ def _write_linear(
 
 
 def _write_layer(
-    error: Float[Tensor, "B H M C X"],
-    direction: Float[Tensor, "B H G C Y"],
-    old: Float[Tensor, "B H M X Y"],
-    border: Float[Tensor, "B H M X Y"] | None,
-    momentum: Float[Tensor, "B H M X Y"] | None,
+    layer: Layer,
     made: Generated,
     decays: Decays,
     spread: Spread | None,
     room: Float[Tensor, "B H M C 1"],
-    erase: bool,
     rule: WriteRule,
     operands: torch.dtype | None,
 ) -> tuple[Writes, ...]:
     """Writes of one layer of all two-layer memories, one entry a group."""
-    times = decays.erased if erase else None
+    times = decays.erased if layer.erase else None
     writes = []
     for group in write_groups(rule):
         members = group.members
         rate = made.rate[:, :, None, :, None] * group.rate
-        at = direction if direction.shape[2] == 1 else direction[:, :, members]
-        known, before = error[:, :, members], old[:, :, members]
+        at = layer.direction if layer.direction.shape[2] == 1 else layer.direction[:, :, members]
+        known, before = layer.error[:, :, members], layer.old[:, :, members]
         held = None
-        if erase and group.since_border and border is not None:
-            held = room[:, :, members] * product(at, border[:, :, members].mT, operands)
-        if spread is None or momentum is None:
+        if layer.erase and group.since_border and layer.border is not None:
+            held = room[:, :, members] * product(at, layer.border[:, :, members].mT, operands)
+        if spread is None or layer.momentum is None:
             writes.append(solve_writes(known, at, before, rate, decays, times, operands, held))
         else:
-            running = momentum[:, :, members]
+            running = layer.momentum[:, :, members]
             writes.append(solve_with_momentum(known, at, before, running, rate, decays, spread, times, operands, held))
     return tuple(writes)
 
@@ -360,7 +366,7 @@ def _carried(
     spread: Spread | None,
     operands: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Distance and momentum of one layer after the chunk."""
+    """Distance and momentum of one layer after the chunk: D_C = gamma_C D_0 + sum_t (gamma_C / gamma_t) w_t p_t^T."""
     after = torch.addcmul(product((joined(writes) * decays.to_end).mT, direction, operands), decays.end, old)
     if spread is None or momentum is None:
         return after, None
@@ -394,12 +400,21 @@ def forward_chunk(
     else:
         errors = inner_errors(made, weights.anchor, readout.gain, rule, operands)
         length = errors.squared.add(NORM_FLOOR**2).sqrt()
-        known = (errors.damped * (errors.slope * errors.back), (errors.damped * length) * errors.error)
-        shared = (made, decays, spread, errors.room)
-        erase_inner, erase_outer = rule.erased_layers
-        inner = _write_layer(known[0], key, distance.inner, border[0], running[0], *shared, erase_inner, rule, operands)
-        at = errors.direction
-        outer = _write_layer(known[1], at, distance.outer, border[1], running[1], *shared, erase_outer, rule, operands)
+        erases = rule.erased_layers
+        first = Layer(
+            errors.damped * (errors.slope * errors.back), key, distance.inner, border[0], running[0], erases[0]
+        )
+        second = Layer(
+            (errors.damped * length) * errors.error,
+            errors.direction,
+            distance.outer,
+            border[1],
+            running[1],
+            erases[1],
+        )
+        inner, outer = (
+            _write_layer(layer, made, decays, spread, errors.room, rule, operands) for layer in (first, second)
+        )
     common = (decays, spread, operands)
     after_inner, left_inner = _carried(inner, key, distance.inner, running[0], *common)
     after_outer, left_outer = distance.outer, running[1]

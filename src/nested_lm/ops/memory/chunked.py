@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nested_lm.ops.memory.backward import TraceGradients, backward_chunk, has_closed_backward
 from nested_lm.ops.memory.chunk import Chunk, ChunkInputs, ChunkWeights, forward_chunk
-from nested_lm.ops.memory.reads import Trace, read_pieces, trace_chunk
+from nested_lm.ops.memory.reads import CLOSED, PER_TOKEN, Trace, read_pieces, trace_chunk
 from nested_lm.ops.memory.rule import WriteRule
 from nested_lm.ops.memory.state import (
     GateReadout,
@@ -75,6 +75,14 @@ def cut(tokens: int, position: int, rule: WriteRule) -> tuple[Piece, ...]:
         pieces.append(Piece(begin, end, after, (position + begin) % rule.alignment == 0))
         begin = end
     return tuple(pieces)
+
+
+def at_starts(resets: Bool[Tensor, "B T"], pieces: tuple[Piece, ...]) -> Bool[Tensor, "B S"]:
+    """Where a row's document starts with a piece. All but the first and the last piece are equally long."""
+    if len(pieces) == 1:
+        return resets[:, :1]
+    second = pieces[1]
+    return torch.cat([resets[:, :1], resets[:, second.begin :: max(second.end - second.begin, 1)]], dim=1)
 
 
 def _slice(inputs: ChunkInputs, piece: Piece) -> ChunkInputs:
@@ -150,8 +158,7 @@ class _WriteSequence(torch.autograd.Function):
         inputs, start, readout, _ = _unflatten(saved[: ctx.num_inputs])
         leaves = [b if a is None else a for a, b in zip(saved[ctx.num_inputs :], ctx.plain, strict=True)]
         states, chunks = tree_unflatten(leaves, ctx.layout)
-        trace = grads[:10]
-        border, current = MemoryWeights(*grads[10:12]), MemoryWeights(*grads[12:14])
+        sent, (border, current, _) = _results(grads)
         # Gradients that wait for the border each piece was anchored at. `border` starts with what later calls sent.
         total_start = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
         total_readout = [None if x is None else torch.zeros_like(x) for x in readout[:2]]
@@ -163,7 +170,7 @@ class _WriteSequence(torch.autograd.Function):
             weights = ChunkWeights(add(start, kept.border), start, kept.current, at_border, None)
             part = _slice(inputs, piece)
             chunk = chunks[index] or forward_chunk(part, weights, readout, plan.rule, plan.operands)
-            of_trace = TraceGradients(*(x[:, :, piece.begin : piece.end] for x in trace[:8]))
+            of_trace = TraceGradients(*(x[:, :, piece.begin : piece.end] for x in sent.closed()[:PER_TOKEN]))
             found = backward_chunk(current, of_trace, part, weights, readout, chunk, plan.rule, plan.operands)
             pieces_of_inputs.append(found.inputs)
             for total, of_readout in zip(total_readout, found.readout, strict=True):
@@ -172,8 +179,8 @@ class _WriteSequence(torch.autograd.Function):
             for of_start, gradient in zip(total_start, found.anchor, strict=True):
                 of_start += gradient
             current = found.distance
-            current.inner[:, :, -1] += trace[8][:, :, index]
-            current.outer[:, :, -1] += trace[9][:, :, index]
+            current.inner[:, :, -1] += sent.inner[:, :, index]
+            current.outer[:, :, -1] += sent.outer[:, :, index]
             border = add(border, found.anchor if found.border is None else add(found.anchor, found.border))
             if piece.aligned and plan.keep is not None:
                 border, current = _move_border_backward(border, current, Borders(generators=True, memory=True))
@@ -199,8 +206,7 @@ def _write_sequence(
     """
     if has_closed_backward(plan.rule) and not differentiable_twice:
         tensors = (*inputs[:5], *start, *readout[:2], *state.border, *state.current)
-        results = _WriteSequence.apply(plan, *tensors)  # type: ignore[no-untyped-call]
-        return Trace(*results[:10]), MemoryState(MemoryWeights(*results[10:12]), MemoryWeights(*results[12:14]))
+        return _results(_WriteSequence.apply(plan, *tensors))  # type: ignore[no-untyped-call]
     keep = plan.keep_chunks or not torch.is_grad_enabled()
     return run_pieces(plan, inputs, start, readout, state, forward_chunk if keep else _recomputed_chunk)
 
@@ -214,13 +220,15 @@ def _move_border_backward(
     border: MemoryWeights, current: MemoryWeights, moved: Borders
 ) -> tuple[MemoryWeights, MemoryWeights]:
     """Backward of `move_border`: what waited for a border that moved goes to the weights it moved to."""
-    new_border, new_current = [], []
-    for waiting, gradient in zip(border, current, strict=True):
-        generators = waiting.shape[2] - 1
-        keep = waiting.new_tensor([not moved.generators] * generators + [not moved.memory]).view(1, 1, -1, 1, 1)
-        new_border.append(waiting * keep)
-        new_current.append(gradient + waiting * (1 - keep))
-    return MemoryWeights(*new_border), MemoryWeights(*new_current)
+    nothing = MemoryWeights(torch.zeros_like(border.inner), torch.zeros_like(border.outer))
+    goes = move_border(nothing, border, **moved._asdict())
+    return move_border(border, nothing, **moved._asdict()), add(current, goes)
+
+
+def _results(tensors: tuple[Tensor, ...]) -> tuple[Trace, MemoryState]:
+    """Results of `_WriteSequence`, or their gradients, by name."""
+    inner_border, outer_border, inner, outer = tensors[CLOSED:]
+    return Trace(*tensors[:CLOSED]), MemoryState(MemoryWeights(inner_border, outer_border), MemoryWeights(inner, outer))
 
 
 def _unflatten(tensors: tuple[Any, ...]) -> tuple[ChunkInputs, MemoryWeights, GateReadout, MemoryState]:
@@ -265,7 +273,7 @@ def self_modify(
     given = ChunkInputs(*(None if x is None else x.to(dtype).transpose(1, 2) for x in inputs))  # type: ignore[arg-type]
     keep = None
     if resets is not None:
-        keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype)
+        keep = (~at_starts(resets, pieces)).T.to(dtype)
     plan = Plan(rule, pieces, keep, torch.is_grad_enabled() and not recompute, operands)
     with torch.autocast(given.key.device.type, enabled=False):
         trace, after = _write_sequence(plan, given, start, readout, state, differentiable_twice=differentiable_twice)

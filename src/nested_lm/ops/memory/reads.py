@@ -18,6 +18,9 @@ from nested_lm.ops.memory.writes import Spread, shifted, spread_of_momentum
 PER_TOKEN = 8
 """Members of a trace that have one entry a token; the next two have one a piece; the rest exist with momentum only."""
 
+CLOSED = PER_TOKEN + 2
+"""Members of a trace without momentum."""
+
 
 class Trace(NamedTuple):
     """What reads of `memory` need: its queries, its weights before each piece and every write. Distances are from
@@ -42,7 +45,7 @@ class Trace(NamedTuple):
 
     def closed(self) -> tuple[Tensor, ...]:
         """Give the members that exist without momentum."""
-        return tuple(self[: PER_TOKEN + 2])  # type: ignore[arg-type]
+        return tuple(self[:CLOSED])  # type: ignore[arg-type]
 
     @classmethod
     def joined(cls, parts: list["Trace"]) -> "Trace":

@@ -10,11 +10,14 @@ Shapes: B batch, T tokens, H heads, M memories that adapt, K head width, E hidde
 Source: arXiv 2512.24695, eqs. 83-93. `inner` is W_2 there, `outer` is W_1, k/eta/alpha/v/q/memory the squares.
 """
 
+from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nested_lm.ops.memory.rule import WriteRule
 
@@ -116,6 +119,25 @@ class MemoryCall(NamedTuple):
     branches: Int[Tensor, "B N"] | None = None
 
 
+def constant(values: tuple[float, ...], like: Tensor) -> Float[Tensor, " n"]:
+    """Numbers of a rule as a tensor. Each lives on its device once: nothing is copied there while a model runs."""
+    if isinstance(like, FakeTensor) or torch.compiler.is_compiling():
+        return _filled(values, like.dtype, like.device)
+    return _kept(values, like.dtype, like.device)
+
+
+@cache
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or later calls could not take gradients with it
+        return _filled(values, dtype, device)
+
+
+def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made on the device: torch.tensor would make it on the host, and wait for the copy."""
+    runs = [(float(value), len(list(run))) for value, run in groupby(values)]
+    return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
+
+
 def unit(x: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
     """Scale to Euclidean length 1; vectors shorter than NORM_FLOOR stay shorter."""
     length: Tensor = x.norm(dim=-1, keepdim=True)
@@ -166,7 +188,7 @@ def room_beside_erase(rate: Tensor, rule: WriteRule) -> Tensor:
 
 def generated_shares(rule: WriteRule, like: Tensor) -> Float[Tensor, "M 1 1"]:
     """1 for memories whose targets are their own answers to the value, 0 for those that are taught the value."""
-    return torch.tensor(rule.generated_targets, dtype=like.dtype, device=like.device)[:, None, None]
+    return constant(rule.generated_targets, like)[:, None, None]
 
 
 def room_slope(room: Tensor) -> Tensor:
@@ -267,8 +289,8 @@ def move_border(border: MemoryWeights, current: MemoryWeights, *, generators: bo
 def shares_of_heads(rule: WriteRule, like: Float[Tensor, "B H *_"]) -> Float[Tensor, "H *_"]:
     """How much of the largest rate each head reaches, with as many trailing dimensions of size 1 as `like` has."""
     heads, groups = like.shape[1], rule.shares
-    shares = [groups[head * len(groups) // heads] for head in range(heads)]
-    return torch.tensor(shares, dtype=like.dtype, device=like.device).view(heads, *(1 for _ in like.shape[2:]))
+    shares = tuple(groups[head * len(groups) // heads] for head in range(heads))
+    return constant(shares, like).view(heads, *(1 for _ in like.shape[2:]))
 
 
 def rate_share(logit: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[Tensor, "B H *_"]:
@@ -296,4 +318,4 @@ def rate_share_slope(share: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[T
 
 def rate_limits(rule: WriteRule, like: Tensor) -> Float[Tensor, " M"]:
     """Largest rate of each memory."""
-    return torch.tensor(rule.limits, dtype=like.dtype, device=like.device)
+    return constant(rule.limits, like)

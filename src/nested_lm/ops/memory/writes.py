@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nested_lm.ops.memory.rule import WriteRule
-from nested_lm.ops.triangular import unit_lower_inverse
+from nested_lm.ops.triangular import full_product, unit_lower_inverse
 
 
 class Writes(NamedTuple):
@@ -133,7 +133,7 @@ def solve_writes(
     known = torch.addcmul(error, times * decays.before, faded)
     if held is not None:
         known = known - held
-    return Writes(inverse @ (-rate * known), known, faded, inverse, overlap)
+    return Writes(full_product(inverse, -rate * known), known, faded, inverse, overlap)
 
 
 def solve_with_momentum(
@@ -159,7 +159,7 @@ def solve_with_momentum(
     met = times * (met + (shifted(spread.matrix) * mutual) @ pushed)
     if held is not None:
         met = met - held
-    return Writes(inverse @ (-rate * met), pushed=pushed)
+    return Writes(full_product(inverse, -rate * met), pushed=pushed)
 
 
 def joined(groups: tuple[Writes, ...]) -> Float[Tensor, "B H M C X"]:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nested_lm.errors import ConfigError
 from nested_lm.ops.memory.backward import has_closed_backward
-from nested_lm.ops.memory.chunked import Piece, cut
+from nested_lm.ops.memory.chunked import Piece, at_starts, cut
 from nested_lm.ops.memory.cpu import library as cpu_library
 from nested_lm.ops.memory.rule import WriteRule
 from nested_lm.ops.memory.state import (
@@ -245,7 +245,7 @@ def _checked(
     pieces = cut(inputs.key.shape[1], position, rule)
     keep = None
     if resets is not None:
-        keep = (~resets[:, [piece.begin for piece in pieces]]).T.to(dtype).contiguous()
+        keep = (~at_starts(resets, pieces)).T.to(dtype).contiguous()
     moving = state.momentum or (None, None)
     given = (*inputs, *start, readout.rate, readout.decay, *state.border, *state.current, *moving)
     return pieces, keep, tuple(None if x is None else x.to(dtype).contiguous() for x in given)
