@@ -9,13 +9,12 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from nested_lm.config.provenance import Issue, Provenance, join
 from nested_lm.config.secrets import redact_text
-from nested_lm.config.section import Section
 
 _RANGE_WORDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 _PATHS = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\d+\])*")
@@ -26,14 +25,14 @@ class Kind:
     """What a field may hold: its bare type, the sections of a union by their `kind`, its range."""
 
     annotation: Any
-    variants: dict[str, type[Section]] = field(default_factory=dict)
+    variants: dict[str, type[BaseModel]] = field(default_factory=dict)
     optional: bool = False
     metadata: list[Any] = field(default_factory=list)
 
     @property
-    def section(self) -> type[Section] | None:
+    def section(self) -> type[BaseModel] | None:
         """The section, where the field holds one that has no variants."""
-        return self.annotation if isinstance(self.annotation, type) and issubclass(self.annotation, Section) else None
+        return self.annotation if isinstance(self.annotation, type) and issubclass(self.annotation, BaseModel) else None
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Place:
     path: str
     name: str  # last part of the path
     kind: Kind | None  # None: the section has no such field
-    section: type[Section]  # the section that holds the field
-    siblings: dict[str, type[Section]]  # variants of that section, by kind
+    section: type[BaseModel]  # the section that holds the field
+    siblings: dict[str, type[BaseModel]]  # variants of that section, by kind
 
 
 def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
@@ -63,21 +62,21 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> Kind:
             if len(members) == 1:
                 annotation = members[0]
                 continue
-            tagged = all(isinstance(member, type) and issubclass(member, Section) for member in members)
+            tagged = all(isinstance(member, type) and issubclass(member, BaseModel) for member in members)
             variants = {_tag(member): member for member in members} if tagged else {}
             return Kind(Union[tuple(members)], variants, optional, notes)  # noqa: UP007  # made of a tuple
         return Kind(annotation, {}, optional, notes)
 
 
-def _tag(section: type[Section]) -> str:
+def _tag(section: type[BaseModel]) -> str:
     return str(get_args(section.model_fields["kind"].annotation)[0])
 
 
-def locate(root: type[Section], location: Sequence[str | int]) -> Place:
+def locate(root: type[BaseModel], location: Sequence[str | int]) -> Place:
     """Follow pydantic's location through the types, leaving out the union tags it contains."""
     kind: Kind | None = kind_of(root)
     place = Place("", "", kind, root, {})
-    siblings: dict[str, type[Section]] = {}
+    siblings: dict[str, type[BaseModel]] = {}
     for item in location:
         if kind is not None and kind.variants and item in kind.variants:
             siblings = kind.variants
@@ -97,7 +96,7 @@ def locate(root: type[Section], location: Sequence[str | int]) -> Place:
     return place
 
 
-def explain(error: ValidationError, root: type[Section], provenance: Provenance, primary: str) -> list[Issue]:
+def explain(error: ValidationError, root: type[BaseModel], provenance: Provenance, primary: str) -> list[Issue]:
     """Give one issue for each error of a validation; `primary` stands for fields that no file set."""
     errors = error.errors(include_url=False)
     return [_issue(details, root, provenance, primary) for details in errors if not _follows(details, errors)]
@@ -111,7 +110,7 @@ def _follows(details: ErrorDetails, errors: list[ErrorDetails]) -> bool:
     )
 
 
-def _issue(details: ErrorDetails, root: type[Section], provenance: Provenance, primary: str) -> Issue:
+def _issue(details: ErrorDetails, root: type[BaseModel], provenance: Provenance, primary: str) -> Issue:
     place = locate(root, details["loc"])
     source = provenance.find(place.path) or primary
     kind, value, context = details["type"], details["input"], details.get("ctx", {})

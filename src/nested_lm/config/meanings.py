@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import get_args
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -19,10 +20,9 @@ from nested_lm.config.ablation import AblationConfig
 from nested_lm.config.campaign import CampaignConfig
 from nested_lm.config.explain import Kind, describe, kind_of, nearest
 from nested_lm.config.run import RunConfig
-from nested_lm.config.section import Section
 from nested_lm.errors import ConfigError
 
-ROOTS: dict[str, type[Section]] = {"campaign": CampaignConfig, "ablations": AblationConfig}
+ROOTS: dict[str, type[BaseModel]] = {"campaign": CampaignConfig, "ablations": AblationConfig}
 """What the first part of a path may name beside the sections of a run."""
 
 _FIELD = re.compile(r"(\w+): ")
@@ -69,7 +69,7 @@ def _step(kind: Kind, part: str, walked: list[str]) -> tuple[Kind, list[str]]:
     )
 
 
-def _field_lines(section: type[Section], name: str, path: str) -> list[str]:
+def _field_lines(section: type[BaseModel], name: str, path: str) -> list[str]:
     field = section.model_fields[name]
     lines = [path, f"  type     {describe(kind_of(field.annotation, field.metadata))}", f"  default  {default(field)}"]
     return lines + ([f"  meaning  {meaning}"] if (meaning := meanings(section).get(name)) else [])
@@ -89,12 +89,12 @@ def _summary(kind: Kind) -> list[str]:
     return lines
 
 
-def _rows(kind: Kind) -> Iterator[tuple[str, type[Section], FieldInfo]]:
+def _rows(kind: Kind) -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
     for section in kind.variants.values() or ([kind.section] if kind.section else []):
         yield from ((name, section, field) for name, field in section.model_fields.items())
 
 
-def _first_line(section: type[Section]) -> str:
+def _first_line(section: type[BaseModel]) -> str:
     return (section.__doc__ or "").strip().split("\n")[0]
 
 
@@ -104,7 +104,7 @@ def default(field: FieldInfo) -> str:
         return "made from the other fields"
     if field.default is PydanticUndefined:
         return "required"
-    if isinstance(field.default, Section):
+    if isinstance(field.default, BaseModel):
         return "a section of defaults"
     value = field.default
     if isinstance(value, tuple):
@@ -115,11 +115,11 @@ def default(field: FieldInfo) -> str:
 
 
 @cache
-def meanings(section: type[Section]) -> dict[str, str]:
+def meanings(section: type[BaseModel]) -> dict[str, str]:
     """What each field of a section means, by name, from its comment or the docstring of its class."""
     found: dict[str, str] = {}
     for owner in reversed(section.__mro__):
-        if not (isinstance(owner, type) and issubclass(owner, Section)) or owner is Section:
+        if not (isinstance(owner, type) and issubclass(owner, BaseModel)) or owner is BaseModel:
             continue
         for names, text in _DOCUMENTED.findall(owner.__doc__ or ""):
             found |= dict.fromkeys((name.strip() for name in names.split(",")), " ".join(text.split()))
@@ -170,10 +170,10 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sections() -> Iterator[tuple[str, type[Section]]]:
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Every section, once, under the first path that reaches it."""
     waiting = [("a run", "", kind_of(RunConfig)), *((name, name, kind_of(root)) for name, root in ROOTS.items())]
-    seen: set[type[Section]] = set()
+    seen: set[type[BaseModel]] = set()
     while waiting:
         title, path, kind = waiting.pop(0)
         if kind.section is None and not kind.variants and (inner := get_args(kind.annotation)):
