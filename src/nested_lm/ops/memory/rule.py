@@ -88,8 +88,8 @@ NAMED: dict[str, dict[str, Any]] = {
 }
 """Rules by name; `rule: titans` in a configuration stands for these fields, and every field beside it goes before.
 
-hope: the defaults, what measures best. hope_paper: eqs. 83-91 as printed. titans: eqs. 10-15 of arXiv 2501.00663, for
-chunks of up to 16 tokens. linear: eqs. 92-93. delta: one matrix and the delta rule, as in DeltaNet (eq. 65).
+hope: the defaults, what measures best. hope_paper: as printed, eqs. 83-91. titans: Titans eqs. 10-15, for chunks of up
+to 16 tokens. linear: matrices as memories. delta: one matrix and the delta rule, as in DeltaNet.
 """
 
 
