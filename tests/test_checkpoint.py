@@ -2,6 +2,7 @@ import errno
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,73 @@ class TestDamage:
         assert "step-00000004" in notes[0]
         assert "model.safetensors" in notes[1]
 
+    @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOTCONN, errno.ESTALE])
+    @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+    def test_what_the_system_says_while_a_file_is_read_is_damage_of_it(self, root, monkeypatch, number, name):
+        """A bad sector, lost permission, a network file system that went away: the one before is used."""
+        for step in (1, 2):
+            write(root, step)
+        original = Path.open
+
+        def bad(self, *args, **kwargs):
+            if self == root / folder_name(2) / name:
+                raise OSError(number, os.strerror(number))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", bad)
+        notes = []
+        assert newest_checkpoint(root, report=notes.append) == root / folder_name(1)
+        assert len(notes) == 1
+        assert f"{name} cannot be read: {os.strerror(number)}" in notes[0]
+
+    def test_a_manifest_that_is_a_folder_is_damage(self, root):
+        for step in (1, 2):
+            write(root, step)
+        (root / folder_name(2) / "manifest.json").unlink()
+        (root / folder_name(2) / "manifest.json").mkdir()
+        assert newest_checkpoint(root) == root / folder_name(1)
+        with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read: Is a directory"):
+            verify_checkpoint(find_checkpoint(root / folder_name(2)))
+
+    def test_files_that_the_manifest_does_not_list_are_not_read(self, root):
+        path = write(root, 1)
+        (path / "extra.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+        (path / "extra.json").write_text("{}")
+        for read in (lambda: read_tensors(path, "extra"), lambda: read_document(path, "extra.json")):
+            with pytest.raises(CheckpointError, match=r"extra\..* is not listed in manifest\.json"):
+                read()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"files": {"../secret": {"bytes": 1, "xxh3_128": ""}}},
+            {"files": {"model.safetensors": 3}},
+            {"files": []},
+            {"milestone": 3},
+            {"config_hash": None},
+        ],
+    )
+    def test_a_manifest_that_somebody_sealed_is_judged_too(self, root, change):
+        path = write(root, 1)
+        manifest = {key: value for key, value in verify_checkpoint(path).items() if key != "manifest_xxh3_128"}
+        (path / "manifest.json").write_bytes(checkpoint._sealed(manifest | change))
+        with pytest.raises(CheckpointError, match=r"manifest\.json has no usable"):
+            verify_checkpoint(path)
+
+    @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x10\0\0\0\0\0\0\0[]              ", b"[" * 100_000])
+    def test_files_that_somebody_sealed_are_judged_too(self, root, content):
+        path = write(root, 1)
+        manifest = {key: value for key, value in verify_checkpoint(path).items() if key != "manifest_xxh3_128"}
+        for name in ("model.safetensors", "train_state.json"):
+            (path / name).write_bytes(content)
+            manifest["files"][name] = {"bytes": len(content), "xxh3_128": checkpoint._digest(path / name)}
+        (path / "manifest.json").write_bytes(checkpoint._sealed(manifest))
+        verify_checkpoint(path)
+        with pytest.raises(CheckpointError, match=r"train_state\.json"):
+            read_document(path, "train_state.json")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+            read_tensors(path, "model")
+
     def test_a_checkpoint_and_its_run_folder_both_mean_it(self, root):
         old, newest = write(root, 1), write(root, 2)
         assert find_checkpoint(old) == old
@@ -291,18 +359,52 @@ class TestRetention:
         assert prune_checkpoints(root, keep=1) == [folder_name(1), folder_name(3)]
         assert [path.name for path in list_checkpoints(root)] == [folder_name(step) for step in (0, 2, 4)]
 
-    def test_deletes_nothing_while_the_newest_is_damaged(self, root):
-        for step in (1, 2, 3):
+    def test_damaged_ones_do_not_count_as_kept_and_stay(self, root):
+        for step in (1, 2, 3, 4, 5):
             write(root, step)
-        (root / folder_name(3) / "model.safetensors").write_bytes(b"")
-        with pytest.raises(CheckpointError, match="step-00000003"):
+        (root / folder_name(5) / "model.safetensors").write_bytes(b"")
+        (root / folder_name(3) / "train_state.json").write_text("{}")
+        assert prune_checkpoints(root, keep=2) == [folder_name(1)]
+        assert [path.name for path in list_checkpoints(root)] == [folder_name(step) for step in (2, 3, 4, 5)]
+
+    def test_what_is_not_ours_is_left_alone(self, root):
+        for step in (1, 2):
+            write(root, step)
+        (root / "step-final").mkdir()
+        (root / "step-00000009").write_text("a file")
+        (root / ".tmp-notes").write_text("mine")
+        (root / ".tmp-step-00000003").mkdir()
+        (root / "model.safetensors").write_text("")
+        assert prune_checkpoints(root, keep=1) == [folder_name(1)]
+        assert newest_checkpoint(root, report=pytest.fail) == root / folder_name(2)
+        assert remove_stale(root) == []
+        assert len(list(root.iterdir())) == 6
+
+    def test_a_file_in_the_place_of_a_checkpoint_is_replaced(self, root):
+        root.mkdir()
+        (root / folder_name(1)).write_text("a file")
+        verify_checkpoint(write(root, 1))
+        assert [path.name for path in root.iterdir()] == [folder_name(1)]
+
+    def test_one_that_cannot_be_deleted_is_said(self, root, monkeypatch):
+        class Stubborn(Disk):
+            def remove_folder(self, path):
+                raise PermissionError(errno.EACCES, "Permission denied")
+
+        for step in (1, 2):
+            write(root, step)
+        monkeypatch.setattr(checkpoint, "_disk", Stubborn())
+        with pytest.raises(CheckpointError, match=r"step-00000001 is not kept and cannot be deleted: Permission"):
             prune_checkpoints(root, keep=1)
-        assert len(list_checkpoints(root)) == 3
+        with pytest.raises(CheckpointError, match=r"\.tmp-old-step-00000001-.* cannot be removed: Permission"):
+            remove_stale(root)
 
     def test_stale_folders_are_removed(self, root):
         write(root, 1)
-        (root / ".tmp-step-00000002-abc").mkdir()
-        assert remove_stale(root) == [".tmp-step-00000002-abc"]
+        stale = [".tmp-damaged-0123abcd", ".tmp-old-step-00000002-0123abcd", ".tmp-step-00000002-0123abcd"]
+        for name in stale:
+            (root / name).mkdir()
+        assert remove_stale(root) == stale
         assert [entry.name for entry in root.iterdir()] == [folder_name(1)]
 
 

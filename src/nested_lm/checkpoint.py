@@ -3,10 +3,14 @@
 A checkpoint is a folder `step-00000120` with safetensors and JSON files (no pickle anywhere) and
 `manifest.json`, written last, which holds the size and xxh3_128 digest of every other file. A folder without
 a valid manifest is not a checkpoint. Which one is newest is computed, so no pointer can be wrong.
+
+Whoever writes below a run folder owns it (`storage.lock`). Whatever the operating system or a parser says while a
+file of a checkpoint is read is damage of that file: a `CheckpointError` that names it.
 """
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +21,8 @@ from typing import Any
 
 import torch
 import xxhash
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nested_lm.config.load import parse_run
@@ -26,48 +30,16 @@ from nested_lm.config.run import RunConfig
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import CheckpointError
 from nested_lm.nn.model import LanguageModel
+from nested_lm.storage.disk import Disk
+from nested_lm.storage.records import Identity, Manifest, Position
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+IDENTITY = "run.json"
 FOLDER_PREFIX = "step-"
 TEMPORARY_PREFIX = ".tmp-"
+_STALE = re.compile(rf"\{TEMPORARY_PREFIX}(damaged|(old-)?{FOLDER_PREFIX}\d{{8,}})-[0-9a-f]{{8}}")
 _RESERVE_BYTES = 1 << 20  # free space that must remain beside the tensors: JSON files and the manifest
-
-
-class Disk:
-    """Every write to disk a checkpoint needs, one method each, so that tests can stop or fail before any."""
-
-    def make_folder(self, path: Path) -> None:
-        """Create a folder and its parents."""
-        path.mkdir(parents=True, exist_ok=True)
-
-    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Write a safetensors file."""
-        save_file(tensors, path)
-
-    def write_bytes(self, path: Path, content: bytes) -> None:
-        """Write a small file."""
-        path.write_bytes(content)
-
-    def sync(self, path: Path) -> None:
-        """Make a file, or the entries of a folder, survive a power cut."""
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Move a folder; atomic within a file system."""
-        source.rename(target)
-
-    def remove_folder(self, path: Path) -> None:
-        """Delete a folder and its files."""
-        shutil.rmtree(path)
-
-    def free_bytes(self, path: Path) -> int:
-        """Space left for this user."""
-        return shutil.disk_usage(path).free
 
 
 _disk = Disk()
@@ -126,7 +98,7 @@ def write_checkpoint(
         _disk.write_bytes(aside / MANIFEST, _sealed(manifest))
         _disk.sync(aside / MANIFEST)
         _disk.sync(aside)
-        if folder.exists():  # damaged, or it would have been left alone
+        if os.path.lexists(folder):  # damaged, or it would have been left alone
             damaged = folder.parent / f"{TEMPORARY_PREFIX}damaged-{uuid.uuid4().hex[:8]}"
             _disk.rename(folder, damaged)
             _disk.rename(aside, folder)
@@ -140,24 +112,24 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file against the manifest and return the manifest.
 
     Raises:
-        CheckpointError: names the file that is missing, cut short or changed.
+        CheckpointError: names the file that is missing, cut short, changed or unreadable.
     """
     manifest = _read_manifest(path)
-    listed = manifest["files"]
-    for name, expected in listed.items():
+    for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {_advice(path)}")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{file} has {size:,} bytes, its manifest says {expected['bytes']:,}; {_advice(path)}"
-            )
-        if (found := _digest(file)) != expected["xxh3_128"]:
-            raise CheckpointError(
-                f"{file} was changed after it was written: xxh3_128 is {found}, its manifest says "
-                f"{expected['xxh3_128']}; {_advice(path)}"
-            )
+        with _reading(file):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; {_advice(path)}")
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(
+                    f"{file} has {size:,} bytes, its manifest says {expected['bytes']:,}; {_advice(path)}"
+                )
+            if (found := _digest(file)) != expected["xxh3_128"]:
+                raise CheckpointError(
+                    f"{file} was changed after it was written: xxh3_128 is {found}, its manifest says "
+                    f"{expected['xxh3_128']}; {_advice(path)}"
+                )
     return manifest
 
 
@@ -171,10 +143,14 @@ def is_valid(path: Path) -> bool:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, valid or not."""
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.glob(f"{FOLDER_PREFIX}*") if path.is_dir())
+    """Checkpoint folders by step, oldest first, valid or not. Other names are none of ours.
+
+    Raises:
+        CheckpointError: the folder cannot be listed.
+    """
+    names = (re.fullmatch(rf"{FOLDER_PREFIX}(\d{{8,}})", path.name) for path in _entries(root) if path.is_dir())
+    found = sorted((int(match[1]), match[0]) for match in names if match)
+    return [root / name for _, name in found]
 
 
 def newest_checkpoint(root: Path, *, report: Callable[[str], None] | None = None) -> Path | None:
@@ -201,7 +177,7 @@ def find_checkpoint(source: Path, *, report: Callable[[str], None] | None = None
     Raises:
         CheckpointError: `source` is neither.
     """
-    if (source / MANIFEST).is_file():
+    if os.path.lexists(source / MANIFEST):
         return source
     newest = newest_checkpoint(source / "checkpoints", report=report)
     if newest is None:
@@ -213,51 +189,86 @@ def find_checkpoint(source: Path, *, report: Callable[[str], None] | None = None
 
 
 def remove_stale(root: Path) -> list[str]:
-    """Remove what writes that were cut off left behind; return the names of the removed folders."""
-    stale = sorted(root.glob(f"{TEMPORARY_PREFIX}*")) if root.is_dir() else []
+    """Remove what writes that were cut off left behind; return the names of the removed folders.
+
+    Only the owner of the run folder may call this: what another process is writing looks the same.
+
+    Raises:
+        CheckpointError: one cannot be removed.
+    """
+    stale = sorted(path for path in _entries(root) if _STALE.fullmatch(path.name))
     for path in stale:
-        _disk.remove_folder(path)
+        try:
+            _disk.remove_folder(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} is left of a write that was cut off and cannot be removed: {error.strerror or error}; "
+                "delete it"
+            ) from error
     return [path.name for path in stale]
 
 
 def prune_checkpoints(root: Path, *, keep: int) -> list[str]:
-    """Delete all but the `keep` newest checkpoints, once the newest verifies; return the deleted names.
+    """Delete all but the `keep` newest whole checkpoints; return the deleted names.
 
-    Milestones are never deleted and do not count. Damaged folders are left for a person to look at.
+    Milestones are never deleted and do not count. Nor do damaged ones, which are left for a person to look at. Those
+    that are kept are verified before anything is deleted.
 
     Raises:
-        CheckpointError: the newest checkpoint does not verify; nothing is deleted.
+        CheckpointError: one cannot be deleted.
     """
-    paths = list_checkpoints(root)
-    if not paths:
-        return []
-    verify_checkpoint(paths[-1])
-    ordinary = []
-    for path in paths:
+    kept, old = 0, []
+    for path in reversed(list_checkpoints(root)):
         try:
-            manifest = _read_manifest(path)
+            manifest = _read_manifest(path) if kept >= keep else verify_checkpoint(path)
         except CheckpointError:
             continue
-        if manifest["milestone"] is None:
-            ordinary.append(path)
-    old = ordinary[: max(0, len(ordinary) - keep)]
-    for path in old:
+        if manifest["milestone"] is not None:
+            continue
+        kept += 1
+        if kept > keep:
+            old.append(path)
+    for path in reversed(old):
         # Renamed first: a deletion that is cut off leaves a stale folder, not a damaged checkpoint.
         aside = root / f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}"
-        _disk.rename(path, aside)
-        _disk.remove_folder(aside)
-    return [path.name for path in old]
+        try:
+            _disk.rename(path, aside)
+            _disk.remove_folder(aside)
+        except OSError as error:
+            raise CheckpointError(f"{path} is not kept and cannot be deleted: {error.strerror or error}") from error
+    return [path.name for path in reversed(old)]
 
 
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
-    """Read `<stem>.safetensors` of a verified checkpoint to the CPU."""
-    with safe_open(path / f"{stem}.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    """Read `<stem>.safetensors` of a verified checkpoint to the CPU.
+
+    Raises:
+        CheckpointError: the manifest does not list the file, or it is none.
+    """
+    file = _listed(path, f"{stem}.safetensors")
+    with _reading(file), safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
 
 
 def read_document(path: Path, name: str) -> Any:
-    """Read a JSON file of a verified checkpoint."""
-    return json.loads((path / name).read_text())
+    """Read a JSON file of a verified checkpoint.
+
+    Raises:
+        CheckpointError: the manifest does not list the file, or it is not JSON.
+    """
+    file = _listed(path, name)
+    with _reading(file):
+        return json.loads(file.read_bytes())
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """Read the `run.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not what a run writes.
+    """
+    with _reading(path / IDENTITY):
+        return Identity.check(read_document(path, IDENTITY))
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
@@ -314,21 +325,22 @@ def load_model(path: Path, *, device: torch.device | str, tokenizer_hash: str | 
         CheckpointError: damaged, of another model, or made with another tokenizer than `tokenizer_hash`.
     """
     manifest = verify_checkpoint(path)
-    identity = read_document(path, "run.json")
+    identity = read_identity(path)
     check_tokenizer(path, identity, tokenizer_hash or identity["tokenizer_hash"])
     config = parse_run(read_document(path, "config.json"), str(path / "config.json"))
-    tokenizer = TextTokenizer.load(path / "tokenizer.json")
+    tokenizer = TextTokenizer.load(_listed(path, "tokenizer.json"))
     check_tokenizer(path, identity, tokenizer.hash)
     model = LanguageModel(config.model)
     load_weights(model, read_tensors(path, "model"), where=path)
-    state = read_document(path, "train_state.json")
+    with _reading(path / "train_state.json"):
+        position = Position.model_validate(read_document(path, "train_state.json"))
     return LoadedCheckpoint(
         model=model.to(device).eval(),
         config=config,
         tokenizer=tokenizer,
         identity=identity,
-        step=state["step"],
-        tokens=state["tokens"],
+        step=position.step,
+        tokens=position.tokens,
         milestone=manifest["milestone"],
     )
 
@@ -344,6 +356,40 @@ def check_tokenizer(path: Path, identity: Mapping[str, Any], tokenizer_hash: str
             f"{path} was trained with tokenizer {identity['tokenizer_hash'][:16]}, the one in use is "
             f"{tokenizer_hash[:16]}; use the data set it was trained on, or train anew"
         )
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds; nothing when it is not there."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}; make it readable") from error
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Call whatever goes wrong while a file is read damage of that file."""
+    try:
+        yield
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"])) or "content"
+        raise CheckpointError(f"{file} has no usable {where}: {found['msg']}; {_advice(file.parent)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}; {_advice(file.parent)}") from error
+    except RecursionError:
+        raise CheckpointError(f"{file} is nested too deeply; {_advice(file.parent)}") from None
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; {_advice(file.parent)}") from error
+
+
+def _listed(path: Path, name: str) -> Path:
+    """A file of a checkpoint that its manifest answers for."""
+    if name not in _read_manifest(path)["files"]:
+        raise CheckpointError(f"{path / name} is not listed in {MANIFEST}, so nothing is known of it; {_advice(path)}")
+    return path / name
 
 
 def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], extra_files: Mapping[str, Path]) -> None:
@@ -400,9 +446,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{file} is missing: {path} is not a finished checkpoint; {_advice(path)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}; {_advice(path)}") from error
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({error}); {_advice(path)}") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if isinstance(version, int) and version != SCHEMA_VERSION:
@@ -414,6 +462,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         {key: value for key, value in manifest.items() if key != "manifest_xxh3_128"}
     ):
         raise CheckpointError(f"{file} was changed after it was written; {_advice(path)}")
+    with _reading(file):
+        Manifest.model_validate(manifest)
     return manifest
 
 

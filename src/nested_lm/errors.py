@@ -30,6 +30,10 @@ class ReportError(NestedLMError):
     """Results that are missing, edited by hand, or may not share a table."""
 
 
+class InUseError(NestedLMError):
+    """A folder or file that another process is writing."""
+
+
 class CampaignError(NestedLMError):
     """A campaign whose steps failed, that was interrupted, or that another process is running."""
 

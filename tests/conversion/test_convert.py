@@ -11,6 +11,7 @@ from nested_lm.config.load import load_data, load_run
 from nested_lm.conversion.convert import convert
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.reading.generation import generate
+from nested_lm.train.run_folder import read_run_identity
 from tests.conversion.conftest import SCALED
 
 LIMIT = 1e-5  # relative to the largest logit, float32
@@ -110,7 +111,7 @@ class TestWhatIsWritten:
         assert (origin["name"], origin["revision"]) == (str(folder), None)
         assert set(origin["sha256"]) == {"config.json", "tokenizer.json", "model.safetensors"}
         assert loaded.identity["parameters"] == sum(parameter.numel() for parameter in loaded.model.parameters())
-        assert json.loads((tmp_path / "out" / "run.json").read_text()) == loaded.identity
+        assert read_run_identity(tmp_path / "out") == loaded.identity
 
     def test_presets_of_the_run_and_of_its_data_load(self, make_llama, tmp_path):
         _, folder = make_llama()

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +5,7 @@ import pytest
 
 from nested_lm.config.load import parse_run
 from nested_lm.config.run import RunConfig
+from nested_lm.train.metrics import read_records
 
 STEP_TOKENS = 32  # context 16, one row, two micro-batches
 STEPS = 10
@@ -78,7 +78,7 @@ def records() -> Callable[..., list[dict]]:
     """Read the records of a run's log, of the named events or of all."""
 
     def read(folder: str | Path, *events: str) -> list[dict]:
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        rows = read_records(Path(folder) / "metrics.jsonl")
         return [row for row in rows if not events or row["event"] in events]
 
     return read

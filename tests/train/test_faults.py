@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 
 from nested_lm import checkpoint
 from nested_lm.checkpoint import Disk, newest_checkpoint, read_document, verify_checkpoint
-from nested_lm.errors import CheckpointError, DataError, NumericsError
+from nested_lm.errors import CheckpointError, ConfigError, DataError, InUseError, NumericsError
+from nested_lm.storage.lock import own_folder
+from nested_lm.train import metrics
 from nested_lm.train import step as step_module
-from nested_lm.train.metrics import MetricsLog
+from nested_lm.train import trainer as trainer_module
+from nested_lm.train.metrics import MetricsLog, read_records
 from nested_lm.train.recorder import Recorder
 from nested_lm.train.signals import StopRequest
 from nested_lm.train.trainer import train
@@ -199,8 +203,8 @@ class TestNonFinite:
 
 
 class TestNoSpace:
-    def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_continues(
-        self, make_config, monkeypatch, final_bytes, comparable
+    def test_a_full_disk_skips_a_checkpoint_and_training_goes_on(
+        self, make_config, monkeypatch, final_bytes, comparable, capsys, records
     ):
         class Full(Disk):
             def write_tensors(self, path, tensors):
@@ -212,22 +216,134 @@ class TestNoSpace:
         whole, config = make_config(folder="whole"), make_config(folder="full")
         train(whole)
         monkeypatch.setattr(checkpoint, "_disk", Full())
-        with pytest.raises(CheckpointError, match=r"step-00000006 could not be written.*No space left"):
-            train(config)
-        assert [path.name for path in _root(config).iterdir()] == ["step-00000003"]
-        monkeypatch.undo()
         train(config)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "step 6 is not saved" in shown
+        assert "step-00000006 could not be written: [Errno 28] No space left" in shown
+        assert "Training goes on; 9 more failures end it" in shown
+        assert [row["step"] for row in records(config.output_dir, "checkpoint")] == [3, 9, 10]
         assert final_bytes(config.output_dir) == final_bytes(whole.output_dir)
         assert comparable(config.output_dir) == comparable(whole.output_dir)
 
+    def test_a_disk_that_stays_full_ends_the_run_at_its_end_or_after_so_many_failures(
+        self, make_config, monkeypatch, capsys
+    ):
+        class Full(Disk):
+            def make_folder(self, path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "_disk", Full())
+        config = make_config(checkpoints={"every_tokens": 32})
+        with pytest.raises(CheckpointError, match="step-00000010 could not be written"):
+            train(config)
+        assert capsys.readouterr().out.count("is not saved") == 9
+        monkeypatch.setattr(trainer_module, "MAX_FAILED_SAVES", 3)
+        with pytest.raises(CheckpointError, match=r"(?s)step-00000003 could not.*3 saves in a row failed"):
+            train(config)
+        assert not list(_root(config).glob("*"))
+
+    def test_records_wait_while_the_log_cannot_be_written(self, make_config, monkeypatch, comparable, capsys):
+        """Half a line reaches the disk; nothing is lost when there is space again, and no checkpoint comes before."""
+        whole, config = make_config(folder="whole"), make_config(folder="full")
+        train(whole)
+        full = {"is": False}
+        original, event = MetricsLog._flush, Recorder.event
+
+        class Nearly:
+            def __init__(self, file):
+                self.file = file
+
+            def write(self, line):
+                return self.file.write(line[: len(line) // 2] if full["is"] else line)
+
+            def fileno(self):
+                return self.file.fileno()
+
+            def close(self):
+                self.file.close()
+
+        def flush(self):
+            if not isinstance(self._file, Nearly):
+                self._file = Nearly(self._file)
+            original(self)
+
+        def watch(self, name, progress, fields, *, note=None):
+            full["is"] = 5 <= progress.step <= 7
+            event(self, name, progress, fields, note=note)
+
+        monkeypatch.setattr(MetricsLog, "_flush", flush)
+        monkeypatch.setattr(Recorder, "event", watch)
+        train(config)
+        assert comparable(config.output_dir) == comparable(whole.output_dir)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "metrics.jsonl cannot be written: only" in shown
+        assert "step 6 is not saved" in shown
+        saved = [row["step"] for row in read_records(_root(config).parent / "metrics.jsonl") if "folder" in row]
+        assert saved == [3, 9, 10]
+
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-    def test_a_log_that_cannot_be_written_is_an_error_of_ours(self, tmp_path):
+    def test_a_log_that_cannot_be_made_durable_is_an_error_of_ours(self, tmp_path):
         log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=-1)
         log._file.close()
         log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-        with pytest.raises(DataError, match=r"metrics\.jsonl cannot be written: No space left"):
-            log.write({"event": "step", "step": 1})
+        log.write({"event": "stop", "step": 1})
+        with pytest.raises(DataError, match=r"metrics\.jsonl cannot be written: No space left.*1 records wait"):
+            log.sync()
         log.close()
+
+
+class TestRefused:
+    """After a refusal nothing stays, and following its advice works."""
+
+    def test_no_validation_text(self, make_config, monkeypatch):
+        config = make_config()
+
+        def refuse(*_):
+            raise DataError("no validation document")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module, "open_validator", refuse)
+            with pytest.raises(DataError):
+                train(config)
+        assert not Path(config.output_dir).exists()
+        assert train(make_config(seed=4)).step == STEPS
+
+    def test_a_missing_package(self, make_config, monkeypatch):
+        config = make_config(logging={"tensorboard": True})
+
+        def absent(name):
+            raise ImportError(f"No module named {name!r}", name=name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics.importlib, "import_module", absent)
+            with pytest.raises(ConfigError, match="is not installed"):
+                train(config)
+        assert not Path(config.output_dir).exists()
+
+    def test_a_damaged_newer_checkpoint_does_not_break_the_next_save(self, make_config, records):
+        config = make_config(checkpoints={"every_tokens": 32, "keep": 2})
+        summary = train(config)
+        shutil.rmtree(summary.checkpoint)
+        (_root(config) / "step-00000042").mkdir()
+        assert train(config).step == STEPS
+        assert records(config.output_dir, "done")
+        verify_checkpoint(_root(config) / "step-00000010")
+
+
+class TestTwoWriters:
+    def test_the_second_is_refused_before_anything_is_touched(self, make_config):
+        config = make_config()
+        folder = Path(config.output_dir)
+        (folder / "checkpoints" / ".tmp-step-00000003-0123abcd").mkdir(parents=True)
+        with own_folder(folder, activity="train"):
+            before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+            message = rf"(?s)run is in use by process {os.getpid()} on machine .*kill {os.getpid()}"
+            with pytest.raises(InUseError, match=message):
+                train(config)
+            assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+        assert train(config).step == STEPS
+        assert not (folder / "lock").exists()
+        assert not list((folder / "checkpoints").glob(".tmp-*"))
 
 
 def _root(config):

@@ -18,8 +18,8 @@ class TestLog:
     def write(self, path, steps):
         log = MetricsLog(path, resume_step=-1)
         for step in steps:
-            log.write({"event": "step", "step": step, "loss": 0.1 * step})
-        log.write({"event": "eval", "step": 2})
+            log.write({"event": "step", "step": step, "tokens": 8 * step, "loss": 0.1 * step})
+        log.write({"event": "eval", "step": 2, "tokens": 16})
         log.close()
 
     def test_lines_are_there_as_soon_as_they_are_written(self, tmp_path):
@@ -39,7 +39,7 @@ class TestLog:
             file.write('{"event": "step", "st')  # killed in the middle of a line
         log = MetricsLog(path, resume_step=3)
         assert log.evaluated_steps == {2}
-        log.write({"event": "step", "step": 4})
+        log.write({"event": "step", "step": 4, "tokens": 32, "loss": 1.0})
         log.close()
         assert [row["step"] for row in read_records(path) if row["event"] == "step"] == [1, 2, 3, 4]
 
@@ -62,6 +62,51 @@ class TestLog:
         path.write_text(f"{json.dumps(STEP)}\n{line}\n{json.dumps(STEP)}\n")
         with pytest.raises(DataError, match=r"m\.jsonl:2 is not a metrics record"):
             MetricsLog(path, resume_step=1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"step": "1"},
+            {"step": True},
+            {"step": -1},
+            {"event": 3},
+            {"tokens": 1.5},
+            {"loss": None},
+            {"loss": "low"},
+            {"layer0/rate": [1]},
+        ],
+    )
+    def test_wrong_types_are_named(self, tmp_path, change):
+        path = tmp_path / "m.jsonl"
+        path.write_text(json.dumps(STEP | change) + "\n")
+        with pytest.raises(DataError, match=rf"m\.jsonl:1 is not a metrics record.*{next(iter(change))}"):
+            read_records(path)
+
+    def test_every_bit_flip_is_found(self, tmp_path):
+        path = tmp_path / "m.jsonl"
+        self.write(path, range(1, 3))
+        whole, records = path.read_bytes(), read_records(path)
+        for position in range(8 * len(whole)):
+            changed = bytearray(whole)
+            changed[position // 8] ^= 1 << position % 8
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match="is not a metrics record"):
+                read_records(path)
+        path.write_bytes(whole)
+        assert read_records(path) == records
+
+    def test_the_log_of_an_earlier_version_is_read(self, tmp_path):
+        path = tmp_path / "m.jsonl"
+        path.write_text(json.dumps(STEP) + "\n")
+        assert read_records(path) == [STEP]
+        MetricsLog(path, resume_step=1).close()
+        assert b"seal" in path.read_bytes()
+        assert read_records(path) == [STEP]
+
+    def test_a_file_that_cannot_be_read_is_a_data_error(self, tmp_path):
+        (tmp_path / "m.jsonl").mkdir()
+        with pytest.raises(DataError, match="cannot be read: Is a directory"):
+            read_records(tmp_path / "m.jsonl")
 
 
 class TestTensorBoard:

@@ -84,7 +84,7 @@ def test_another_architecture_is_refused_by_name(make_config, source):
 
 def test_another_tokenizer_is_refused(make_config, source, monkeypatch):
     foreign = {"tokenizer_hash": "f" * 64}
-    monkeypatch.setattr("nested_lm.train.start.read_document", lambda path, name: read_document(path, name) | foreign)
+    monkeypatch.setattr("nested_lm.train.start.read_identity", lambda path: read_document(path, "run.json") | foreign)
     config = make_config(folder="next", **BRIEF, init_from=source.output_dir)
     with pytest.raises(CheckpointError, match=r"has tokenizer f{16}, the data set in .* has"):
         train(config)

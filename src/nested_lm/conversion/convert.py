@@ -1,6 +1,5 @@
 """Writes a run folder whose only checkpoint, of step 0, holds the weights of a trained Llama."""
 
-import json
 import shutil
 import tempfile
 import uuid
@@ -28,7 +27,7 @@ from nested_lm.conversion.weights import read_weights, weight_files
 from nested_lm.data.shards import file_sha256
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.train.run_folder import CHECKPOINTS, IDENTITY, RESOLVED, new_identity
+from nested_lm.train.run_folder import CHECKPOINTS, RESOLVED, new_identity, write_run_identity
 from nested_lm.train.state import STATE_VERSION, Progress
 
 DATA_PRESET = "data.yaml"
@@ -173,7 +172,7 @@ def _write(
         shutil.copyfile(tokenizer, aside / TOKENIZER)
         dump_resolved(config.data, aside / DATA_PRESET)
         dump_resolved(config, aside / RESOLVED)
-        (aside / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        write_run_identity(aside, identity)
         if output.exists():
             output.rmdir()  # empty, or it would have been refused
         aside.rename(output)

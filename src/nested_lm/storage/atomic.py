@@ -2,6 +2,7 @@
 
 import errno
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
     Raises: DataError when the disk is full or the folder cannot be written; nothing is left behind then.
     """
-    aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
+    aside = path.with_name(f"{_ASIDE}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:

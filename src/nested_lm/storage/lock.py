@@ -1,18 +1,25 @@
-"""One campaign a folder: a kernel lock that the running step shares, so that an orphan is noticed."""
+"""One owner of a folder or a file: a kernel lock, and who holds it.
+
+The lock is that of `filelock` on a descriptor of ours (`flock` on Unix). The kernel drops it with the last process
+that holds it, so neither a killed process nor a reboot leaves a stale lock. It works over NFS where the mount has
+locks. The lock file says who holds the lock; its content decides nothing.
+"""
 
 import contextlib
-import fcntl
 import json
 import os
-import signal
 import socket
 import time
-from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from nested_lm.errors import CampaignError
+from filelock import lock_descriptor
+
+from nested_lm.errors import ConfigError, InUseError
+
+_PATIENCE_S = 0.5  # a holder names itself right after it took the lock
 
 
 class Process(NamedTuple):
@@ -33,163 +40,180 @@ class Process(NamedTuple):
         """Whether this very process runs."""
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:  # somebody else's, which runs
             pass
         return self.started is None or _start_time(self.pid) == self.started
 
 
-class _Holder(NamedTuple):
-    """What the lock file says of who holds it."""
+class Holder(NamedTuple):
+    """What a lock file says of who holds the lock.
 
-    host: str
-    campaign: Process
-    steps: dict[str, Process]
-
-
-class CampaignLock:
-    """Holds a campaign folder while entered.
-
-    The lock is `flock` on `<folder>/lock`: the kernel drops it with the last process that holds it, so a
-    killed campaign leaves no stale lock. The running step inherits it (`descriptor`): when the campaign was
-    killed and its step lives on, the next start on the same machine asks that step to stop (SIGTERM: training saves)
-    and waits. Processes of another machine, which share the folder, are named and never signalled.
-
-    orphan_timeout_s: how long to wait for such a step.
-
-    Raises CampaignError when another campaign or a step of one holds the folder, or the file cannot be written.
+    activity: what the process does, such as `train`. since: ISO 8601 in UTC. steps: processes that share the lock.
     """
 
-    def __init__(self, folder: Path, *, say: Callable[[str], None], orphan_timeout_s: float = 120.0) -> None:
-        self.path = folder / "lock"
-        self._say = say
-        self._orphan_timeout_s = orphan_timeout_s
-        self.descriptor = -1
-        self._own = _Holder(socket.gethostname(), Process.of(os.getpid()), {})
+    host: str
+    process: Process
+    activity: str
+    since: str
+    steps: dict[str, Process]
 
-    def __enter__(self) -> "CampaignLock":
+    def __str__(self) -> str:
+        return f"process {self.process.pid} on machine {self.host} (`{self.activity}`, since {self.since})"
+
+
+class OwnerLock:
+    """Owns a folder or a file while entered. Make one with `own_folder` or `own_file`.
+
+    Entering creates the folder of the lock file. Leaving removes the lock file and the folders that are empty again.
+
+    Args:
+        path: lock file.
+        target: what it stands for, for messages.
+        activity: what the owner does, for whoever finds it held.
+
+    Raises (on entering):
+        InUseError: another process owns the target. Nothing was touched.
+        ConfigError: the lock file cannot be made, or its file system has no locks.
+    """
+
+    def __init__(self, path: Path, *, target: Path, activity: str) -> None:
+        self.path, self.target = path, target
+        self.descriptor = -1
+        self.own = Holder(socket.gethostname(), Process.of(os.getpid()), activity, _now(), {})
+        self._made: list[Path] = []
+
+    def __enter__(self) -> Self:
         try:
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._acquire()
+            self.write()
         except OSError as error:
-            raise self._unusable("opened", error) from error
-        try:
-            if not self._try():
-                self._wait_for_orphan()
-            self._write()
+            self._leave()
+            raise self.unusable(error) from error
         except BaseException:
-            os.close(self.descriptor)
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self.descriptor)
+        with contextlib.suppress(OSError):  # removed by somebody; the lock itself goes with the descriptor
+            if self._is_current():
+                self.path.unlink()
+        self._leave()
 
-    def note_step(self, step: str, pid: int) -> None:
-        """Record a step that runs now, for whoever finds the lock held. Raises CampaignError: it cannot be written."""
-        self._own.steps[step] = Process.of(pid)
-        self._write()
+    def write(self) -> None:
+        """Say in the lock file who holds it. Raises OSError."""
+        holder = self.own
+        content = json.dumps(
+            holder._asdict()
+            | {"process": holder.process._asdict()}
+            | {"steps": {step: process._asdict() for step, process in holder.steps.items()}}
+        ).encode()
+        os.pwrite(self.descriptor, content, 0)
+        os.ftruncate(self.descriptor, len(content))
 
-    def forget_step(self, step: str) -> None:
-        """Record that a step has ended. Raises as `note_step`."""
-        del self._own.steps[step]
-        self._write()
-
-    def _try(self) -> bool:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise self._unusable("locked", error) from error
-        return True
-
-    def _write(self) -> None:
-        steps = {step: process._asdict() for step, process in self._own.steps.items()}
-        holder = self._own._asdict() | {"campaign": self._own.campaign._asdict(), "steps": steps}
-        content = json.dumps(holder).encode()
-        try:
-            os.pwrite(self.descriptor, content, 0)
-            os.ftruncate(self.descriptor, len(content))
-        except OSError as error:
-            raise self._unusable("written", error) from error
-
-    def _unusable(self, what: str, error: OSError) -> CampaignError:
-        return CampaignError(
-            f"{self.path} cannot be {what}: {error.strerror or error}\n"
-            "  A campaign needs it, so that no other one writes to its folder. Free some space, make it writable, or "
-            "take an output_dir on a file system with locks, and start again: finished steps are kept."
-        )
-
-    def _holder(self) -> _Holder | None:
-        """Who holds the lock; None where the file does not say it, as one of an earlier version."""
+    def holder(self) -> Holder | None:
+        """Who holds the lock; None where the file does not say it."""
         try:
             found: Any = json.loads(os.pread(self.descriptor, 2**20, 0))
-            steps = {str(step): Process(**process) for step, process in found["steps"].items()}
-            return _Holder(str(found["host"]), Process(**found["campaign"]), steps)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            steps = {str(step): _process(process) for step, process in found["steps"].items()}
+            since, activity = str(found["since"]), str(found["activity"])
+            return Holder(str(found["host"]), _process(found["process"]), activity, since, steps)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
-    def _wait_for_orphan(self) -> None:
-        holder = self._holder()
-        if holder is not None:
-            self._refuse_another(holder)
-        if holder is None or not holder.steps:
-            raise CampaignError(
-                f"{self.path.parent} is in use by a process that did not say which\n"
-                "  Another campaign is just starting, or its step outlived it. Try again in a moment; "
-                f"`fuser {self.path}` names it."
-            )
-        for step, process in holder.steps.items():
-            if process.is_alive():
-                self._say(
-                    f"step {step} (process {process.pid}) outlived its killed campaign; asking it to save and stop"
-                )
-                self._ask_to_stop(process)
-        deadline = time.monotonic() + self._orphan_timeout_s
-        while not self._try():
-            if time.monotonic() > deadline:
-                alive = ", ".join(_named(step, process) for step, process in holder.steps.items() if process.is_alive())
-                raise CampaignError(
-                    f"{self.path.parent}: of a killed campaign still runs {alive or 'a process it started'}\n"
-                    f"  It was asked to stop {self._orphan_timeout_s:.0f} s ago. Stop it with `kill -9` and start "
-                    "again: it continues from its last checkpoint."
-                )
-            time.sleep(0.05)
+    def try_lock(self) -> bool:
+        """Take the lock if nobody has it. Raises OSError where the file system has no locks."""
+        return lock_descriptor(self.descriptor, blocking=False)
 
-    def _refuse_another(self, holder: _Holder) -> None:
-        """Refuse a campaign that runs, and whatever runs on another machine, where ids mean other processes."""
-        number = holder.campaign.pid
-        if holder.host != self._own.host:
-            steps = ", ".join(_named(step, process) for step, process in holder.steps.items())
-            raise CampaignError(
-                f"{self.path.parent} is in use on machine {holder.host} (this is {self._own.host}): process {number} "
-                f"runs this campaign there{f', with {steps}' if steps else ''}\n"
-                "  Two campaigns in one folder would overwrite each other. Wait for it, or stop it there with "
-                f"`kill {number}`, its steps as well if it was killed, and start again: it continues."
-            )
-        if holder.campaign.is_alive():
-            raise CampaignError(
-                f"{self.path.parent} is in use: process {number} runs this campaign\n"
-                "  Two campaigns in one folder would overwrite each other. Wait for it, or stop it with "
-                f"`kill {number}` and start again: it continues."
-            )
+    def unusable(self, error: OSError) -> Exception:
+        """The error for a lock file that cannot be used."""
+        return ConfigError(
+            f"{self.target} cannot be written: its lock file {self.path.name} cannot be used: "
+            f"{error.strerror or error}\n"
+            "  Choose a folder that this user may write to, on a file system that has locks and free space."
+        )
 
-    def _ask_to_stop(self, process: Process) -> None:
+    def refuse(self, holder: Holder | None) -> None:
+        """Raise for a lock that somebody else holds."""
+        if holder is None:
+            who, stop = "a process that did not say which", f"`fuser {self.path}` names it."
+        else:
+            who = str(holder)
+            there = "" if holder.host == self.own.host else f" on {holder.host}"
+            stop = f"Wait for it, or stop it with `kill {holder.process.pid}`{there}, and start again."
+        raise InUseError(f"{self.target} is in use by {who}\n  Two writers would overwrite each other. {stop}")
+
+    def contend(self) -> None:
+        """Called with the descriptor open and the lock held by somebody else; returns to try again, or raises."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not (holder := self.holder()) and time.monotonic() < deadline:
+            if self.try_lock():
+                return
+            time.sleep(0.02)
+        self.refuse(holder)
+
+    def _acquire(self) -> None:
+        """Open and lock the file that has the name, not one that an owner has just removed."""
+        while True:
+            self._make_folder()
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                self.descriptor = os.open(self.path, flags, 0o644)
+            except FileNotFoundError:  # an owner that leaves has just removed the folder
+                continue
+            if not self.try_lock():
+                self.contend()
+            if self._is_current():
+                return
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _is_current(self) -> bool:
         try:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-        except PermissionError as error:
-            raise CampaignError(
-                f"{self.path.parent}: process {process.pid} of a killed campaign runs on and belongs to another user\n"
-                f"  Ask them to stop it with `kill {process.pid}`, and start again: it continues."
-            ) from error
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))  # noqa: PTH116  (both are stats)
+        except FileNotFoundError:
+            return False
+
+    def _make_folder(self) -> None:
+        folder = self.path.parent
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made = self._made or missing
+
+    def _leave(self) -> None:
+        """Close the descriptor, which drops the lock, and remove the folders that were made for nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it is in use
+                folder.rmdir()
+        self._made = []
 
 
-def _named(step: str, process: Process) -> str:
-    return f"{step} (process {process.pid})"
+def own_folder(folder: Path, *, activity: str) -> OwnerLock:
+    """The lock of a folder: `<folder>/lock`."""
+    return OwnerLock(folder / "lock", target=folder, activity=activity)
+
+
+def own_file(path: Path, *, activity: str) -> OwnerLock:
+    """The lock of one file: `.lock-<name>` beside it."""
+    return OwnerLock(path.with_name(f".lock-{path.name}"), target=path, activity=activity)
+
+
+def _process(fields: Any) -> Process:
+    pid, started = fields["pid"], fields["started"]
+    if type(pid) is not int or pid <= 0 or not (started is None or type(started) is int):
+        raise ValueError(f"no process: {fields}")
+    return Process(pid, started)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _start_time(pid: int) -> int | None:

@@ -1,5 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, W&B and TensorBoard on request."""
 
+import contextlib
+import errno
 import importlib
 import json
 import os
@@ -7,15 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
 from nested_lm.config.train import Logging
 from nested_lm.errors import ConfigError, DataError, pip_install
 from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.sealed import seal, unseal
 
 Record = Mapping[str, Any]
 
 WANDB_LINK = "wandb.json"
 """Holds the address of the run's curves, for reports."""
 
+_TENSORBOARD = ("torch.utils.tensorboard", "tensorboard", "train.logging.tensorboard")  # module, extra, setting
+_WANDB = ("wandb", "wandb", "train.logging.wandb_project")
 _FREE_SPACE = "free some space or mend the disk, then run again with --resume auto"
 
 
@@ -32,74 +39,152 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """The truth about a run: one JSON object a line, appended and flushed.
+    """The truth about a run: one sealed JSON object a line, appended and handed to the operating system at once.
 
     Opening it for a run that continues at `resume_step` cuts every record after that step, and a last line
     that was cut off by a kill, so that each step appears exactly once.
+
+    While the disk refuses, records wait in memory, and the next write tries again. `sync` raises then, so no
+    checkpoint is written that relies on a record that is not there.
+
+    waiting: records that the disk refused. trouble: why, in words; empty when none wait.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self.path = path
+        self.waiting: list[bytes] = []
+        self.trouble = ""
         kept = [record for record in read_records(path) if record["step"] <= resume_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomically(path, b"".join(map(seal, kept)))
         self.evaluated_steps = {record["step"] for record in kept if record["event"] == "eval"}
         self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size  # of the whole lines
 
     def write(self, record: Record) -> None:
-        """Append one record and hand it to the operating system.
-
-        Raises:
-            DataError: the disk refuses.
-        """
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be written: {error.strerror}; {_FREE_SPACE}") from error
-        if written != len(line):
-            raise DataError(f"{self.path}: only {written} of {len(line)} bytes were written; {_FREE_SPACE}")
+        """Append one record, and those that wait before it."""
+        self.waiting.append(seal(record))
+        self._flush()
 
     def sync(self) -> None:
-        """Make what was written survive a power cut; done before a checkpoint that relies on it."""
-        os.fsync(self._file.fileno())
+        """Make what was written survive a power cut; done before a checkpoint that relies on it.
+
+        Raises:
+            DataError: records wait that the disk refused.
+        """
+        self._flush()
+        if not self.waiting:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self.trouble = f"{error.strerror or error}"
+        if self.trouble:
+            raise DataError(
+                f"{self.path} cannot be written: {self.trouble}; {len(self.waiting)} records wait in memory. "
+                f"{_FREE_SPACE}"
+            )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Records that still wait are lost, which `trouble` told before."""
+        self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        """Write what waits; a line that was written in part is cut off again."""
+        self.trouble = ""
+        while self.waiting:
+            line = self.waiting[0]
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
+            except OSError as error:
+                self.trouble = f"{error.strerror or error}"
+                with contextlib.suppress(OSError):  # not a file that can be cut, such as a device
+                    os.ftruncate(self._file.fileno(), self._size)
+                return
+            self._size += len(line)
+            del self.waiting[0]
+
+
+class _Event(BaseModel):
+    """What every record says."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    event: str
+    step: NonNegativeInt
+
+
+class _Measured(_Event):
+    """What a step or an evaluation says: nothing but numbers; null where one was not finite."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, float | None]
+
+    tokens: NonNegativeInt
+
+
+class _Step(_Measured):
+    loss: float
+
+
+_SCHEMAS: dict[Any, type[_Event]] = {"step": _Step, "eval": _Measured}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file; a last line that was cut off is left out.
 
+    A file of an earlier version has no seals; then every field is checked, but not every bit.
+
     Raises:
-        DataError: a line before the last is not a record, so the file was edited or damaged.
+        DataError: the file cannot be read, or a line before the last is not a record: it was edited or damaged.
     """
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; make it readable, or restore it") from error
+    records, is_sealed = [], False
     for number, line in enumerate(lines, start=1):
-        if number == len(lines):
+        if number == len(lines) and not _is_damaged_end(line):
             break  # what follows the last newline was never finished
         try:
-            record = json.loads(line)
-            known = {"event", "step"} <= set(record)
-        except (ValueError, TypeError):
-            known = False
-        if not known:
-            raise DataError(
-                f"{path}:{number} is not a metrics record: {line[:80]!r}; each line must be a JSON object "
-                "with `event` and `step`. Restore the file, or move it away to go on without its history"
-            )
+            record, has_seal = unseal(line)
+            if is_sealed and not has_seal:
+                raise ValueError("it has no seal, the lines before it have one")
+            _SCHEMAS.get(record.get("event"), _Event).model_validate(record)
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise _damaged(path, number, line, f"{'.'.join(map(str, found['loc']))}: {found['msg']}") from None
+        except (ValueError, TypeError) as error:
+            raise _damaged(path, number, line, str(error)) from None
+        is_sealed = has_seal
         records.append(record)
     return records
+
+
+def _is_damaged_end(tail: bytes) -> bool:
+    """Whether what follows the last newline is a whole record whose newline was changed, not one that was cut off."""
+    try:
+        unseal(tail[:-1])
+    except ValueError:
+        return False
+    return True
+
+
+def _damaged(path: Path, number: int, line: bytes, why: str) -> DataError:
+    return DataError(
+        f"{path}:{number} is not a metrics record: {line[:80].decode(errors='replace')!r}: {why}. Each line is a JSON "
+        "object with `event` and `step`. Restore the file, or move it away to go on without its history"
+    )
 
 
 class TensorBoardSink:
     """Scalars of step and evaluation records, below `<run>/tensorboard`."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        board = _require("torch.utils.tensorboard", extra="tensorboard", setting="train.logging.tensorboard")
+        board = _require(*_TENSORBOARD)
         self._writer = board.SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, record: Record) -> None:
@@ -120,7 +205,7 @@ class WandbSink:
     """
 
     def __init__(self, folder: Path, *, project: str, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        wandb = _require("wandb", extra="wandb", setting="train.logging.wandb_project")
+        wandb = _require(*_WANDB)
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key(wandb) else "offline")
         self._run = wandb.init(
             project=project,
@@ -167,6 +252,18 @@ def open_sinks(
     return sinks
 
 
+def check_sinks(config: Logging) -> None:
+    """Import what the sinks of a configuration need; makes nothing.
+
+    Raises:
+        ConfigError: a package is not installed; names the extra that brings it.
+    """
+    if config.tensorboard:
+        _require(*_TENSORBOARD)
+    if config.wandb_project is not None:
+        _require(*_WANDB)
+
+
 def _numbers(record: Record) -> dict[str, float]:
     """Numbers of a step or evaluation record; nothing of other events."""
     if record["event"] not in ("step", "eval"):
@@ -183,7 +280,7 @@ def _has_wandb_key(wandb: Any) -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
-def _require(module: str, *, extra: str, setting: str) -> Any:
+def _require(module: str, extra: str, setting: str) -> Any:
     """Import an optional package.
 
     Raises:

@@ -1,7 +1,6 @@
 """The run folder: identity, resolved configuration, and whether a run may go on in it."""
 
 import contextlib
-import json
 import platform
 import uuid
 from datetime import UTC, datetime
@@ -9,8 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+import xxhash
+import yaml
+from pydantic import ValidationError
 
+from nested_lm.checkpoint import IDENTITY
 from nested_lm.config.architecture import flat
 from nested_lm.config.load import dump_resolved, identifying, parse_run, training_hash
 from nested_lm.config.mixers import SelfModifying
@@ -20,11 +22,15 @@ from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.ops.memory.cpu import library as cpu_library
 from nested_lm.storage.atomic import write_atomically
 from nested_lm.storage.commit import current_commit
+from nested_lm.storage.records import Identity
+from nested_lm.storage.sealed import seal, unseal
 
 RESOLVED = "config.resolved.yaml"
-IDENTITY = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+_RESOLVED_DIGEST = "config_resolved_xxh3_128"
+_FREE = ("eval.", "train.logging.")  # fields that a run may go on with other values of
+_RESTORE = "restore it, or choose another output_dir"
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
 
 
@@ -39,6 +45,8 @@ def open_run_folder(
 ) -> dict[str, Any]:
     """Create the folder of a run, or check that the run in it is this one; return its identity.
 
+    The caller owns the folder (`storage.lock`), and has checked whatever may refuse the run.
+
     start: where the weights of a run come from that does not begin with drawn ones; recorded in a new identity.
 
     Raises:
@@ -49,7 +57,7 @@ def open_run_folder(
     identity_file = folder / IDENTITY
     if not identity_file.exists():
         return _create(config, dataset, device=device, parameters=parameters, start=start)
-    identity = _read_identity(identity_file)
+    identity = read_run_identity(folder)
     differences = _differences(folder, config) if identity["config_hash"] != training_hash(config) else []
     if differences:  # none: an earlier version, which lacked a field or hashed more of them
         raise ConfigError(
@@ -120,7 +128,7 @@ def _create(
         )
         if start is not None:
             identity["initialised_from"] = start
-        write_atomically(folder / IDENTITY, json.dumps(identity, indent=2).encode() + b"\n")
+        write_run_identity(folder, identity)
     except OSError as error:
         raise ConfigError(
             f"output_dir {folder} cannot be written: {error}; choose a folder this user may write to"
@@ -128,20 +136,46 @@ def _create(
     return identity
 
 
-def _read_identity(path: Path) -> dict[str, Any]:
-    """Read `run.json`.
+def write_run_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write `run.json`, sealed; the seal covers `config.resolved.yaml` as well, which must be there.
 
     Raises:
-        ConfigError: it is not what a run writes.
+        DataError: it cannot be written.
     """
+    resolved = xxhash.xxh3_128_hexdigest((folder / RESOLVED).read_bytes())
+    write_atomically(folder / IDENTITY, seal({**identity, _RESOLVED_DIGEST: resolved}, indent=2))
+
+
+def read_run_identity(folder: Path) -> dict[str, Any]:
+    """Read the `run.json` of a run folder.
+
+    Raises:
+        ConfigError: it is not what a run writes, or was changed since; or `config.resolved.yaml` was.
+    """
+    path = folder / IDENTITY
     try:
-        identity = json.loads(path.read_text())
-        missing = {"run_id", "name", "config_hash", "data_hash", "tokenizer_hash"} - set(identity)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it, or choose another output_dir") from None
-    if missing:
-        raise ConfigError(f"{path} lacks {sorted(missing)}; restore it, or choose another output_dir")
+        document, _ = unseal(path.read_bytes())
+        resolved = document.pop(_RESOLVED_DIGEST, None)
+        identity = Identity.check(document)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}; {_RESTORE}") from error
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg']}; {_RESTORE}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not what a run wrote: {error}; {_RESTORE}") from None
+    if resolved is not None and resolved != xxhash.xxh3_128_hexdigest(_read_resolved(folder)):
+        raise ConfigError(f"{folder / RESOLVED} was changed after it was written; {_RESTORE}")
     return identity
+
+
+def _read_resolved(folder: Path) -> bytes:
+    try:
+        return (folder / RESOLVED).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ConfigError(f"{folder / RESOLVED} cannot be read: {error.strerror or error}; {_RESTORE}") from error
 
 
 def _differences(folder: Path, config: RunConfig) -> list[str]:
@@ -149,10 +183,16 @@ def _differences(folder: Path, config: RunConfig) -> list[str]:
 
     Fields that an earlier version did not have count as their default, which is what it did.
     """
-    stored = folder / RESOLVED
-    if not stored.exists():
+    content = _read_resolved(folder)
+    if not content:
         return [f"{RESOLVED} is missing, so the fields cannot be compared"]
-    values = OmegaConf.to_container(OmegaConf.load(stored))
+    stored = folder / RESOLVED
+    try:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{stored} is not YAML: {error}; {_RESTORE}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{stored} does not hold a configuration but {type(values).__name__}; {_RESTORE}")
     with contextlib.suppress(ConfigError):  # what this version does not understand is compared as it was written
         values = parse_run(values, str(stored)).model_dump(mode="json")
     there, now = flat(identifying(values)), flat(identifying(config.model_dump(mode="json")))
@@ -160,5 +200,5 @@ def _differences(folder: Path, config: RunConfig) -> list[str]:
     return [
         f"{path}: {there.get(path, absent)} -> {now.get(path, absent)}"
         for path in sorted(set(there) | set(now))
-        if there.get(path, absent) != now.get(path, absent) and not path.startswith("eval.")
+        if there.get(path, absent) != now.get(path, absent) and not path.startswith(_FREE)
     ]

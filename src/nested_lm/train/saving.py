@@ -14,6 +14,7 @@ from nested_lm.checkpoint import (
     newest_checkpoint,
     prune_checkpoints,
     read_document,
+    read_identity,
     read_tensors,
     remove_stale,
     write_checkpoint,
@@ -51,7 +52,6 @@ class CheckpointKeeper:
     """The checkpoints of one run folder.
 
     newest: the newest valid one; None before the first.
-    notes: sentences about damaged or stale folders found on opening.
     """
 
     def __init__(
@@ -63,13 +63,18 @@ class CheckpointKeeper:
         *,
         identity: dict[str, Any],
     ) -> None:
-        self.notes, self.newest = strategy.lead(lambda: _tidied(root))
+        self._notes, self.newest = strategy.lead(lambda: _tidied(root))
         self._root, self._config, self._dataset = root, config, dataset
         self._strategy, self._identity = strategy, identity
 
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint."""
         return None if self.newest is None else read_document(self.newest, "train_state.json")["step"]
+
+    def take_notes(self) -> list[str]:
+        """Sentences about folders that are damaged, stale or cannot be deleted; forgets them."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def save(self, state: RunState) -> Path:
         """Write the checkpoint of the current step, then delete the ones that retention no longer keeps.
@@ -110,7 +115,10 @@ class CheckpointKeeper:
             config_hash=self._identity["config_hash"],
             milestone=state.stream.milestone(step),
         )
-        prune_checkpoints(self._root, keep=self._config.train.checkpoints.keep)
+        try:
+            prune_checkpoints(self._root, keep=self._config.train.checkpoints.keep)
+        except CheckpointError as error:  # what is too many harms nothing
+            self._notes.append(str(error))
         return folder
 
     def restore(self, state: RunState) -> None:
@@ -122,7 +130,7 @@ class CheckpointKeeper:
         """
         path = self.newest
         assert path is not None
-        identity = read_document(path, "run.json")
+        identity = read_identity(path)
         if identity["config_hash"] != self._identity["config_hash"]:
             raise CheckpointError(
                 f"{path} was written with configuration {identity['config_hash']}, this run has "

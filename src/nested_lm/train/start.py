@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from nested_lm.checkpoint import MANIFEST, find_checkpoint, load_weights, read_document, read_tensors, verify_checkpoint
+from nested_lm.checkpoint import (
+    MANIFEST,
+    find_checkpoint,
+    load_weights,
+    read_document,
+    read_identity,
+    read_tensors,
+    verify_checkpoint,
+)
 from nested_lm.config.architecture import architecture_differences
 from nested_lm.config.load import parse_run
 from nested_lm.config.run import RunConfig
@@ -23,7 +31,7 @@ def load_start(model: LanguageModel, config: RunConfig, dataset: TokenDataset) -
     assert config.train.init_from is not None
     path = find_checkpoint(Path(config.train.init_from))
     verify_checkpoint(path)
-    identity = read_document(path, "run.json")
+    identity = read_identity(path)
     if identity["tokenizer_hash"] != dataset.tokenizer_hash:
         raise CheckpointError(
             f"{path} has tokenizer {identity['tokenizer_hash'][:16]}, the data set in {dataset.folder} has "

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +17,20 @@ from nested_lm.config.run import RunConfig
 from nested_lm.config.secrets import redact
 from nested_lm.data.loader import Batch
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import ConfigError
+from nested_lm.errors import CheckpointError, ConfigError, DataError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
 from nested_lm.optim.level_clock import LevelClock
 from nested_lm.optim.schedule import rate_multiplier
+from nested_lm.storage.commit import current_commit
+from nested_lm.storage.lock import OwnerLock, own_folder
 from nested_lm.train.console import TrainConsole
 from nested_lm.train.elastic import ElasticPenalty, diagonal_fisher
-from nested_lm.train.metrics import MetricsLog, open_sinks, read_records
+from nested_lm.train.metrics import MetricsLog, check_sinks, open_sinks, read_records
 from nested_lm.train.probe import PeriodProbe, open_probe
 from nested_lm.train.recorder import Outlets, Recorder
-from nested_lm.train.run_folder import CHECKPOINTS, METRICS, current_commit, open_run_folder
+from nested_lm.train.run_folder import CHECKPOINTS, METRICS, open_run_folder
 from nested_lm.train.saving import CheckpointKeeper, RunState
 from nested_lm.train.signals import StopRequest
 from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
@@ -41,6 +44,9 @@ from nested_lm.train.validation import Validator, open_validator
 
 Evaluator = Callable[[LanguageModel, int], Mapping[str, float]]
 """Measures more at each evaluation: given the model and the step, returns fields for the eval record."""
+
+MAX_FAILED_SAVES = 10
+"""Checkpoints in a row that the disk may refuse before the run ends."""
 
 EXIT_CODES = {None: 0, "SIGTERM": 143, "SIGINT": 130}
 """What a process that trained exits with, by the signal that stopped it (128 + its number)."""
@@ -91,10 +97,14 @@ def train(
     Raises:
         ConfigError: a device, package or folder that cannot be used, or a folder with another run.
         DataError: the data set is missing or damaged.
-        CheckpointError: damaged or foreign checkpoints, or no space for a new one.
+        CheckpointError: damaged or foreign checkpoints, or no space for new ones.
+        InUseError: another process trains in the folder; nothing was touched.
         NumericsError: too many steps in a row that are not finite.
     """
-    with StopRequest() as stop, open_strategy(config.train) as strategy:
+    with ExitStack() as held, StopRequest() as stop, open_strategy(config.train) as strategy:
+        folder = Path(config.output_dir)
+        strategy.lead(lambda: _enter(held, own_folder(folder, activity="train")))
+        check_sinks(config.train.logging)
         torch.set_float32_matmul_precision(config.train.matmul_precision)
         seed_everything(config.seed)
         dataset = TokenDataset.open(Path(config.data.output_dir), "train")
@@ -107,21 +117,31 @@ def train(
         model.initialise(config.seed)
         size = sum(parameter.numel() for parameter in model.parameters())
         start = None
-        if config.train.init_from is not None and not list_checkpoints(Path(config.output_dir) / CHECKPOINTS):
+        if config.train.init_from is not None and not list_checkpoints(folder / CHECKPOINTS):
             start = load_start(model, config, dataset)
-        # Before the run folder: data that cannot be read so must not leave a run that another stream then clashes with.
         stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
         about = {"device": str(strategy.device), "parameters": size, "start": start}
-        identity = strategy.lead(lambda: open_run_folder(config, dataset, resume=resume, **about))
-        trainer = Trainer(config, model, stream, dataset, strategy, identity=identity)
+        trainer = Trainer(
+            config,
+            model,
+            stream,
+            dataset,
+            strategy,
+            open_folder=lambda: open_run_folder(config, dataset, resume=resume, **about),
+        )
         return trainer.run(stop, evaluators, console=console or Console(quiet=strategy.rank > 0))
+
+
+def _enter(held: ExitStack, lock: OwnerLock) -> None:
+    held.enter_context(lock)
 
 
 class Trainer:
     """One run in this process.
 
     strategy: how the model is spread over devices.
-    identity: of the run, as in `run.json`.
+    open_folder: makes the run folder or opens it, and returns the identity of the run. Rank 0 calls it after
+        everything that may refuse the run, which then leaves nothing behind.
     """
 
     def __init__(
@@ -132,10 +152,10 @@ class Trainer:
         dataset: TokenDataset,
         strategy: Strategy,
         *,
-        identity: dict[str, Any],
+        open_folder: Callable[[], dict[str, Any]],
     ) -> None:
         settings = config.train
-        self._config, self._settings, self._strategy, self._identity = config, settings, strategy, identity
+        self._config, self._settings, self._strategy = config, settings, strategy
         self._folder = Path(config.output_dir)
         wrapped = strategy.wrap(model)
         self._state = _make_state(config, model, stream, strategy)
@@ -148,11 +168,13 @@ class Trainer:
         self._budget_tokens = self._total_steps * settings.step_tokens
         self._validator: Validator = open_validator(config)
         self._probe: PeriodProbe | None = open_probe(config, self._state.stream.groups) if settings.probe else None
-        self._keeper = CheckpointKeeper(self._folder / CHECKPOINTS, config, dataset, strategy, identity=identity)
+        self._identity = strategy.lead(open_folder)
+        self._keeper = CheckpointKeeper(self._folder / CHECKPOINTS, config, dataset, strategy, identity=self._identity)
+        self._failed_saves = 0
 
     def run(self, stop: StopRequest, evaluators: Sequence[Evaluator], *, console: Console) -> TrainSummary:
         """Restore the newest checkpoint, then train to the end of the budget or until asked to stop."""
-        for note in self._keeper.notes:
+        for note in self._keeper.take_notes():
             console.print(note, markup=False, highlight=False)
         is_resumed = self._keeper.newest is not None
         if is_resumed:
@@ -175,8 +197,10 @@ class Trainer:
         while progress.step < self._total_steps and not self._is_asked_to(stop):
             self._step()
             self._consolidate_if_due()
-            if self._is_due(self._settings.checkpoints.every_tokens) or self._milestone() is not None:
+            if self._milestone() is not None:
                 self._save()
+            elif self._is_due(self._settings.checkpoints.every_tokens):
+                self._try_to_save()
             self._evaluate_if_due(stop, evaluators)
 
     def _step(self) -> None:
@@ -273,11 +297,39 @@ class Trainer:
         note = f"step {progress.step}: validation {scores['validation_bpb']:.4f} bits per byte"
         self._recorder.event("eval", progress, {"seconds": progress.seconds, **scores}, note=note)
 
+    def _try_to_save(self) -> None:
+        """Write a checkpoint that is due. Training goes on when the disk refuses; the next one that is due tries again.
+
+        Raises:
+            CheckpointError: the disk refused `MAX_FAILED_SAVES` times in a row, or at the last step.
+            NumericsError: a weight is not finite.
+        """
+        step = self._state.progress.step
+        if step == self._total_steps:
+            self._save()
+            return
+        try:
+            self._save()
+        except (CheckpointError, DataError) as error:
+            self._failed_saves += 1
+            if self._failed_saves >= MAX_FAILED_SAVES:
+                raise CheckpointError(f"{error}\n  {MAX_FAILED_SAVES} saves in a row failed; the run ends.") from error
+            left = MAX_FAILED_SAVES - self._failed_saves
+            self._recorder.note(f"step {step} is not saved: {error}\n  Training goes on; {left} more failures end it")
+        else:
+            self._failed_saves = 0
+
     def _save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step.
+
+        Raises:
+            CheckpointError, DataError: the disk refuses; older checkpoints are kept.
+        """
         progress, began = self._state.progress, time.perf_counter()
-        self._recorder.sync()
+        self._strategy.lead(self._recorder.sync)
         folder = self._keeper.save(self._state)
+        for note in self._keeper.take_notes():
+            self._recorder.note(note)
         fields = {
             "folder": folder.name,
             "milestone": self._milestone(),

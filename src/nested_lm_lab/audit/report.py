@@ -13,7 +13,7 @@ from nested_lm.config.section import Count, NonNegativeFloat, Section
 from nested_lm.errors import NumericsError, ReportError
 from nested_lm.nn.sizing import count_parameters
 from nested_lm.storage.atomic import write_atomically
-from nested_lm.train.run_folder import current_commit
+from nested_lm.storage.commit import current_commit
 from nested_lm_lab.audit.finding import Finding
 from nested_lm_lab.audit.machine import describe_hardware, package_versions
 from nested_lm_lab.audit.subject import TOKEN_SEED, Subject

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from nested_lm.config.campaign import CampaignConfig
 from nested_lm.errors import CampaignError, CampaignInterruptedError
-from nested_lm.storage.lock import CampaignLock
 from nested_lm_lab.campaign.cost import estimate
 from nested_lm_lab.campaign.ledger import Attempt, Ledger, now
+from nested_lm_lab.campaign.lock import CampaignLock
 from nested_lm_lab.campaign.process import Outcome, Running, SignalRelay
 from nested_lm_lab.campaign.runners import Runner, command_of, open_runner
 from nested_lm_lab.campaign.steps import PlannedStep, describe, plan_steps

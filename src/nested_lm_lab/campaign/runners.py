@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nested_lm.config.campaign import CampaignConfig, Local, Ray, Slurm, Torchrun
-from nested_lm.storage.lock import CampaignLock
+from nested_lm_lab.campaign.lock import CampaignLock
 from nested_lm_lab.campaign.process import Child, Running, end_all, tied
 from nested_lm_lab.campaign.steps import PlannedStep
 

@@ -1,6 +1,5 @@
 """Reads a campaign folder into one typed structure; refuses results that may not share a table."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
 from nested_lm.data.manifest import Manifest
 from nested_lm.data.manifest import read_manifest as read_data_manifest
-from nested_lm.errors import DataError, ReportError
+from nested_lm.errors import ConfigError, DataError, ReportError
 from nested_lm.train.metrics import read_records
+from nested_lm.train.run_folder import read_run_identity
 from nested_lm_lab.evaluation.registry import find_task
 from nested_lm_lab.evaluation.results import differences, load_result
 from nested_lm_lab.evaluation.schema import ResultFile
@@ -162,7 +162,7 @@ def _read_run(root: Path, entry: RunEntry, notes: list[str]) -> Run | None:
         notes.append(f"Run {entry.name} (step {entry.step}) is left out: {entry.folder} has no {', '.join(missing)}.")
         return None
     events = read_records(paths["metrics.jsonl"])
-    record = _read_json(paths["run.json"])
+    record = _read_identity(folder)
     results = _read_results(folder / "results", record, notes)
     finished = any(row["event"] == "done" for row in events)
     if not finished:
@@ -190,16 +190,11 @@ def _read_config(path: Path) -> RunConfig:
     return parse_run(content, str(path))
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_identity(folder: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(
-            f"{path} is not JSON: {error}\n  It was changed or cut short after it was written."
-        ) from error
-    if not isinstance(found, dict):
-        raise ReportError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+        return read_run_identity(folder)
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
 
 
 def _kept_rows(events: list[dict[str, Any]], kind: str) -> tuple[Mapping[str, Any], ...]:

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from nested_lm.errors import CampaignError
-from nested_lm.storage.lock import CampaignLock, Process
+from nested_lm.storage.lock import Process
+from nested_lm_lab.campaign.lock import CampaignLock
 
 HERE = socket.gethostname()
 
@@ -38,12 +39,15 @@ def hold(tmp_path):
     os.close(descriptor)
 
 
+def holder(host, pid, *, started, steps):
+    process = {"pid": pid, "started": started}
+    return {"host": host, "process": process, "activity": "campaign", "since": "2026-01-01", "steps": steps}
+
+
 def test_processes_of_another_machine_are_named_and_not_signalled(hold, bystander):
     steps = {"hope": {"pid": bystander.pid, "started": None}}
-    lock = hold({"host": "node7", "campaign": {"pid": 4_000_000, "started": 5}, "steps": steps})
-    message = (
-        rf"(?s)in use on machine node7 \(this is {HERE}\): process 4000000 .*hope \(process {bystander.pid}\).*kill"
-    )
+    lock = hold(holder("node7", 4_000_000, started=5, steps=steps))
+    message = rf"(?s)in use by process 4000000 on machine node7 .*hope \(process {bystander.pid}\).*kill.* on node7"
     with pytest.raises(CampaignError, match=message), lock:
         pass
     assert bystander.poll() is None
@@ -52,7 +56,7 @@ def test_processes_of_another_machine_are_named_and_not_signalled(hold, bystande
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the time a process started")
 def test_an_id_that_was_used_again_is_not_signalled(hold, bystander):
     steps = {"hope": {"pid": bystander.pid, "started": 1}}
-    lock = hold({"host": HERE, "campaign": {"pid": os.getpid(), "started": 1}, "steps": steps})
+    lock = hold(holder(HERE, os.getpid(), started=1, steps=steps))
     with pytest.raises(CampaignError, match=r"of a killed campaign still runs a process it started"), lock:
         pass
     assert bystander.poll() is None
@@ -74,7 +78,7 @@ def test_a_holder_that_does_not_say_who_it_is_is_not_signalled(hold, content):
 
 def test_a_lock_that_cannot_be_opened_or_written_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "lock").mkdir()
-    with pytest.raises(CampaignError, match=r"(?s)lock cannot be opened: Is a directory.*start again"):
+    with pytest.raises(CampaignError, match=r"(?s)lock cannot be used: Is a directory.*start again"):
         CampaignLock(tmp_path, say=print).__enter__()
     (tmp_path / "lock").rmdir()
 
@@ -83,5 +87,5 @@ def test_a_lock_that_cannot_be_opened_or_written_says_what_to_do(tmp_path, monke
 
     with CampaignLock(tmp_path, say=print) as lock:
         monkeypatch.setattr(os, "pwrite", full)
-        with pytest.raises(CampaignError, match=r"(?s)lock cannot be written: No space left.*Free some space"):
+        with pytest.raises(CampaignError, match=r"(?s)lock cannot be used: No space left.*Free some space"):
             lock.note_step("hope", os.getpid())

@@ -266,7 +266,7 @@ class TestStopped:
         process = start()
         self.pid_of_step()
         calls()
-        with pytest.raises(CampaignError, match=f"is in use: process {process.pid} runs this campaign"):
+        with pytest.raises(CampaignError, match=f"is in use by process {process.pid} on machine .*`campaign`, since"):
             run_campaign(campaign(), prefix=prefix)
         assert calls() == []
         process.send_signal(signal.SIGTERM)

@@ -17,10 +17,10 @@ import pytest
 from nested_lm.config.campaign import CampaignConfig, Slurm, Speed
 from nested_lm.config.load import load_campaign, load_run
 from nested_lm.errors import CampaignError, ConfigError
-from nested_lm.storage.lock import CampaignLock
 from nested_lm_lab.campaign import ledger as ledger_module
 from nested_lm_lab.campaign import runners
 from nested_lm_lab.campaign.ledger import Ledger
+from nested_lm_lab.campaign.lock import CampaignLock
 from nested_lm_lab.campaign.plan import run_campaign
 from nested_lm_lab.campaign.process import Child, end_all
 from nested_lm_lab.campaign.slurm import JobQueue, StepJob
