@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -47,3 +47,42 @@ def unseal(content: bytes) -> tuple[dict[str, Any], bool]:
     if not is_whole:
         raise ValueError("it was changed after it was written")
     return document, True
+
+
+class Line(NamedTuple):
+    """One line of a file of sealed lines. number: from 1. error: what is wrong with it; None when it is whole."""
+
+    number: int
+    text: str
+    document: dict[str, Any]
+    error: str | None
+
+
+def unseal_lines(content: bytes) -> Iterator[Line]:
+    """Read a file of documents, one a line. A last line that was cut off is left out.
+
+    A file of an earlier version has no seals; after a sealed line every other one must be sealed as well.
+    """
+    lines, is_sealed = content.split(b"\n"), False
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not _has_changed_end(line):
+            return  # what follows the last newline was never finished
+        document: dict[str, Any] = {}
+        error = None
+        try:
+            document, has_seal = unseal(line)
+            if is_sealed and not has_seal:
+                error = "it has no seal, the lines before it have one"
+            is_sealed = has_seal
+        except ValueError as found:
+            error = str(found)
+        yield Line(number, line[:80].decode(errors="replace"), document, error)
+
+
+def _has_changed_end(tail: bytes) -> bool:
+    """Whether what follows the last newline is a whole document whose newline was changed, not one that was cut off."""
+    try:
+        unseal(tail[:-1])
+    except ValueError:
+        return False
+    return True

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from nested_lm.config.train import Logging
 from nested_lm.errors import ConfigError, DataError, pip_install
 from nested_lm.storage.atomic import write_atomically
-from nested_lm.storage.sealed import seal, unseal
+from nested_lm.storage.sealed import seal, unseal_lines
 
 Record = Mapping[str, Any]
 
@@ -128,9 +128,6 @@ class _Step(_Measured):
     loss: float
 
 
-_SCHEMAS: dict[Any, type[_Event]] = {"step": _Step, "eval": _Measured}
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file; a last line that was cut off is left out.
 
@@ -140,44 +137,33 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         DataError: the file cannot be read, or a line before the last is not a record: it was edited or damaged.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; make it readable, or restore it") from error
-    records, is_sealed = [], False
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not _is_damaged_end(line):
-            break  # what follows the last newline was never finished
-        try:
-            record, has_seal = unseal(line)
-            if is_sealed and not has_seal:
-                raise ValueError("it has no seal, the lines before it have one")
-            _SCHEMAS.get(record.get("event"), _Event).model_validate(record)
-        except ValidationError as error:
-            found = error.errors()[0]
-            raise _damaged(path, number, line, f"{'.'.join(map(str, found['loc']))}: {found['msg']}") from None
-        except (ValueError, TypeError) as error:
-            raise _damaged(path, number, line, str(error)) from None
-        is_sealed = has_seal
-        records.append(record)
+    records = []
+    for line in unseal_lines(content):
+        why = line.error
+        if why is None:
+            try:
+                _schema(line.document).model_validate(line.document)
+            except ValidationError as error:
+                found = error.errors()[0]
+                why = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+        if why is not None:
+            raise DataError(
+                f"{path}:{line.number} is not a metrics record: {line.text!r}: {why}. Each line is a JSON object with "
+                "`event` and `step`. Restore the file, or move it away to go on without its history"
+            )
+        records.append(line.document)
     return records
 
 
-def _is_damaged_end(tail: bytes) -> bool:
-    """Whether what follows the last newline is a whole record whose newline was changed, not one that was cut off."""
-    try:
-        unseal(tail[:-1])
-    except ValueError:
-        return False
-    return True
-
-
-def _damaged(path: Path, number: int, line: bytes, why: str) -> DataError:
-    return DataError(
-        f"{path}:{number} is not a metrics record: {line[:80].decode(errors='replace')!r}: {why}. Each line is a JSON "
-        "object with `event` and `step`. Restore the file, or move it away to go on without its history"
-    )
+def _schema(record: Record) -> type[_Event]:
+    """What a record of this event must say."""
+    event = record.get("event")
+    return _Step if event == "step" else _Measured if event == "eval" else _Event
 
 
 class TensorBoardSink:

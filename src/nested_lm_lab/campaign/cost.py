@@ -54,7 +54,7 @@ def _tokens(run: RunConfig) -> int:
 
 @cache
 def _operations(run: RunConfig) -> float:
-    from nested_lm.train.costs import rule_of_thumb  # imports torch
+    from nested_lm.train.costs.count import rule_of_thumb  # imports torch
 
     return rule_of_thumb(run)
 
@@ -63,7 +63,7 @@ def _checkpoint_bytes(run: RunConfig) -> int:
     """Newest checkpoints, and the border checkpoints of a chronological run, which are all kept."""
     stream = run.train.stream
     kept = run.train.checkpoints.keep + (stream.periods + 1 if stream.kind == "chronological" else 0)
-    from nested_lm.train.footprint import held_bytes  # imports torch
+    from nested_lm.train.costs.footprint import held_bytes  # imports torch
 
     held = held_bytes(run.model, run.train.optimizer, run.train.step_tokens)
     return kept * (held.weights + held.optimizer)

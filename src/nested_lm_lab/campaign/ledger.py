@@ -6,9 +6,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
 from nested_lm.errors import CampaignError
+from nested_lm.storage.sealed import seal, unseal_lines
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
 @dataclass(frozen=True)
 class Attempt:
     """One attempt of a step, written when it ended. Times are ISO 8601 in UTC."""
@@ -23,6 +27,7 @@ class Attempt:
     interrupted: bool  # the campaign was told to stop while the step ran
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
 @dataclass(frozen=True)
 class Begin:
     """A step whose output is of these settings from now on, written before it starts."""
@@ -30,6 +35,10 @@ class Begin:
     step: str
     fingerprint: str
     began: str
+
+
+_ATTEMPT: TypeAdapter[Attempt] = TypeAdapter(Attempt)
+_BEGIN: TypeAdapter[Begin] = TypeAdapter(Begin)
 
 
 class Ledger:
@@ -53,11 +62,11 @@ class Ledger:
 
     def append(self, entry: Attempt | Begin) -> None:
         """Write one line and wait until it is on disk. Raises CampaignError when it cannot be written."""
-        line = json.dumps(asdict(entry), sort_keys=True) + "\n"
+        line = seal(asdict(entry))
         try:
             _drop_half_line(self.path)
             with self.path.open("ab") as file:
-                file.write(line.encode())
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -104,18 +113,21 @@ def _read(path: Path) -> list[Attempt | Begin]:
     if not path.exists():
         return []
     entries: list[Attempt | Begin] = []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-            is_begin = "began" in fields
-            entries.append(Begin(**fields) if is_begin else Attempt(**{**fields, "command": tuple(fields["command"])}))
-        except (ValueError, TypeError, KeyError) as error:
+    for line in unseal_lines(path.read_bytes()):
+        why = line.error
+        if why is None:
+            try:
+                kind = _BEGIN if "began" in line.document else _ATTEMPT
+                entries.append(kind.validate_json(json.dumps(line.document)))
+            except ValidationError as error:
+                found = error.errors()[0]
+                why = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+        if why is not None:
             raise CampaignError(
-                f"{path} line {number} is not a ledger entry ({error})\n"
+                f"{path} line {line.number} is not a ledger entry ({why})\n"
                 "  Every line is written by `nested-lm campaign`; the file was edited or damaged.\n"
                 "  Delete that line: at worst its step is looked at again, finished work inside it is kept."
-            ) from error
+            )
     return entries
 
 

@@ -1,5 +1,6 @@
 """Runs a step as a child process: signals reach it once, its output is live and, off a terminal, logged."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ _TIED = (
     "os.getppid() == parent or sys.exit(1); "  # the parent was gone before that
     "os.execvp(sys.argv[3], sys.argv[3:])"
 )
+
+_KEPT = 2**20  # bytes of a step's output that wait for a full disk
 
 _ECHO_S = 0.5  # `timeout` and service managers signal a process and its group: the echo is not a second wish
 
@@ -216,11 +219,26 @@ def tied(command: Sequence[str], *, number: signal.Signals, parent: int | None) 
 
 
 def _copy(source: IO[bytes], log: Path) -> None:
-    """Copy a pipe to standard output and to the end of a file, as it comes."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, source:
+    """Copy a pipe to standard output and to the end of a file, as it comes.
+
+    The pipe is emptied whatever happens, or its writer would wait for ever. What the disk refuses waits for the next
+    piece, the last `_KEPT` bytes of it.
+    """
+    waiting = b""
+    with source:
         while block := os.read(source.fileno(), 65536):
-            file.write(block)
-            file.flush()
-            sys.stdout.write(block.decode("utf-8", errors="replace"))
-            sys.stdout.flush()
+            waiting = _append(log, waiting + block)[-_KEPT:]
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or a full disk there as well
+                sys.stdout.write(block.decode("utf-8", errors="replace"))
+                sys.stdout.flush()
+        _append(log, waiting)
+
+
+def _append(log: Path, content: bytes) -> bytes:
+    """Append to a file; return what is still to be written, which is all of it when the disk refuses."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab", buffering=0) as file:
+            return content[file.write(content) :] if content else b""
+    except OSError:
+        return content

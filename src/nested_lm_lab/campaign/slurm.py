@@ -156,9 +156,18 @@ class JobQueue:
 
     def _read(self, step: str) -> dict[str, Any] | None:
         try:
-            record: dict[str, Any] = json.loads(self._path(step).read_text())
+            record: dict[str, Any] = json.loads(self._path(step).read_bytes())
+            if not all(isinstance(record[name], str) for name in ("fingerprint", "name")):
+                raise ValueError("a field is no text")
+            if not isinstance(record["job_id"], str | None):
+                raise ValueError("job_id is no text")
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CampaignError(
+                f"{self._path(step)} does not say which job runs step {step}: {error}\n"
+                "  Look at `squeue --me`, cancel its job if there is one, delete the file and start again."
+            ) from error
         return record
 
     def _write(self, step: str, record: dict[str, Any]) -> None:

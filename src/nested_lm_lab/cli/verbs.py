@@ -86,9 +86,11 @@ def report(
         for path in write_project(Folders(root)):
             typer.echo(f"wrote {path}")
         return
+    from nested_lm.storage.lock import own_file
     from nested_lm_lab.report.render import render_campaign
 
-    typer.echo(f"report in {render_campaign(campaign_dir)}")
+    with own_file(campaign_dir / "report.html", activity="report"):
+        typer.echo(f"report in {render_campaign(campaign_dir)}")
     if publish:
         from nested_lm_lab.report.evidence import publish as keep
         from nested_lm_lab.report.manifest import read_manifest

@@ -9,7 +9,7 @@ from nested_lm.errors import ReportError
 from nested_lm.train.metrics import read_records
 from nested_lm_lab.evaluation.results import load_result
 from nested_lm_lab.report.collect import collect
-from nested_lm_lab.report.manifest import MANIFEST_NAME, CampaignManifest, RunEntry, write_manifest
+from nested_lm_lab.report.manifest import MANIFEST_NAME, RunEntry, read_manifest, write_manifest
 
 _COPIED = ("config.resolved.yaml", "run.json", "wandb.json")
 
@@ -45,7 +45,7 @@ def _refuse_foreign(target: Path, name: str) -> None:
     manifest = target / MANIFEST_NAME
     found = None
     if manifest.exists():
-        found = CampaignManifest.model_validate_json(manifest.read_text(encoding="utf-8")).name
+        found = read_manifest(target).name
     if found != name:
         what = f"that of campaign {found!r}" if found else f"a folder without {MANIFEST_NAME}"
         raise ReportError(

@@ -1,7 +1,6 @@
 """`campaign.json`: what a campaign folder holds, so that a report needs nothing but the folder."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +8,8 @@ from pydantic import ValidationError
 
 from nested_lm.config.section import Name, Section
 from nested_lm.errors import ReportError
+from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.sealed import seal, unseal
 
 MANIFEST_NAME = "campaign.json"
 
@@ -68,28 +69,25 @@ class CampaignManifest(Section):
 
 
 def write_manifest(folder: Path, manifest: CampaignManifest) -> None:
-    """Write `campaign.json` atomically."""
-    path = folder / MANIFEST_NAME
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        aside.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write `campaign.json`, sealed. Raises DataError when the disk refuses."""
+    write_atomically(folder / MANIFEST_NAME, seal(manifest.model_dump(mode="json"), indent=2))
 
 
 def read_manifest(folder: Path) -> CampaignManifest:
     """Read `campaign.json`. Raises ReportError when the folder is not a campaign or the file is damaged."""
     path = folder / MANIFEST_NAME
     try:
-        return CampaignManifest.model_validate_json(path.read_text(encoding="utf-8"))
+        document, _ = unseal(path.read_bytes())
+        return CampaignManifest.model_validate_json(json.dumps(document))
     except (FileNotFoundError, NotADirectoryError):
         raise ReportError(
             f"{folder} is not a campaign folder: it holds no {MANIFEST_NAME}\n"
             "  `nested-lm campaign PRESET` writes one into the preset's output_dir; name that folder."
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        found = str(error) if isinstance(error, UnicodeDecodeError) else error.errors()[0]["msg"]
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}; make it readable") from error
+    except ValueError as error:
+        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ReportError(
             f"{path} is not a campaign manifest: {found}\n"
             "  It was changed or cut short. `nested-lm campaign PRESET` writes it again."

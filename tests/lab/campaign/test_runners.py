@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from nested_lm_lab.campaign import runners
 from nested_lm_lab.campaign.ledger import Ledger
 from nested_lm_lab.campaign.lock import CampaignLock
 from nested_lm_lab.campaign.plan import run_campaign
-from nested_lm_lab.campaign.process import Child, end_all
+from nested_lm_lab.campaign.process import Child, _copy, end_all
 from nested_lm_lab.campaign.slurm import JobQueue, StepJob
 from nested_lm_lab.campaign.steps import PlannedStep, describe, plan_steps
 from tests.lab.campaign.fake_campaign import campaign
@@ -487,3 +488,28 @@ def test_every_oracle_of_the_evaluation_is_of_the_arms_own_model():
             assert name in step.after
             compared += 1
     assert compared == 9
+
+
+def test_a_full_disk_keeps_the_log_thread_and_the_end_of_what_a_step_said(tmp_path, monkeypatch, capsys):
+    """The pipe is emptied while the disk refuses; when there is space again the log has what waited."""
+    log = tmp_path / "logs" / "step.log"
+    source, sink = os.pipe()
+    original, refused = Path.open, []
+
+    def full(self, *args, **kwargs):
+        if self == log and len(refused) < 2:
+            refused.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    copier = threading.Thread(target=_copy, args=(os.fdopen(source, "rb"), log))
+    copier.start()
+    for text in (b"one\n", b"two\n", b"DataError: three\n"):
+        os.write(sink, text)
+        time.sleep(0.05)
+    os.close(sink)
+    copier.join(timeout=10)
+    assert not copier.is_alive()
+    assert log.read_bytes() == b"one\ntwo\nDataError: three\n"
+    assert "DataError: three" in capsys.readouterr().out
