@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nested_lm.cli.threads import describe_waiting
 from nested_lm.errors import NestedLMError, pip_install
 
 MIN_PYTHON = (3, 11)
@@ -89,6 +90,7 @@ def _torch() -> Iterator[Check]:
         yield Check("device", "ok", f"{torch.cuda.device_count()} x {properties.name}, {memory}")
     else:
         yield Check("device", "ok", f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
+    yield Check("waiting threads", "ok", f"{describe_waiting()}; set any of these yourself to change how threads wait")
     yield _memories_in_c()
 
 
