@@ -12,8 +12,8 @@ from nested_lm.config.compose import preset_names
 from nested_lm.config.load import load_run
 from nested_lm.config.run import RunConfig
 from nested_lm.nn.sizing import count_parameters
-from nested_lm.train.costs import DEFAULT_MFU, RECOMPUTE, stage_costs, training_hours
-from nested_lm.train.footprint import DEVICE_BYTES, devices_needed, peak_bytes
+from nested_lm.train.costs.count import DEFAULT_MFU, RECOMPUTE, stage_costs, training_hours
+from nested_lm.train.costs.footprint import DEVICE_BYTES, devices_needed, peak_bytes
 
 MARKERS = "<!-- table of benchmarks.scales: begin -->", "<!-- table of benchmarks.scales: end -->"
 SCALES = ("pilot", "mid", "target")

@@ -4,6 +4,7 @@ A job is a dictionary: `config` of the run, `dtype`, `stop_after` a step (a sign
 `poison` a step (the last rank's loss is not finite there).
 """
 
+import functools
 import json
 import os
 import sys
@@ -35,9 +36,9 @@ def run_job(job: dict, strategy: Strategy) -> TrainSummary:
     model.initialise(config.seed)
     model.to(getattr(torch, job["dtype"]))
     size = sum(parameter.numel() for parameter in model.parameters())
-    identity = strategy.lead(lambda: open_run_folder(config, dataset, resume="auto", device="cpu", parameters=size))
     stream = TrainingStream(config, dataset, rank=strategy.rank, world_size=strategy.world_size)
-    trainer = Trainer(config, model, stream, dataset, strategy, identity=identity)
+    opened = functools.partial(open_run_folder, config, dataset, resume="auto", device="cpu", parameters=size)
+    trainer = Trainer(config, model, stream, dataset, strategy, open_folder=opened)
     stop = StopRequest()
     is_last = strategy.rank == strategy.world_size - 1
     event, losses = Recorder.event, GradientComputer.losses

@@ -14,7 +14,7 @@ from nested_lm.data.chronology import reading_groups
 from nested_lm.data.loader import Batch, PackedLoader
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import ConfigError, DataError, NumericsError
-from nested_lm.train.elastic import ElasticPenalty, diagonal_fisher
+from nested_lm.train.hooks.elastic import ElasticPenalty, diagonal_fisher
 from nested_lm.train.replay import Replay
 from nested_lm.train.stream import TrainingStream
 from nested_lm.train.trainer import train

@@ -5,8 +5,8 @@ import pytest
 from nested_lm.config.load import load_run
 from nested_lm.config.model import ModelConfig
 from nested_lm.errors import ConfigError
-from nested_lm.train import costs
-from nested_lm.train.cost_probe import run_probe
+from nested_lm.train.costs import count as costs
+from nested_lm.train.costs.probe import run_probe
 
 DEMOS = ["gated_delta_net", "sliding_window", "titans_lmm", "titans_mac"]
 TRANSFORMER = {
@@ -74,6 +74,15 @@ def test_stages_of_a_curriculum_add_up_to_the_budget():
     found = costs.stages(train)
     assert [length for length, _ in found] == [2048, 4096, 8192]
     assert sum(tokens for _, tokens in found) == train.num_steps * train.step_tokens
+
+
+def test_without_a_device_nothing_is_said_of_one():
+    lines = costs.describe_costs(load_run("hope/demo"), device=None, mfu=0.3, devices=1)
+    said = "\n".join(text for _, text in lines)
+    assert "MFLOP a token" in said
+    assert "GB a device with 1" in said
+    assert "fits" not in said
+    assert lines[-1] == ("time", "not known of this machine; --device-name h100 states that of an H100")
 
 
 @pytest.mark.parametrize(("device", "mfu", "said"), [("abacus", 0.3, "known are h100"), ("h100", 0.0, "above 0")])

@@ -308,6 +308,30 @@ class TestRefused:
         assert not Path(config.output_dir).exists()
         assert train(make_config(seed=4)).step == STEPS
 
+    def test_a_preset_that_describes_another_data_set(self, make_config):
+        """Another split and vocabulary than the data set in output_dir was built with."""
+        config = make_config()
+        split = config.data.split.model_copy(update={"train": 0.5, "test": 0.3})
+        data = config.data.model_copy(update={"split": split})
+        with pytest.raises(DataError, match=r"(?s)another recipe.*split\.test 0\.2 -> 0\.3; split\.train 0\.6 -> 0\.5"):
+            train(config.model_copy(update={"data": data}))
+        assert not Path(config.output_dir).exists()
+
+    def test_a_larger_budget_for_a_finished_run(self, make_config):
+        train(make_config(budget_tokens=64))
+        with pytest.raises(
+            ConfigError, match=r"train\.budget_tokens: 64 -> 96(?s:.*)another output_dir and --init-from"
+        ):
+            train(make_config(budget_tokens=96))
+
+    def test_a_schedule_that_does_not_fit_names_its_fields(self, make_config):
+        schedule = {"kind": "wsd", "warmup_tokens": 64, "decay_tokens": 192}
+        fitting = r"train\.schedule\.warmup_tokens=16 train\.schedule\.decay_tokens=48"
+        with pytest.raises(ConfigError, match=rf"warmup_tokens 64 and schedule\.decay_tokens 192 need 256.*{fitting}"):
+            make_config(budget_tokens=128, schedule=schedule)
+        fits = {"kind": "wsd", "warmup_tokens": 16, "decay_tokens": 48}
+        assert make_config(budget_tokens=128, schedule=fits).train.budget_tokens == 128
+
     def test_a_missing_package(self, make_config, monkeypatch):
         config = make_config(logging={"tensorboard": True})
 

@@ -14,8 +14,8 @@ from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
 from nested_lm.optim.level_clock import LevelClock
-from nested_lm.train import footprint
-from nested_lm.train.costs import count_costs
+from nested_lm.train.costs import footprint
+from nested_lm.train.costs.count import count_costs
 
 STEP = 64
 SHAPE = {"vocab_size": 512, "width": 128, "num_layers": 3}

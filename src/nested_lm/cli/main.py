@@ -28,6 +28,7 @@ from nested_lm.cli.arguments import (
     open_checkpoint,
     reports_errors,
 )
+from nested_lm.cli.threads import spin_shortly
 from nested_lm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # local values may hold keys
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+spin_shortly()  # before anything imports torch
 
 VERBS = "nested_lm.verbs"
 """Entry points of packages that add verbs to the command: functions that take the typer application."""
@@ -124,7 +127,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")] = False,
     mfu: Annotated[float, typer.Option(help="Model FLOP utilisation that --dry-run assumes for hours.")] = 0.3,
     devices: Annotated[int, typer.Option(min=1, help="Devices that --dry-run assumes.")] = 1,
-    device_name: Annotated[str, typer.Option(help="Device that --dry-run assumes: h100, h200, a100.")] = "h100",
+    device_name: Annotated[
+        str | None, typer.Option(help="Device whose memory and hours --dry-run states: h100, h200, a100.")
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Start from its weights; a run folder means its newest checkpoint."),
@@ -146,7 +151,7 @@ def train(
         return
     config = load_run(preset, overrides or ())
     if dry_run:
-        from nested_lm.train.costs import describe_costs
+        from nested_lm.train.costs.count import describe_costs
 
         *lines, last = describe_run(config)
         costs = describe_costs(config, device=device_name, mfu=mfu, devices=devices)

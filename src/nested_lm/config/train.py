@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
 from nested_lm.config.update_rules import TrainingRule
@@ -168,7 +168,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "chunk", "block"] = "none"  # what backward computes again to save memory
     compile: bool = False  # torch.compile the blocks
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the run computes
-    strategy: Literal["single", "fsdp2", "deepspeed"] = "single"  # fsdp2: the processes that torchrun starts share it
+    strategy: Literal["single", "fsdp2"] = "single"  # fsdp2: the processes that torchrun starts share it
     evaluate_every_tokens: PositiveInt  # training tokens between two validations
     evaluate_tokens: PositiveInt  # validation tokens of one such evaluation
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = 5  # skipped in a row before the run stops
@@ -190,13 +190,18 @@ class TrainConfig(Section):
         """Optimizer steps of the whole run."""
         return -(-self.budget_tokens // self.step_tokens)
 
-    @model_validator(mode="after")
-    def _strategy_exists(self) -> "TrainConfig":
-        if self.strategy == "deepspeed":
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _strategy_exists(cls, found: object) -> object:
+        if found == "deepspeed":
             raise ValueError(
-                "strategy deepspeed is not built yet: ZeRO hands flat pieces to the optimizer, and Muon needs whole "
-                "matrices; use fsdp2"
+                "there is no strategy deepspeed: ZeRO hands flat pieces to the optimizer, and Muon needs whole "
+                "matrices; fsdp2 cuts weights, gradients and optimizer state over processes as ZeRO-3 does"
             )
+        return found
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> "TrainConfig":
         if self.strategy == "fsdp2" and self.compile:
             raise ValueError("compile has not been proven with strategy fsdp2; set compile=false, or strategy=single")
         return self
@@ -245,9 +250,13 @@ class TrainConfig(Section):
         schedule = self.schedule
         needed = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 0)
         if needed > self.budget_tokens:
+            names = [name for name in ("warmup_tokens", "decay_tokens") if hasattr(schedule, name)]
+            found = " and ".join(f"schedule.{name} {getattr(schedule, name):,}" for name in names)
+            share = self.budget_tokens / (2 * needed)  # the same proportions, in half of the budget
+            fitting = " ".join(f"train.schedule.{name}={int(getattr(schedule, name) * share)}" for name in names)
             raise ValueError(
-                f"schedule needs {needed:,} tokens for warm-up and decay but budget_tokens is "
-                f"{self.budget_tokens:,}; shorten the schedule or raise the budget"
+                f"{found} need {needed:,} tokens, but budget_tokens is {self.budget_tokens:,}; "
+                f"set {fitting}, or raise train.budget_tokens"
             )
         if isinstance(self.stream, Chronological) and self.num_steps < self.stream.periods:
             raise ValueError(

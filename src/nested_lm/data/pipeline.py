@@ -117,6 +117,31 @@ def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterat
             yield f"{path}{key} {before!r} -> {now!r}"
 
 
+def require_recipe(config: DataConfig, manifest: Manifest) -> None:
+    """Refuse to train on a data set that a preset describes falsely. Fields of later versions are not compared.
+
+    Raises: DataError with the fields that differ.
+    """
+    stated = config.model_dump(mode="json", exclude=_PLACES)
+    changes = list(_changes(manifest.recipe, _within(stated, manifest.recipe)))
+    if changes:
+        raise DataError(
+            f"{config.output_dir} holds a data set of another recipe than the preset's data section states\n"
+            f"  there -> preset: {'; '.join(changes)}\n"
+            "  Name the data preset that it was built with, or choose another data.output_dir and build that with "
+            "`nested-lm data`."
+        )
+
+
+def _within(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `known` has as well."""
+    return {
+        key: _within(value, known[key]) if isinstance(value, dict) and isinstance(known[key], dict) else value
+        for key, value in values.items()
+        if key in known
+    }
+
+
 def _is_whole(this: _Build) -> bool:
     manifest = read_manifest(this.folder)
     try:

@@ -17,6 +17,8 @@ from nested_lm.config.architecture import flat
 from nested_lm.config.load import dump_resolved, identifying, parse_run, training_hash
 from nested_lm.config.mixers import SelfModifying
 from nested_lm.config.run import RunConfig
+from nested_lm.data.manifest import read_manifest
+from nested_lm.data.pipeline import require_recipe
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.ops.memory.cpu import library as cpu_library
@@ -60,10 +62,16 @@ def open_run_folder(
     identity = read_run_identity(folder)
     differences = _differences(folder, config) if identity["config_hash"] != training_hash(config) else []
     if differences:  # none: an earlier version, which lacked a field or hashed more of them
+        advice = "Choose another output_dir, or start with the stored configuration."
+        if any(line.startswith("train.budget_tokens:") for line in differences):
+            advice = (
+                "A schedule ends with its budget, so a run has one. To train its weights further, choose another "
+                f"output_dir and --init-from {folder}."
+            )
         raise ConfigError(
             f"{folder} holds a run of another configuration; these fields differ (there -> now):\n"
             + "\n".join(f"  {line}" for line in differences)
-            + "\n  Choose another output_dir, or start with the stored configuration."
+            + f"\n  {advice}"
         )
     if resume == "never":
         raise ConfigError(
@@ -116,6 +124,7 @@ def _create(
 ) -> dict[str, Any]:
     """Write configuration and identity of a new run; the identity comes last and makes the folder a run."""
     folder = Path(config.output_dir)
+    require_recipe(config.data, read_manifest(dataset.folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, folder / RESOLVED)

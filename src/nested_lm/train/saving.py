@@ -1,5 +1,6 @@
 """Saves and restores everything a run needs to continue bit for bit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,27 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
-from nested_lm.train.elastic import ElasticPenalty
-from nested_lm.train.stability import NonFiniteWatch, check_weights
+from nested_lm.train.hooks.base import Hook
+from nested_lm.train.nonfinite import check_weights
 from nested_lm.train.state import STATE_VERSION, Progress, random_state, set_random_state
 from nested_lm.train.strategies.base import Strategy
 from nested_lm.train.stream import TrainingStream
-from nested_lm.train.update_norms import UpdateNorms
-
-_ELASTIC = "elastic"  # file stem
 
 
 @dataclass
 class RunState:
-    """All objects of a run that change while it trains. A new stateful part joins by adding a field here."""
+    """All objects of a run that change while it trains. A new stateful part is a hook."""
 
     model: LanguageModel
     optimizer: ClockedOptimizer
     stream: TrainingStream
-    watch: NonFiniteWatch
-    update_norms: UpdateNorms
     progress: Progress
-    elastic: ElasticPenalty | None = None
+    hooks: Sequence[Hook] = ()
+
+    def milestone(self) -> str | None:
+        """Border that the checkpoint of the current step marks."""
+        names = (hook.milestone(self.progress.step) for hook in self.hooks)
+        return next((name for name in names if name is not None), None)
 
 
 class CheckpointKeeper:
@@ -86,8 +87,7 @@ class CheckpointKeeper:
         weights = self._strategy.gather(state.model.state_dict())
         moments = self._strategy.gather(state.optimizer.state_tensors())
         tensors = {"model": weights, "optimizer": moments}
-        if state.elastic is not None and (held := state.elastic.state_tensors()):
-            tensors[_ELASTIC] = held
+        tensors |= {hook.name: held for hook in state.hooks if (held := hook.state_tensors())}
         self.newest = self._strategy.lead(lambda: self._write(state, tensors))
         return self.newest
 
@@ -104,8 +104,7 @@ class CheckpointKeeper:
                     "schema_version": STATE_VERSION,
                     **state.progress.as_document(),
                     "stream": state.stream.state_dict(),
-                    "watch": state.watch.state_dict(),
-                    "update_norms": state.update_norms.pending,
+                    **{hook.name: held for hook in state.hooks if (held := hook.state_dict()) is not None},
                     "random": random_state(),
                 },
                 "config.json": redact(self._config.model_dump(mode="json")),
@@ -113,7 +112,7 @@ class CheckpointKeeper:
             },
             extra_files={"tokenizer.json": self._dataset.folder / "tokenizer.json"},
             config_hash=self._identity["config_hash"],
-            milestone=state.stream.milestone(step),
+            milestone=state.milestone(),
         )
         try:
             prune_checkpoints(self._root, keep=self._config.train.checkpoints.keep)
@@ -151,14 +150,15 @@ class CheckpointKeeper:
             state.optimizer.load_state_tensors(place(moments, like))
         except ValueError as error:
             raise CheckpointError(f"{path}/optimizer.safetensors does not fit the run: {error}") from error
-        if state.elastic is not None and (path / f"{_ELASTIC}.safetensors").exists():  # none before the first border
-            try:
-                state.elastic.load_state_tensors(read_tensors(path, _ELASTIC))
-            except ValueError as error:
-                raise CheckpointError(f"{path}/{_ELASTIC}.safetensors does not fit the run: {error}") from error
+        for hook in state.hooks:
+            if hook.name and (path / f"{hook.name}.safetensors").exists():  # there is none while it has no state
+                try:
+                    hook.load_state_tensors(read_tensors(path, hook.name))
+                except ValueError as error:
+                    raise CheckpointError(f"{path}/{hook.name}.safetensors does not fit the run: {error}") from error
+            if hook.state_dict() is not None:
+                hook.load_state_dict(document[hook.name])
         state.stream.load_state_dict(document["stream"])
-        state.watch.load_state_dict(document["watch"])
-        state.update_norms.pending = dict(document["update_norms"])
         state.progress = Progress(document["step"], document["tokens"], document["seconds"])
         set_random_state(document["random"])
 

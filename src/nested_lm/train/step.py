@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nested_lm.data.loader import IGNORED_TARGET, Batch, EvaluationBatch
 from nested_lm.nn.model import LanguageModel, ModelOutput, token_losses
 from nested_lm.nn.nonfinite import locate_nonfinite
-from nested_lm.train.stability import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
+from nested_lm.train.nonfinite import NonFinite, first_nonfinite_gradient, first_nonfinite_loss
 from nested_lm.train.strategies.base import Strategy
 
 
@@ -51,13 +51,13 @@ class GradientComputer:
         self._model, self._parameters, self._strategy = model, parameters, strategy
         self._is_autocast = precision == "bfloat16"
 
-    def run(self, batches: Sequence[Batch], *, add_penalty: Callable[[], None] | None = None) -> Gradients:
+    def run(self, batches: Sequence[Batch], *, after_backward: Callable[[], None] = lambda: None) -> Gradients:
         """Compute the gradients of the mean loss over the scored tokens of all micro-batches of all ranks.
 
         Ranks have different numbers of scored tokens, so that each divides its losses by the number of all, and
         gradients are summed.
 
-        add_penalty: adds the gradient of a penalty on the weights, which the norm then includes and the loss does not.
+        after_backward: may add to the gradients, which the norm then includes and the loss does not.
         """
         scored = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
         total = int(self._strategy.reduce([scored], "sum")[0])
@@ -71,8 +71,7 @@ class GradientComputer:
                 self._strategy.backward(losses.sum() / total)
             for name, value in found.items():
                 stats[name] = stats[name] + value if name in stats else value
-        if add_penalty is not None:
-            add_penalty()
+        after_backward()
         norm = self._strategy.gradient_norm(self._parameters.values())
         # The host waits for the device here: nothing may be updated before this is known.
         *loss_sums, norm_value = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()

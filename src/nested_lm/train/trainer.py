@@ -1,4 +1,4 @@
-"""The training loop: batch, forward, backward, clip, step, log, evaluate, save."""
+"""The training loop: batch, forward, backward, clip, step, log, evaluate, save. The rest hangs on hooks."""
 
 import math
 import time
@@ -26,20 +26,19 @@ from nested_lm.optim.schedule import rate_multiplier
 from nested_lm.storage.commit import current_commit
 from nested_lm.storage.lock import OwnerLock, own_folder
 from nested_lm.train.console import TrainConsole
-from nested_lm.train.elastic import ElasticPenalty, diagonal_fisher
+from nested_lm.train.hooks.base import Skipped
+from nested_lm.train.hooks.registry import Parts, open_hooks
 from nested_lm.train.metrics import MetricsLog, check_sinks, open_sinks, read_records
-from nested_lm.train.probe import PeriodProbe, open_probe
+from nested_lm.train.nonfinite import NonFinite, check_scores
 from nested_lm.train.recorder import Outlets, Recorder
 from nested_lm.train.run_folder import CHECKPOINTS, METRICS, open_run_folder
 from nested_lm.train.saving import CheckpointKeeper, RunState
 from nested_lm.train.signals import StopRequest
-from nested_lm.train.stability import NonFinite, NonFiniteWatch, check_scores
 from nested_lm.train.start import load_start
 from nested_lm.train.state import Progress, seed_everything
 from nested_lm.train.step import GradientComputer, Gradients
 from nested_lm.train.strategies.base import Strategy, open_strategy, peak_memory_mb
 from nested_lm.train.stream import TrainingStream
-from nested_lm.train.update_norms import UpdateNorms
 from nested_lm.train.validation import Validator, open_validator
 
 Evaluator = Callable[[LanguageModel, int], Mapping[str, float]]
@@ -167,7 +166,8 @@ class Trainer:
         self._total_steps = self._state.stream.total_steps
         self._budget_tokens = self._total_steps * settings.step_tokens
         self._validator: Validator = open_validator(config)
-        self._probe: PeriodProbe | None = open_probe(config, self._state.stream.groups) if settings.probe else None
+        self._hooks = open_hooks(Parts(config, model, self._state.optimizer, stream, strategy, self._scoring))
+        self._state.hooks = self._hooks
         self._identity = strategy.lead(open_folder)
         self._keeper = CheckpointKeeper(self._folder / CHECKPOINTS, config, dataset, strategy, identity=self._identity)
         self._failed_saves = 0
@@ -196,8 +196,9 @@ class Trainer:
         self._evaluate_if_due(stop, evaluators)  # a run that was ended between checkpoint and evaluation
         while progress.step < self._total_steps and not self._is_asked_to(stop):
             self._step()
-            self._consolidate_if_due()
-            if self._milestone() is not None:
+            for hook in self._hooks:
+                hook.after_step(progress.step)
+            if self._state.milestone() is not None:
                 self._save()
             elif self._is_due(self._settings.checkpoints.every_tokens):
                 self._try_to_save()
@@ -208,35 +209,28 @@ class Trainer:
         state, began = self._state, time.perf_counter()
         position = state.stream.state_dict()
         batches = state.stream.next_step()
-        elastic = state.elastic
-        gradients = self._gradients.run(batches, add_penalty=elastic.add_gradient if elastic else None)
+        gradients = self._gradients.run(batches, after_backward=self._after_backward)
         progress = state.progress
         progress.step += 1
         progress.tokens += self._settings.step_tokens
         multiplier = rate_multiplier(self._settings.schedule, progress.tokens, budget_tokens=self._budget_tokens)
         if gradients.nonfinite is None:
             self._strategy.clip(state.optimizer.parameters.values(), self._settings.clip_norm, norm=gradients.norm)
-            before = state.update_norms.before(progress.step)
+            for hook in self._hooks:
+                hook.before_update(progress.step)
             state.optimizer.step(progress.tokens, multiplier)
-            state.update_norms.after(before)
+            for hook in self._hooks:
+                hook.after_update(progress.step)
         seconds = time.perf_counter() - began
         progress.seconds += seconds
         if gradients.nonfinite is None:
-            state.watch.passed()
             self._recorder.event("step", progress, self._step_fields(gradients, multiplier, seconds))
         else:
             self._skip(gradients.nonfinite, position, batches)
 
-    def _consolidate_if_due(self) -> None:
-        """At a border, note what the period that is over depends on; nothing follows the last one."""
-        state, step = self._state, self._state.progress.step
-        group = state.stream.passed_group(step)
-        if state.elastic is None or group is None or step == self._total_steps:
-            return
-        rows = state.stream.first_rows(group, state.elastic.settings.sequences)
-        seed = self._config.seed + step
-        fisher = diagonal_fisher(state.optimizer.parameters, self._scoring.logits, rows, seed=seed)
-        state.elastic.consolidate(fisher)
+    def _after_backward(self) -> None:
+        for hook in self._hooks:
+            hook.after_backward()
 
     def _skip(self, found: NonFinite, position: dict[str, Any], batches: Sequence[Batch]) -> None:
         """Record a step whose values are not finite; its record stands in for the step record."""
@@ -248,16 +242,19 @@ class Trainer:
             {**found.as_record(), "stream": position},
             note=f"step {state.progress.step} skipped: {found.tensor} is not finite",
         )
-        state.watch.skipped(
+        skipped = Skipped(
+            state.progress.step,
             found,
-            step=state.progress.step,
             last_good=self._keeper.newest,
             explain=lambda: self._gradients.explain(state.model, batches),
         )
+        for hook in self._hooks:
+            hook.after_skip(skipped)
 
     def _step_fields(self, gradients: Gradients, multiplier: float, seconds: float) -> dict[str, Any]:
-        """Fields of a step record; statistics and update norms come once per logging interval."""
+        """Fields of a step record; statistics of the model come once per logging interval."""
         progress = self._state.progress
+        is_logged = progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps
         fields: dict[str, Any] = {
             "loss": gradients.loss,
             "rate": self._settings.optimizer.rate * multiplier,
@@ -267,15 +264,12 @@ class Trainer:
             "seconds": progress.seconds,
             "memory_mb": peak_memory_mb(self._strategy.device),
         }
-        if progress.step % self._settings.logging.every_steps == 0 or progress.step == self._total_steps:
-            fields |= self._state.update_norms.take()
+        for hook in self._hooks:
+            fields |= hook.fields(is_logged=is_logged)
+        if is_logged:
             stats = [value.item() for value in gradients.stats.values()]
-            if self._state.elastic is not None:
-                fields["ewc_penalty"] = self._state.elastic.value()
             means = [total / self._strategy.world_size for total in self._strategy.reduce(stats, "sum")]
             fields |= dict(zip(gradients.stats, means, strict=True))
-        if self._probe is not None:
-            fields |= self._probe.run(self._state.model, self._scoring)
         # A statistic may overflow while the loss is finite; JSON has no word for that but null.
         return {name: value if math.isfinite(value) else None for name, value in fields.items()}
 
@@ -332,7 +326,7 @@ class Trainer:
             self._recorder.note(note)
         fields = {
             "folder": folder.name,
-            "milestone": self._milestone(),
+            "milestone": self._state.milestone(),
             "write_seconds": time.perf_counter() - began,
         }
         self._recorder.event("checkpoint", progress, fields)
@@ -343,7 +337,7 @@ class Trainer:
         if is_resumed:
             fields = {"commit": current_commit(), "folder": self._keeper.newest.name}
             self._recorder.event("resume", progress, fields, note=f"continuing after step {progress.step}")
-        elif self._milestone() is not None:
+        elif self._state.milestone() is not None:
             self._save()
 
     def _finish(self, stop: StopRequest) -> TrainSummary:
@@ -354,7 +348,9 @@ class Trainer:
         if saved != progress.step:
             self._save()
         if is_complete:
-            fields = {"nonfinite_steps": self._state.watch.total, "seconds": progress.seconds}
+            fields = {"seconds": progress.seconds}
+            for hook in self._hooks:
+                fields |= hook.summary()
             self._recorder.event("done", progress, fields, note=f"done: {self._folder}")
             return self._summary(None)
         note = f"stopped by {stop.name} after step {progress.step}; `--resume auto` continues from here"
@@ -378,10 +374,6 @@ class Trainer:
         return passed > (progress.tokens - self._settings.step_tokens) // every_tokens or (
             progress.step == self._total_steps
         )
-
-    def _milestone(self) -> str | None:
-        """Border of the stream that the current step lies on."""
-        return self._state.stream.milestone(self._state.progress.step)
 
     def _is_finished(self) -> bool:
         """Whether the run reached its end in an earlier call."""
@@ -434,14 +426,4 @@ def _make_state(config: RunConfig, model: LanguageModel, stream: TrainingStream,
     optimizer = ClockedOptimizer(
         parameters, groups, clock, settings.optimizer, restarts=restarts, step_whole=strategy.step_whole
     )
-    norms = UpdateNorms(
-        optimizer,
-        every_steps=settings.logging.every_steps,
-        step_tokens=settings.step_tokens,
-        total_steps=stream.total_steps,
-        memories=model.memories,
-        whole=strategy.whole,
-    )
-    watch = NonFiniteWatch(limit=settings.max_nonfinite_steps)
-    elastic = ElasticPenalty(parameters, settings.ewc) if settings.ewc else None
-    return RunState(model, optimizer, stream, watch, norms, Progress(), elastic)
+    return RunState(model, optimizer, stream, Progress())

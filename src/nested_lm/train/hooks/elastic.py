@@ -1,6 +1,7 @@
 """Elastic weight consolidation: a penalty that holds what earlier periods depend on in place."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from nested_lm.config.train import ElasticWeights
 from nested_lm.data.loader import IGNORED_TARGET, Batch
 from nested_lm.errors import NumericsError
+from nested_lm.train.hooks.base import Hook
+from nested_lm.train.step import GradientComputer
+from nested_lm.train.stream import TrainingStream
 
 Logits = Callable[[Batch], Tensor]
 """Forward pass of the model over a batch: logits (B, T, V) with a graph."""
@@ -26,7 +30,7 @@ class ElasticPenalty:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: ElasticWeights) -> None:
         self.settings = settings
-        self._parameters = dict(parameters)
+        self.parameters = dict(parameters)
         self._fisher: dict[str, Tensor] = {}
         self._anchor: dict[str, Tensor] = {}
 
@@ -34,7 +38,7 @@ class ElasticPenalty:
     def add_gradient(self) -> None:
         """Add the penalty's gradient, strength F (weight - anchor), to every parameter's `.grad`."""
         for name, fisher in self._fisher.items():
-            parameter = self._parameters[name]
+            parameter = self.parameters[name]
             pull = self.settings.strength * fisher * (parameter.detach() - self._anchor[name])
             parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
 
@@ -42,7 +46,7 @@ class ElasticPenalty:
     def value(self) -> float:
         """The penalty in nats a token."""
         terms = [
-            (fisher * (self._parameters[name].detach() - self._anchor[name]).square()).sum(dtype=torch.float64)
+            (fisher * (self.parameters[name].detach() - self._anchor[name]).square()).sum(dtype=torch.float64)
             for name, fisher in sorted(self._fisher.items())  # one order, also after a resume: sums round
         ]
         return 0.5 * self.settings.strength * float(sum(terms))
@@ -51,7 +55,7 @@ class ElasticPenalty:
         """Pass a border: add a period's Fisher information, and hold on to the weights as they are now."""
         for name, found in fisher.items():
             self._fisher[name] = self._fisher[name] + found if name in self._fisher else found
-            self._anchor[name] = self._parameters[name].detach().clone()
+            self._anchor[name] = self.parameters[name].detach().clone()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Name all state: `fisher/<parameter>` and `anchor/<parameter>` (not copied)."""
@@ -70,10 +74,47 @@ class ElasticPenalty:
         found: dict[str, dict[str, Tensor]] = {"fisher": {}, "anchor": {}}
         for full_name, tensor in tensors.items():
             kind, _, name = full_name.partition("/")
-            if kind not in found or name not in self._parameters or tensor.shape != self._parameters[name].shape:
+            if kind not in found or name not in self.parameters or tensor.shape != self.parameters[name].shape:
                 raise ValueError(f"{full_name!r} of shape {tuple(tensor.shape)} belongs to no parameter of this model")
-            found[kind][name] = tensor.to(self._parameters[name].device, copy=True)
+            found[kind][name] = tensor.to(self.parameters[name].device, copy=True)
         self._fisher, self._anchor = found["fisher"], found["anchor"]
+
+
+class Elastic(Hook):
+    """Adds the penalty to every step, and passes a border of the stream after the last step of each period."""
+
+    name: ClassVar[str] = "elastic"
+
+    def __init__(
+        self, penalty: ElasticPenalty, stream: TrainingStream, scoring: GradientComputer, *, seed: int
+    ) -> None:
+        self._penalty, self._stream, self._scoring, self._seed = penalty, stream, scoring, seed
+
+    def after_backward(self) -> None:
+        """Add the penalty's gradient; the norm that is clipped includes it, the loss does not."""
+        self._penalty.add_gradient()
+
+    def fields(self, *, is_logged: bool) -> dict[str, float]:
+        """The penalty, in nats a token."""
+        return {"ewc_penalty": self._penalty.value()} if is_logged else {}
+
+    def after_step(self, step: int) -> None:
+        """At a border, note what the period that is over depends on; nothing follows the last one."""
+        group = self._stream.passed_group(step)
+        if group is None or step == self._stream.total_steps:
+            return
+        rows = self._stream.first_rows(group, self._penalty.settings.sequences)
+        self._penalty.consolidate(
+            diagonal_fisher(self._penalty.parameters, self._scoring.logits, rows, seed=self._seed + step)
+        )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """None before the first border."""
+        return self._penalty.state_tensors()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state_tensors` returned."""
+        self._penalty.load_state_tensors(tensors)
 
 
 def diagonal_fisher(

@@ -14,7 +14,7 @@ from nested_lm.config.run import RunConfig
 from nested_lm.config.train import TrainConfig
 from nested_lm.errors import ConfigError
 from nested_lm.nn.sizing import count_parameters
-from nested_lm.train.cost_probe import Counts, Recompute, run_probe
+from nested_lm.train.costs.probe import Counts, Recompute, run_probe
 
 DEVICE_FLOPS = {"h100": 989e12, "h200": 989e12, "a100": 312e12}
 """Dense bfloat16 operations a second that the makers state."""
@@ -178,15 +178,17 @@ def _duration(hours: float) -> str:
     return f"{hours:,.3g} h" if hours >= 0.1 else f"{hours * 3600:.2g} s"
 
 
-def describe_costs(config: RunConfig, *, device: str, mfu: float, devices: int) -> list[tuple[str, str]]:
+def describe_costs(config: RunConfig, *, device: str | None, mfu: float, devices: int) -> list[tuple[str, str]]:
     """Say what each stage costs and what a device holds, as labelled lines.
+
+    device: whose memory and hours are stated; None: neither is known of this machine, and both are left out.
 
     Raises:
         ConfigError: an unknown device, a utilisation outside (0, 1], or ranks that cannot share a step.
     """
-    from nested_lm.train.footprint import describe_memory, held_bytes
+    from nested_lm.train.costs.footprint import describe_memory, held_bytes
 
-    if device not in DEVICE_FLOPS:
+    if device is not None and device not in DEVICE_FLOPS:
         raise ConfigError(f"--device-name {device}: unknown; known are {', '.join(DEVICE_FLOPS)}")
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu:g}: must lie above 0 and be at most 1")
@@ -201,13 +203,14 @@ def describe_costs(config: RunConfig, *, device: str, mfu: float, devices: int) 
             ),
         ]
     costs = stage_costs(config)
-    hours = training_hours(config, costs, device=device, mfu=mfu, devices=devices)
+    hours = [] if device is None else training_hours(config, costs, device=device, mfu=mfu, devices=devices)
+    takes = [f", {_duration(each)}" for each in hours] or [""] * len(costs)
     rows = []
-    for each, needed, (length, tokens) in zip(costs, hours, stages(train), strict=True):
+    for each, needed, (length, tokens) in zip(costs, takes, stages(train), strict=True):
         parts = ", ".join(f"{part} {count / length / 1e6:.4g}" for part, count in each.forward.items() if count)
         forward = sum(each.forward.values()) / length
         rows += [
-            (f"at {length:,}", f"{tokens:,} tokens, {_duration(needed)}"),
+            (f"at {length:,}", f"{tokens:,} tokens{needed}"),
             ("  forward", f"{forward / 1e6:,.4g} MFLOP a token: {parts}"),
             ("  training", f"{each.training / length / 1e6:,.4g} MFLOP a token, without what train.recompute adds"),
             ("  state", f"{each.state_bytes:,} bytes a sequence"),
@@ -215,5 +218,7 @@ def describe_costs(config: RunConfig, *, device: str, mfu: float, devices: int) 
     rows += describe_memory(config, costs, device=device, devices=devices)
     counted = sum(each.training / length * tokens for each, (length, tokens) in zip(costs, stages(train), strict=True))
     rows.append(("operations", f"{counted:.3g} in all; 6 x parameters x tokens would be {rule_of_thumb(config):.3g}"))
+    if device is None:
+        return [*rows, ("time", "not known of this machine; --device-name h100 states that of an H100")]
     assumed = f"{devices} x {device}, {DEVICE_FLOPS[device] / 1e12:g} TFLOP/s, at an assumed MFU of {mfu:g}"
     return [*rows, ("time", f"{_duration(sum(hours))} on {assumed}; not measured")]

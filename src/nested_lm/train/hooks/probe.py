@@ -12,29 +12,32 @@ from nested_lm.data.loader import IGNORED_TARGET, Batch
 from nested_lm.data.packing import Pieces, Placed, fill, pack
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import DataError
+from nested_lm.train.hooks.base import Hook
 from nested_lm.train.step import GradientComputer
 
 FIELD = "probe/"
 """First part of the names of the fields in a step record: `probe/0` is the loss on the stream's first period."""
 
 
-class PeriodProbe:
+class PeriodProbe(Hook):
     """Scores a few fixed rows of each period, all in one batch.
 
     batch: the rows of all periods, period after period.
     periods: the period of each row, counted in the order of the stream.
     """
 
-    def __init__(self, batch: Batch, periods: np.ndarray) -> None:
-        self._batch, self._periods = batch, periods
+    def __init__(self, batch: Batch, periods: np.ndarray, model: nn.Module, scoring: GradientComputer) -> None:
+        self._batch, self._periods, self._model, self._scoring = batch, periods, model, scoring
 
-    def run(self, model: nn.Module, computer: GradientComputer) -> dict[str, float]:
-        """Nats per scored token of each period, as fields of a step record."""
+    def fields(self, *, is_logged: bool) -> dict[str, float]:
+        """Nats per scored token of each period, in every record of a step."""
+        del is_logged
+        model = self._model
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                losses = computer.losses(self._batch)[0].double().cpu().numpy()
+                losses = self._scoring.losses(self._batch)[0].double().cpu().numpy()
         finally:
             model.train(was_training)
         scored = (self._batch.targets != IGNORED_TARGET).numpy()
@@ -44,7 +47,9 @@ class PeriodProbe:
         }
 
 
-def open_probe(config: RunConfig, groups: list[ReadingGroup]) -> PeriodProbe:
+def open_probe(
+    config: RunConfig, groups: list[ReadingGroup], model: nn.Module, scoring: GradientComputer
+) -> PeriodProbe:
     """Choose the rows: pieces of the validation documents of each period, spread evenly over them.
 
     They depend on the data set and the configuration only, so that every resume scores the same.
@@ -73,4 +78,4 @@ def open_probe(config: RunConfig, groups: list[ReadingGroup]) -> PeriodProbe:
         batches.append((arrays.inputs, arrays.targets, arrays.resets))
         periods += [index] * len(rows)
     columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*batches, strict=True))
-    return PeriodProbe(Batch(*columns), np.array(periods))
+    return PeriodProbe(Batch(*columns), np.array(periods), model, scoring)

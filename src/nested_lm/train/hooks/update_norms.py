@@ -1,26 +1,30 @@
 """How far each group of parameters moves in an update, relative to its size: per role, level and memory."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nested_lm.optim.clocked import ClockedOptimizer
+from nested_lm.train.hooks.base import Hook
 
 Part = tuple[str, int | None]
 """A parameter's name, and for stacked memory starts the index of the memory along dimension 1."""
 
 
-class UpdateNorms:
+class UpdateNorms(Hook):
     """Measures norm(update) / norm(weights) of every group once per logging interval.
 
     A group's weights are copied only at the step that is measured: the last one within the interval at which
     the group's level is due. A level that is not due within an interval is absent from its record. Values
-    wait for the record in `pending`, which is part of the checkpoint state.
+    wait for the record in `pending`, which is the state.
 
     memories: names of the memories whose starts are stacked in the parameters of role `memory`.
     whole: collects the norm of a tensor that is cut over ranks.
     """
+
+    name: ClassVar[str] = "update_norms"
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class UpdateNorms:
         whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.pending: dict[str, float] = {}
+        self._before: dict[str, list[Tensor]] = {}
         self._whole = whole
         self._parameters = optimizer.parameters
         self._every, self._total = every_steps, total_steps
@@ -44,28 +49,40 @@ class UpdateNorms:
                 self._parts[label] = parts
                 self._period_steps[label] = period
 
-    def before(self, step: int) -> dict[str, list[Tensor]]:
-        """Copy the weights of the groups that are measured at this step, by label."""
+    def due(self, step: int) -> list[str]:
+        """Labels of the groups that are measured at this step."""
         logged = min(-(-step // self._every) * self._every, self._total)
-        return {
-            label: [tensor.detach().clone() for tensor in self._tensors(label)]
-            for label, period in self._period_steps.items()
-            if logged // period * period == step
-        }
+        return [label for label, period in self._period_steps.items() if logged // period * period == step]
 
-    def after(self, before: Mapping[str, list[Tensor]]) -> None:
-        """Compare with the copies that `before` made."""
-        for label, old in before.items():
+    def before_update(self, step: int) -> None:
+        """Copy the weights of the groups that are measured."""
+        self._before = {label: [tensor.detach().clone() for tensor in self._tensors(label)] for label in self.due(step)}
+
+    def after_update(self, step: int) -> None:
+        """Compare with the copies."""
+        del step
+        for label, old in self._before.items():
             new = self._tensors(label)
             change = self._norm([a.detach() - b for a, b in zip(new, old, strict=True)])
             size = self._norm(old)
             self.pending[label] = (change / size if size else change).item()
+        self._before = {}
 
-    def take(self) -> dict[str, float]:
-        """Fields for the record of this interval; forgets them."""
+    def fields(self, *, is_logged: bool) -> dict[str, float]:
+        """What was measured within the interval; forgets it."""
+        if not is_logged:
+            return {}
         found = {f"update_norm/{label}": value for label, value in sorted(self.pending.items())}
         self.pending = {}
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What waits for its record."""
+        return dict(self.pending)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue within an interval."""
+        self.pending = dict(state)
 
     def _tensors(self, label: str) -> list[Tensor]:
         """Parameters, or slices of them, that a label stands for."""

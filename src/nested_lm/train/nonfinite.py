@@ -1,7 +1,7 @@
-"""Watch for values that are not finite: each one is named, counted, and limited in a row."""
+"""Finds values that are not finite: in a loss, a gradient, a weight, a score."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,54 +30,6 @@ class NonFinite:
     def as_record(self) -> dict[str, Any]:
         """Fields for the metrics log."""
         return asdict(self)
-
-
-class NonFiniteWatch:
-    """Counts skipped steps and ends a run that skips too many in a row. Part of the checkpoint state."""
-
-    def __init__(self, *, limit: int) -> None:
-        self.limit = limit
-        self.total = 0
-        self.in_a_row = 0
-
-    def passed(self) -> None:
-        """Note a step whose values were all finite."""
-        self.in_a_row = 0
-
-    def skipped(
-        self, found: NonFinite, *, step: int, last_good: Path | None, explain: Callable[[], str | None]
-    ) -> None:
-        """Note a step that was skipped.
-
-        Args:
-            found: its first loss or gradient that is not finite.
-            step: its number.
-            last_good: the newest checkpoint.
-            explain: says where in the model such a value first arises, None if it cannot; slow, so it is asked once,
-                when the run is given up.
-
-        Raises:
-            NumericsError: more than `limit` in a row.
-        """
-        self.total += 1
-        self.in_a_row += 1
-        if self.in_a_row > self.limit:
-            where = explain()
-            raise NumericsError(
-                f"step {step}: {found.tensor} is not finite, and {self.in_a_row} steps in a row were not "
-                f"(train.max_nonfinite_steps allows {self.limit}); "
-                f"{f'first seen in {where}' if where else 'every value of the forward pass is finite'}; "
-                f"last good checkpoint: {last_good or 'none yet'}. "
-                "Lower the learning rate or train.clip_norm, or look at the batches named in metrics.jsonl"
-            )
-
-    def state_dict(self) -> dict[str, int]:
-        """Counts so far."""
-        return {"total": self.total, "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue counting."""
-        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
 def first_nonfinite_loss(losses: Tensor, *, micro_batch: int) -> NonFinite | None:

@@ -13,8 +13,8 @@ from nested_lm.nn.model import LanguageModel
 from nested_lm.optim.clocked import ClockedOptimizer
 from nested_lm.optim.groups import plan_groups
 from nested_lm.optim.level_clock import LevelClock
-from nested_lm.train.cost_probe import Recompute
-from nested_lm.train.costs import RECOMPUTE, Costs
+from nested_lm.train.costs.count import RECOMPUTE, Costs
+from nested_lm.train.costs.probe import Recompute
 from nested_lm.train.strategies.base import micro_batches
 
 DEVICE_BYTES = {"h100": 80e9, "h200": 141e9, "a100": 80e9}
@@ -105,7 +105,9 @@ def devices_needed(config: RunConfig, costs: list[Costs], *, recompute: Recomput
     return None
 
 
-def describe_memory(config: RunConfig, costs: list[Costs], *, device: str, devices: int) -> list[tuple[str, str]]:
+def describe_memory(
+    config: RunConfig, costs: list[Costs], *, device: str | None, devices: int
+) -> list[tuple[str, str]]:
     """Say what a device holds at most, for every way to recompute, and how many devices are needed."""
     train = config.train
     chosen = max(
@@ -116,9 +118,14 @@ def describe_memory(config: RunConfig, costs: list[Costs], *, device: str, devic
     rows = [
         ("peak", f"about {sum(chosen.values()) / 1e9:.3g} GB a device: {parts} (estimate; activations the least sure)")
     ]
-    memory = DEVICE_BYTES[device]
     for recompute in RECOMPUTE:
         peak = max(sum(peak_bytes(config, c, recompute=recompute, devices=devices).values()) for c in costs)
+        mark = " (this run)" if recompute == train.recompute else ""
+        held = f"recompute={recompute}{mark}: {peak / 1e9:.3g} GB a device with {devices}"
+        if device is None:
+            rows.append(("", held))
+            continue
+        memory = DEVICE_BYTES[device]
         needed = devices_needed(config, costs, recompute=recompute, memory=memory)
         if needed is None:
             fits = f"does not fit {memory / 1e9:g} GB on any number of devices tried; lower train.batch_size"
@@ -126,6 +133,5 @@ def describe_memory(config: RunConfig, costs: list[Costs], *, device: str, devic
             fits = f"fits one {device} of {memory / 1e9:g} GB"
         else:
             fits = f"fits {device}s of {memory / 1e9:g} GB from {needed} on, with fsdp2"
-        mark = " (this run)" if recompute == train.recompute else ""
-        rows.append(("", f"recompute={recompute}{mark}: {peak / 1e9:.3g} GB a device with {devices}; {fits}"))
+        rows.append(("", f"{held}; {fits}"))
     return rows

@@ -1,0 +1,1 @@
+"""What a run will cost: operations, time and memory, counted before it starts."""

@@ -1,0 +1,1 @@
+"""What hangs on the training loop: each part in a file of its own, opened in `registry`."""
