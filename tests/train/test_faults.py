@@ -358,7 +358,10 @@ class TestTwoWriters:
     def test_the_second_is_refused_before_anything_is_touched(self, make_config):
         config = make_config()
         folder = Path(config.output_dir)
-        (folder / "checkpoints" / ".tmp-step-00000003-0123abcd").mkdir(parents=True)
+        train(config)
+        (folder / "checkpoints" / ".tmp-step-00000003-0123abcd").mkdir()
+        (folder / ".tmp-0123abcd-metrics.jsonl").write_text("half a")
+        (folder / ".tmp-notes").write_text("mine")
         with own_folder(folder, activity="train"):
             before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
             message = rf"(?s)run is in use by process {os.getpid()} on machine .*kill {os.getpid()}"
@@ -367,7 +370,7 @@ class TestTwoWriters:
             assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
         assert train(config).step == STEPS
         assert not (folder / "lock").exists()
-        assert not list((folder / "checkpoints").glob(".tmp-*"))
+        assert [path.name for path in folder.rglob(".tmp-*")] == [".tmp-notes"]
 
 
 def _root(config):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,9 +38,10 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run had begun to write in this folder."""
+    """Delete what a killed writer had begun in this folder. Its owner alone may: others may be writing."""
     for path in folder.glob(f"{_ASIDE}*"):
-        path.unlink(missing_ok=True)
+        if re.match(rf"\{_ASIDE}[0-9a-f]+-", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

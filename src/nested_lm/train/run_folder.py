@@ -22,7 +22,7 @@ from nested_lm.data.pipeline import require_recipe
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.ops.memory.cpu import library as cpu_library
-from nested_lm.storage.atomic import write_atomically
+from nested_lm.storage.atomic import remove_leftovers, write_atomically
 from nested_lm.storage.commit import current_commit
 from nested_lm.storage.records import Identity
 from nested_lm.storage.sealed import seal, unseal
@@ -60,6 +60,7 @@ def open_run_folder(
     if not identity_file.exists():
         return _create(config, dataset, device=device, parameters=parameters, start=start)
     identity = read_run_identity(folder)
+    remove_leftovers(folder)
     differences = _differences(folder, config) if identity["config_hash"] != training_hash(config) else []
     if differences:  # none: an earlier version, which lacked a field or hashed more of them
         advice = "Choose another output_dir, or start with the stored configuration."

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from nested_lm.errors import NumericsError
 from nested_lm.storage.commit import current_commit
+from nested_lm.storage.lock import own_file
 from nested_lm_lab.evaluation.identity import device_name
 from nested_lm_lab.evaluation.progress import Progress
 from nested_lm_lab.evaluation.results import labelled, stored_result, write_result
@@ -30,10 +31,16 @@ def publish(task: Task[Any, Any], subject: Subject, *, label: str | None = None,
 
     Raises:
         ConfigError: a label that is none, settings that the model cannot have, or a file of another run.
+        InUseError: another process measures this result.
         NumericsError: a number is not finite; nothing is written.
     """
     name = labelled(task.name, label)
     path = output or task.place(subject, name)
+    with own_file(path, activity=f"eval {name}"):
+        return _publish(task, subject, name, path)
+
+
+def _publish(task: Task[Any, Any], subject: Subject, name: str, path: Path) -> Path:
     started = time.perf_counter()
     with task.opened(subject):
         fields: dict[str, Any] = {
