@@ -327,7 +327,9 @@ class TestRefused:
     def test_a_schedule_that_does_not_fit_names_its_fields(self, make_config):
         schedule = {"kind": "wsd", "warmup_tokens": 64, "decay_tokens": 192}
         fitting = r"train\.schedule\.warmup_tokens=16 train\.schedule\.decay_tokens=48"
-        with pytest.raises(ConfigError, match=rf"warmup_tokens 64 and schedule\.decay_tokens 192 need 256.*{fitting}"):
+        with pytest.raises(
+            ConfigError, match=rf"(?s)warmup_tokens 64 and schedule\.decay_tokens 192 need 256.*{fitting}"
+        ):
             make_config(budget_tokens=128, schedule=schedule)
         fits = {"kind": "wsd", "warmup_tokens": 16, "decay_tokens": 48}
         assert make_config(budget_tokens=128, schedule=fits).train.budget_tokens == 128
