@@ -52,7 +52,7 @@ def flips(folder: Path, trials: int) -> Outcome:
 def malformed(folder: Path, trials: int) -> Outcome:
     """Nonsense, random bytes, or a file that is cut short: an error of ours, never a traceback.
 
-    A log or ledger that is cut short was being written: its whole lines are read.
+    A log or ledger that is cut short was being written: its whole lines are read. The last newline means nothing.
     """
     rng = random.Random(4)
 
@@ -60,7 +60,7 @@ def malformed(folder: Path, trials: int) -> Outcome:
         kind = rng.randrange(3)
         if kind == 0:
             return rng.choice(_NONSENSE)
-        return rng.randbytes(rng.randrange(200)) if kind == 1 else content[: rng.randrange(len(content))]
+        return rng.randbytes(rng.randrange(200)) if kind == 1 else content[: rng.randrange(len(content) - 1)]
 
     return _changed(folder, trials, change, may_be_whole=True)
 
