@@ -10,8 +10,13 @@ import nested_lm
 
 PACKAGES = ("nested_lm", "nested_lm_lab")
 
-ADAPTERS = ("nested_lm_lab.tasks.zeroshot.language_model",)
-"""Modules that subclass what an optional package defines; whoever imports them has asked for it."""
+_KERNELS = ("errors", "generate", "momentum", "read", "run", "solve", "tiles")
+ADAPTERS = (
+    "nested_lm_lab.tasks.zeroshot.language_model",
+    "nested_lm.ops.triangular_triton",
+    *(f"nested_lm.ops.memory.triton.{name}" for name in _KERNELS),
+)
+"""Modules written in what an optional package defines; whoever imports them has asked for it."""
 
 
 def import_everything() -> list[str]:

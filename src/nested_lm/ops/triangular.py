@@ -75,9 +75,21 @@ def unit_lower_inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*ba
 
 @torch.library.custom_op("nested_lm::unit_lower_inverse", mutates_args=())
 def _unit_lower_inverse(lower: Tensor) -> Tensor:
+    if lower.is_cuda and _has_kernel(lower):
+        from nested_lm.ops import triangular_triton
+
+        return triangular_triton.inverse(lower)
     with full_precision():
         inverse: Tensor = _inverse(lower)
         return inverse
+
+
+def _has_kernel(lower: Tensor) -> bool:
+    """Whether the Triton kernel serves: one launch instead of a dozen or more."""
+    from nested_lm.ops.memory.triton.backend import LONGEST, device_lacks, triton_missing
+
+    fits = lower.shape[-1] <= LONGEST and lower.dtype == torch.float32
+    return fits and (triton_missing() or device_lacks(lower, lower.dtype)) is None
 
 
 @_unit_lower_inverse.register_fake

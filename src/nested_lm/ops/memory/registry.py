@@ -2,6 +2,7 @@
 
 BACKENDS = {
     "cpu": "nested_lm.ops.memory.cpu.backend",
+    "triton": "nested_lm.ops.memory.triton.backend",
     "torch": "nested_lm.ops.memory.chunked",
 }
 """Modules that are a `Backend` (ops/memory/backend.py), by the name that `model.mixer.backend` gives them.

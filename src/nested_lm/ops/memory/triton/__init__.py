@@ -1,0 +1,1 @@
+"""The self-modifying memories as Triton kernels, for NVIDIA GPUs."""
