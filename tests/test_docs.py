@@ -129,6 +129,20 @@ def test_the_pasted_error_is_what_the_program_says(monkeypatch):
     assert f"ConfigError: {error.value}".strip() == message.strip()
 
 
+# The example of streaming.md needs a trained run; that of extending.md a new process, `tests/ops` runs it in one.
+NOT_HERE = {"streaming.md", "extending.md"}
+RUNNABLE = [page for page in [ROOT / "README.md", *PAGES] if blocks(page, "python") and page.name not in NOT_HERE]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("default")  # torch.compile and vmap warn of what torch itself does
+def test_python_examples_run(page):
+    """Those of a page one after the other, as a reader would."""
+    names = {}
+    for number, block in enumerate(blocks(page, "python")):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
 def test_the_presets_of_the_quickstart_load(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     data, run = blocks(DOCS / "quickstart.md", "yaml")

@@ -330,7 +330,7 @@ def load_model(path: Path, *, device: torch.device | str, tokenizer_hash: str | 
     config = parse_run(read_document(path, "config.json"), str(path / "config.json"))
     tokenizer = TextTokenizer.load(_listed(path, "tokenizer.json"))
     check_tokenizer(path, identity, tokenizer.hash)
-    model = LanguageModel(config.model)
+    model = LanguageModel(config.model, seed=None)
     load_weights(model, read_tensors(path, "model"), where=path)
     with _reading(path / "train_state.json"):
         position = Position.model_validate(read_document(path, "train_state.json"))

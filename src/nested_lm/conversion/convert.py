@@ -154,7 +154,7 @@ def _write(
 ) -> None:
     """Write the run folder aside and rename it, so that it is either whole or not there."""
     with torch.device("meta"):
-        model = LanguageModel(config.model)
+        model = LanguageModel(config.model, seed=None)
     load_weights(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where=output)
     aside = output.parent / f".tmp-{output.name}-{uuid.uuid4().hex[:8]}"
     try:

@@ -33,10 +33,17 @@ __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "t
 class LanguageModel(nn.Module):
     """Autoregressive language model with explicit stream state.
 
+    seed: of the weights, see `initialise`; None leaves them unset, for weights that are set right after.
     recompute: what backward computes again instead of keeping: each memory chunk, each block, or nothing.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: Literal["none", "chunk", "block"] = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        recompute: Literal["none", "chunk", "block"] = "none",
+        seed: int | None = 0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -47,6 +54,8 @@ class LanguageModel(nn.Module):
         self.writer = None
         if config.writes_in_context:
             self.writer = InContextWriter(config.channel, [block.channel.level_mlps() for block in self.blocks])
+        if seed is not None and not self.embedding.weight.is_meta:
+            self.initialise(seed)
 
     def _build_block(self, layer: int) -> Block:
         config, epsilon = self.config, self.config.norm_epsilon

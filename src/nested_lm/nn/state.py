@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nested_lm.config.architecture import settings_difference
 from nested_lm.config.load import config_hash
-from nested_lm.config.model import ModelConfig
+from nested_lm.config.section import Section
 from nested_lm.ops.memory.state import take_rows
 
 Tree = TypeVar("Tree")
@@ -48,7 +48,7 @@ class StreamState:
     layers: one entry a block: fast weights and convolution tails, or keys and values of attention.
     position: tokens read since the streams began; the same for every row.
     packed: some row has begun a new document since position 0, so attention must mask older documents.
-    model: configuration of the model that reads the streams; no other may go on with them.
+    model: configuration of the model or layer that reads the streams; no other may go on with them.
     in_context: fast copies of the levels that are written while the model reads, a tree like `layers`; None without.
     frozen: fast weights are read and no longer written. Convolution tails and attention caches go on.
     """
@@ -56,7 +56,7 @@ class StreamState:
     layers: tuple[Any, ...]
     position: int
     packed: bool
-    model: ModelConfig
+    model: Section
     in_context: Any = None
     frozen: bool = False
 
@@ -82,8 +82,8 @@ class StreamState:
                 "state.select(rows) or model.initial_state(batch_size)"
             )
 
-    def check_model(self, config: ModelConfig) -> None:
-        """Refuse the state of another model.
+    def check_model(self, config: Section) -> None:
+        """Refuse the state of another model or layer.
 
         Configurations are compared, without `backend`. Weights are not: training changes them while streams go on.
         Memory files compare them (`streaming.identity`).

@@ -29,10 +29,20 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+def inside_transform() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, ...) is running: it looks at no values."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # torch has no public name for it
+
+
 def full_product(a: Float[Tensor, "*_ X Y"], b: Float[Tensor, "*_ Y Z"]) -> Float[Tensor, "*_ X Z"]:
     """Matrix product in full precision, and so are its gradients: for what solves, whose errors a chunk carries on."""
     if not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest":
         return a @ b
+    if inside_transform():  # gradients have the precision that torch is set to
+        with full_precision():
+            return a @ b
     product: Tensor = _full_product(a, b)
     return product
 
@@ -69,6 +79,9 @@ def unit_lower_inverse(lower: Float[Tensor, "*batch C C"]) -> Float[Tensor, "*ba
     precision: one wrong write is carried through the rest of the chunk. An operator of its own, so that compilers take
     it as it is and its gradient is one product instead of a walk back through the blocks.
     """
+    if inside_transform():  # which cannot transform operators of one's own
+        with full_precision():
+            return _inverse(lower)
     inverse: Tensor = _unit_lower_inverse(lower)
     return inverse
 

@@ -112,8 +112,7 @@ def train(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the {dataset.vocab_size} tokens "
                 f"of {dataset.folder}; set model.vocab_size={dataset.vocab_size}"
             )
-        model = LanguageModel(config.model, recompute=config.train.recompute)
-        model.initialise(config.seed)
+        model = LanguageModel(config.model, recompute=config.train.recompute, seed=config.seed)
         size = sum(parameter.numel() for parameter in model.parameters())
         start = None
         if config.train.init_from is not None and not list_checkpoints(folder / CHECKPOINTS):

@@ -46,6 +46,10 @@ def run_recurrence(
     if not differentiable_twice and uses_kernels(backend, query.device):
         function = getattr(delta_rule_fla, name)
         query, key, value = (x.to(_kernel_dtype(x)) for x in (query, key, value))
+    elif query.dtype != (wide := torch.promote_types(query.dtype, torch.float32)) and not is_autocast(query):
+        # The chunk form solves triangular systems, and writes add up in the matrix.
+        query, key, value, state = (x.to(wide) for x in (query, key, value, state))
+        gates = {name: None if gate is None else gate.to(wide) for name, gate in gates.items()}
     if recompute and torch.is_grad_enabled():
         return checkpoint(
             function,
@@ -68,4 +72,9 @@ def uses_kernels(backend: Backend, device: torch.device) -> bool:
 
 def _kernel_dtype(x: Tensor) -> torch.dtype:
     """Under autocast its dtype, as for any product of matrices."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return torch.is_autocast_enabled(x.device.type)

@@ -15,6 +15,7 @@ from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.layers import CausalConv, RMSNorm, StepContext, tokens_since_reset
 from nested_lm.nn.mixers.base import Mixer, zeros_for
 from nested_lm.nn.part import Kind, Normal
+from nested_lm.nn.state import map_tensors
 from nested_lm.ops.memory import backend as memory_backend
 from nested_lm.ops.memory.state import (
     GateReadout,
@@ -143,7 +144,11 @@ class SelfModifyingTitans(Mixer):
             gates.insert(1, torch.full_like(gates[0], CLOSED))
         if context.frozen:
             gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
-        inputs, start = MemoryInputs(key, value, query, *gates), self.start_weights()
+        start = self.start_weights()
+        readout = GateReadout(self.readout_rate, self.readout_decay, self.gain)
+        inputs = MemoryInputs(key, value, query, *gates)
+        if self.qkv.weight.dtype != start.inner.dtype:
+            inputs, readout = map_tensors((inputs, readout), lambda tensor: tensor.to(start.inner.dtype))
         call = MemoryCall(
             context.position,
             context.resets,
@@ -153,8 +158,7 @@ class SelfModifyingTitans(Mixer):
             context.rows,
             context.branches,
         )
-        chosen = memory_backend.select(config.backend, self.rule, key, start, call)
-        readout = GateReadout(self.readout_rate, self.readout_decay, self.gain)
+        chosen = memory_backend.select(config.backend, self.rule, inputs.key, start, call)
         output = chosen.run(inputs, start, readout, state.memory, rule=self.rule, call=call)
         reads = self.read_norm(output.reads).flatten(2)
         result = self.out(functional.silu(self.output_gate(x)) * reads.to(x.dtype))
@@ -162,11 +166,12 @@ class SelfModifyingTitans(Mixer):
         return result, SelfModifyingState(output.state, tail), stats
 
     def start_weights(self) -> MemoryWeights:
-        """Learned start of every memory."""
+        """Learned start of every memory, in float32 at least: small writes add up in memories."""
         outer = self.start_outer
         if outer is None:  # linear memories have no second layer
             outer = self.start_inner[..., :0]
-        return MemoryWeights(self.start_inner, outer)
+        dtype = torch.promote_types(outer.dtype, torch.float32)
+        return MemoryWeights(self.start_inner.to(dtype), outer.to(dtype))
 
     @torch.no_grad()
     def _statistics(self, rate: Tensor, decay: Tensor, current: MemoryWeights) -> dict[str, Tensor]:
