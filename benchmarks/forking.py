@@ -21,11 +21,12 @@ import torch
 from benchmarks.streaming import hardware
 from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint
 from nested_lm.cli.arguments import Device, open_checkpoint
+from nested_lm.reading.reader import Document
 from nested_lm.storage.atomic import write_atomically
 from nested_lm.storage.commit import current_commit
 from nested_lm_lab.tasks.zeroshot.data_folder import verified_files
 from nested_lm_lab.tasks.zeroshot.harness import build_requests, open_tasks
-from nested_lm_lab.tasks.zeroshot.sequences import Document, ModelScorer
+from nested_lm_lab.tasks.zeroshot.sequences import ModelScorer
 from nested_lm_lab.tasks.zeroshot.tasks import choose_tasks
 
 TOLERANCE = 1e-4  # of a score in nats, relative: float32, other batches

@@ -6,7 +6,8 @@ Layers for networks of your own, `y, state = layer(x)` (docs/layers.md):
 - `GatedDeltaNet`, `DeltaNet`, `LinearAttention`, `Attention`: what they are compared with.
 - `ContinuumMemory`: residual MLPs, each updated on its own clock. `HopeBlock`: both parts of Hope in one block.
 
-A whole model: `LanguageModel`, which `ModelConfig` describes.
+A whole model: `LanguageModel`, which `ModelConfig` describes. `load` gives a trained one, with its tokenizer and a memory
+(docs/streaming.md).
 """
 
 from importlib import import_module
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         TitansMemory,
     )
     from nested_lm.nn.model import LanguageModel
+    from nested_lm.reading.trained import load
 
 __version__ = "0.1.0.dev0"
 
@@ -39,9 +41,14 @@ __all__ = [
     "ModelConfig",
     "SelfModifyingTitans",
     "TitansMemory",
+    "load",
 ]
 
-_HOMES = {"LanguageModel": "nested_lm.nn.model", "ModelConfig": "nested_lm.config.model"}
+_HOMES = {
+    "LanguageModel": "nested_lm.nn.model",
+    "ModelConfig": "nested_lm.config.model",
+    "load": "nested_lm.reading.trained",
+}
 """Modules of the names above; all others are in `nn/drop_in.py`. They are imported when asked for: torch is slow."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from nested_lm.cli.main import app
 from nested_lm.config.load import config_hash, parse_run
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading import generation
+from nested_lm.reading import calls
+from nested_lm.reading.generation import generate
 from nested_lm.reading.memory_file import read_header
-from nested_lm.reading.verbs import identity, open_memory, update_memory
+from nested_lm.reading.trained import TrainedModel
 
 FIRST = "the union of these states shall keep its army and navy in peace"
 SECOND = "while congress reads this message on the revenue and the commerce of nations, ünd so weiter"
@@ -129,6 +131,16 @@ def stream(checkpoint, *texts):
     return torch.tensor([[token for text in texts for token in [tokenizer.start_of_text, *tokenizer.encode(text)]]])
 
 
+def identity(checkpoint):
+    return TrainedModel.of(checkpoint).identify()
+
+
+def open_memory(path, checkpoint):
+    trained = TrainedModel.of(checkpoint)
+    trained.load_memory(path)
+    return trained.memory
+
+
 def kept(path):
     return path.read_bytes(), path.stat().st_mtime_ns
 
@@ -222,7 +234,7 @@ class TestMemorize:
         limits = ["--continue", "--max-state-mib", 1]
         found = run("memorize", "--checkpoint", make_checkpoint("transformer"), "long.txt", "--memory", "m", *limits)
         assert found.exit_code == 2
-        assert "the limit is 1.0 MiB; nothing was written" in found.stderr
+        assert "the limit is 1.0 MiB (--max-state-mib); nothing was written" in found.stderr
         assert kept(texts / "m") == before
 
     def test_killed_while_reading_the_old_memory_stays(self, memorize, make_checkpoint, texts):
@@ -243,7 +255,7 @@ class TestGenerate:
     def test_memory_and_prompt_are_one_pass_over_text_and_prompt(
         self, kind, memorize, run, make_checkpoint, texts, monkeypatch
     ):
-        monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
+        monkeypatch.setattr(calls, "SEGMENT_TOKENS", 16)
         memorize("both.jsonl", "--memory", "m", kind=kind)
         before = kept(texts / "m")
         arguments = ["generate", make_checkpoint(kind), "--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 12]
@@ -264,7 +276,7 @@ class TestGenerate:
     def test_the_memory_is_updated_on_request(self, memorize, run, make_checkpoint, texts):
         memorize("first.txt", "--memory", "m")
         checkpoint = loaded(make_checkpoint("hope"))
-        plain = generation.generate(
+        plain = generate(
             checkpoint.model,
             stream(checkpoint, FIRST, PROMPT),
             max_new_tokens=6,
@@ -283,14 +295,36 @@ class TestGenerate:
             found.layers[1].memory.current.inner, expected.layers[1].memory.current.inner, rtol=1e-3, atol=1e-6
         )
 
-    def test_the_end_of_a_document_is_not_stored(self, make_checkpoint, texts):
+    def test_the_end_of_a_document_is_not_stored(self, make_checkpoint, monkeypatch):
         checkpoint = loaded(make_checkpoint("hope"))
-        with torch.no_grad():
-            state = checkpoint.model(stream(checkpoint, FIRST)).state
-        for last, read in ((5, 1), (checkpoint.tokenizer.end_of_text, 0)):
-            made = generation.Generation(torch.tensor([[7, last]]), state)
-            update_memory(texts / "m", checkpoint, made, stop=checkpoint.tokenizer.end_of_text)
-            assert open_memory(texts / "m", checkpoint).position == state.position + read
+        trained, tokenizer = TrainedModel.of(checkpoint), checkpoint.tokenizer
+        length = stream(checkpoint, FIRST).shape[1]
+        for last, read in ((tokenizer.encode("x")[0], 1), (tokenizer.end_of_text, 0)):
+            logits = torch.nn.functional.one_hot(torch.tensor(last), 320).float()
+            monkeypatch.setattr(
+                "nested_lm.reading.generation.next_token_probabilities", lambda *_, drawn=logits, **__: drawn[None]
+            )
+            trained.forget()
+            assert trained.generate(FIRST, temperature=0, max_new_tokens=1, remember=True) == "x" * read
+            assert trained.memory.position == length + read
+
+    @pytest.mark.parametrize("prompt", ["caf\udce9", "\ud800"])
+    def test_a_prompt_that_is_not_utf8_is_one_error(self, run, make_checkpoint, prompt):
+        found = run("generate", make_checkpoint("hope"), "--prompt", prompt)
+        assert found.exit_code == 2
+        assert found.stderr.startswith("DataError: a text is not UTF-8: byte ")
+
+    def test_a_console_that_is_not_utf8_gets_what_it_can_show(self, make_checkpoint, texts):
+        code = "from nested_lm.cli.main import main; main()"
+        arguments = ["generate", str(make_checkpoint("hope")), "--prompt", "漢 a", "--max-new-tokens", "1"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+            capture_output=True,
+            check=True,
+            cwd=texts,
+        )
+        assert done.stdout.startswith(b"\\u6f22 a")
 
     def test_an_update_without_a_memory_is_refused(self, run, make_checkpoint):
         found = run("generate", make_checkpoint("hope"), "--prompt", PROMPT, "--update-memory")
@@ -378,7 +412,7 @@ class TestRefusals:
 
         checkpoint = loaded(make_checkpoint("hope"))
         save_memory(texts / "m", checkpoint.model.initial_state(3), identity(checkpoint))
-        assert "holds 3 streams, this command uses one" in use()
+        assert "holds 3 streams, a memory here is one" in use()
 
     def test_another_safetensors_file(self, use, texts):
         save_file({"a": torch.ones(1)}, texts / "m")

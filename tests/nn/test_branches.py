@@ -42,7 +42,7 @@ def test_each_branch_predicts_what_it_does_alone(preset, stem, position):
     state = model(tokens(3, position, 0)).state if position else model.initial_state(3)
     held = [tensor.clone() for tensor in iterate_tensors(state.layers)]
     rows, branches = packed(stem, BRANCHES)
-    found = model(rows, state=state, final=True, branches=branches)
+    found = model.predict(rows, None, state=state, final=True, branches=branches)
     assert found.state is state
     assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
     assert torch.isfinite(found.logits).all()
@@ -55,7 +55,9 @@ def test_many_short_branches_that_are_read_together(preset):
     model = build(preset)
     state = model(tokens(2, 23, 0)).state
     rows, branches = packed(30, ((3, 1, 0, 2) * 12, (14, 9, 10, 11, 1) + (1,) * 43))  # the 11th token meets a border
-    assert_alone(model, state, rows, branches, model(rows, state=state, final=True, branches=branches).logits)
+    assert_alone(
+        model, state, rows, branches, model.predict(rows, None, state=state, final=True, branches=branches).logits
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -66,8 +68,8 @@ def test_of_rows_that_go_on_from_one_stream(preset, stem):
     state = model(tokens(2, 23, 0)).state
     rows, branches = packed(stem, BRANCHES[::-1])  # the first row's only branch moves its borders
     streams = torch.tensor([1, 1, 0])
-    found = model(rows, state=state, final=True, rows=streams, branches=branches).logits
-    expected = model(rows, state=state.select(streams), final=True, branches=branches).logits
+    found = model.predict(rows, None, state=state, final=True, rows=streams, branches=branches).logits
+    expected = model.predict(rows, None, state=state.select(streams), final=True, branches=branches).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -78,7 +80,7 @@ def test_in_float64_of_rules_with_borders_of_their_own():
     )
     model.double()
     rows, branches = packed(13, BRANCHES)
-    found = model(rows, final=True, branches=branches).logits
+    found = model.predict(rows, None, state=model.initial_state(len(rows)), final=True, branches=branches).logits
     for row, edges in enumerate(branches.tolist()):
         for begin, end in itertools.pairwise(edges):
             expected = model(torch.cat([rows[row, :13], rows[row, begin:end]])[None]).logits[0, 13:]
@@ -90,9 +92,9 @@ def test_frozen_states_and_chosen_predictions():
     model = build("hope/demo")
     state = model(tokens(3, 64, 0)).state.freeze()
     rows, branches = packed(20, BRANCHES)
-    everything = model(rows, state=state, final=True, branches=branches).logits
+    everything = model.predict(rows, None, state=state, final=True, branches=branches).logits
     chosen = torch.tensor([[0, 19], [2, 50], [0, 21]])
-    found = model(rows, state=state, final=True, branches=branches, places=chosen).logits[0]
+    found = model.predict(rows, chosen, state=state, final=True, branches=branches).logits[0]
     torch.testing.assert_close(found, everything[chosen[:, 0], chosen[:, 1]], rtol=TOLERANCE, atol=TOLERANCE)
     alone = model(torch.cat([rows[2, :20], rows[2, 20:84]])[None], state=state.select(torch.tensor([2]))).logits[0, 50]
     torch.testing.assert_close(found[1], alone, rtol=TOLERANCE, atol=TOLERANCE)
@@ -107,15 +109,18 @@ def test_frozen_states_and_chosen_predictions():
 def test_refuses_borders_that_are_none(branches):
     model = build("hope/demo")
     with pytest.raises(ValueError, match="branches"):
-        model(tokens(1, 9, 0), final=True, branches=torch.tensor(branches))
+        model.predict(tokens(1, 9, 0), None, state=model.initial_state(1), final=True, branches=torch.tensor(branches))
 
 
 @torch.no_grad()
 def test_refuses_stems_of_several_lengths():
+    model = build("hope/demo")
     with pytest.raises(ValueError, match="a line for each row"):
-        build("hope/demo")(tokens(2, 9, 0), final=True, branches=torch.tensor([[3, 9]]))
+        model.predict(tokens(2, 9, 0), None, state=model.initial_state(2), final=True, branches=torch.tensor([[3, 9]]))
     with pytest.raises(ValueError, match="of one length in all rows"):
-        build("hope/demo")(tokens(2, 9, 0), final=True, branches=torch.tensor([[3, 9], [4, 9]]))
+        model.predict(
+            tokens(2, 9, 0), None, state=model.initial_state(2), final=True, branches=torch.tensor([[3, 9], [4, 9]])
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,14 +138,10 @@ def test_models_that_do_not_read_them_say_so(preset, overrides):
     model = build(preset, *overrides)
     assert not model.reads_branches
     with pytest.raises(ValueError, match="reads branches"):
-        model(tokens(1, 9, 0), final=True, branches=torch.tensor([[3, 9]]))
+        model.predict(tokens(1, 9, 0), None, state=model.initial_state(1), final=True, branches=torch.tensor([[3, 9]]))
 
 
-def test_refuses_gradients_and_documents():
+def test_refuses_gradients():
     model, branches = build("hope/demo"), torch.tensor([[3, 9]])
     with pytest.raises(ValueError, match="without gradients"):
-        model(tokens(1, 9, 0), final=True, branches=branches)
-    starts = torch.zeros(1, 9, dtype=torch.bool)
-    starts[0, 0] = True
-    with torch.no_grad(), pytest.raises(ValueError, match="document starts"):
-        model(tokens(1, 9, 0), final=True, branches=branches, resets=starts, state=model(tokens(1, 64, 0)).state)
+        model.predict(tokens(1, 9, 0), None, state=model.initial_state(1), final=True, branches=branches)

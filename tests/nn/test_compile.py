@@ -30,6 +30,6 @@ def test_a_traced_last_call_gives_the_same_predictions(settings):
     model = build(settings | {"num_layers": 1})
     state, rows = model(tokens(2, 17)).state, torch.tensor([1, 0, 0])
     later = tokens(3, 5)
-    expected = model(later, state=state, rows=rows, final=True).logits
-    found = torch.compile(model, backend="eager")(later, state=state, rows=rows, final=True).logits
+    expected = model.predict(later, None, state=state, rows=rows, final=True).logits
+    found = torch.compile(model.predict, backend="eager")(later, None, state=state, rows=rows, final=True).logits
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

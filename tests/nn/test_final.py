@@ -34,7 +34,7 @@ def test_predicts_what_selected_rows_predict(preset, count):
     held = [tensor.clone() for tensor in iterate_tensors(state.layers)]
     later = tokens(5, count, 1)
     expected = model(later, state=state.select(ROWS)).logits
-    found = model(later, state=state, rows=ROWS, final=True)
+    found = model.predict(later, None, state=state, rows=ROWS, final=True)
     torch.testing.assert_close(found.logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert found.state is state
     assert all(torch.equal(a, b) for a, b in zip(held, iterate_tensors(state.layers), strict=True))
@@ -47,24 +47,23 @@ def test_of_rows_that_go_on_from_themselves(preset):
     state = model(tokens(2, 41, 0)).state
     later = tokens(2, 130, 1)
     expected = model(later, state=state)
-    torch.testing.assert_close(model(later, state=state, final=True).logits, expected.logits, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(model(later, final=True).logits, model(later).logits, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        model.predict(later, None, state=state, final=True).logits, expected.logits, rtol=0, atol=TOLERANCE
+    )
+    found = model.predict(later, None, state=model.initial_state(2), final=True)
+    torch.testing.assert_close(found.logits, model(later).logits, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("preset", ["hope/demo", *(name for name in PRESETS if "titans" in name or "window" in name)])
 @torch.no_grad()
-def test_documents_that_start_in_it_and_frozen_states(preset):
+def test_of_a_frozen_state(preset):
     model = build(preset)
     state = model(tokens(3, 64, 0)).state
-    later, starts = tokens(5, 128, 1), torch.zeros(5, 128, dtype=torch.bool)
-    starts[1, 64] = starts[4, 0] = True
-    expected = model(later, state=state.select(ROWS), resets=starts).logits
-    found = model(later, state=state, rows=ROWS, resets=starts, final=True).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    later = tokens(5, 128, 1)
     frozen = state.freeze()
     expected = model(later, state=frozen.select(ROWS)).logits
     torch.testing.assert_close(
-        model(later, state=frozen, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
+        model.predict(later, None, state=frozen, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
     )
 
 
@@ -75,7 +74,7 @@ def test_with_gradients_rows_are_selected_and_all_gradients_are_there():
     for options in ({"rows": ROWS, "final": True}, {}):
         state = model(tokens(3, 41, 0)).state
         state = state if options else state.select(ROWS)
-        loss = model(later, state=state, **options).logits.square().mean()
+        loss = model.predict(later, None, state=state, **options).logits.square().mean()
         found.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -86,7 +85,7 @@ def test_rows_without_an_end_are_selected():
     model = build("hope/demo")
     state = model(tokens(3, 41, 0)).state
     later = tokens(5, 7, 1)
-    found, expected = model(later, state=state, rows=ROWS), model(later, state=state.select(ROWS))
+    found, expected = model.predict(later, None, state=state, rows=ROWS), model(later, state=state.select(ROWS))
     assert torch.equal(found.logits, expected.logits)
     pairs = zip(iterate_tensors(found.state.layers), iterate_tensors(expected.state.layers), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -102,7 +101,7 @@ def test_of_rows_with_several_documents_behind_them():
     later = tokens(5, 7, 1)
     expected = model(later, state=state.select(ROWS)).logits
     torch.testing.assert_close(
-        model(later, state=state, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
+        model.predict(later, None, state=state, rows=ROWS, final=True).logits, expected, rtol=0, atol=TOLERANCE
     )
 
 
@@ -113,9 +112,9 @@ def test_of_views_of_one_stream_and_other_number_types():
     later, rows = tokens(5, 7, 1), torch.zeros(5, dtype=torch.long)
     expected = model(later, state=state.select(rows)).logits
     for given in (state, state.select(torch.tensor([0, 0]))):
-        found = model(later, state=given, rows=rows, final=True).logits
+        found = model.predict(later, None, state=given, rows=rows, final=True).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
-    found = model.double()(later, state=state, rows=rows, final=True).logits
+    found = model.double().predict(later, None, state=state, rows=rows, final=True).logits
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4)
 
 
@@ -129,9 +128,9 @@ def test_a_state_of_other_streams_is_refused(preset, final):
     with pytest.raises(
         ValueError, match="5 rows of tokens and 3 streams of the state; give each row of tokens a stream"
     ):
-        model(tokens(5, 7, 1), state=state, final=final)
+        model.predict(tokens(5, 7, 1), None, state=state, final=final)
     with pytest.raises(ValueError, match="5 rows of tokens and 2 entries of `rows`"):
-        model(tokens(5, 7, 1), state=state, rows=ROWS[:2], final=final)
+        model.predict(tokens(5, 7, 1), None, state=state, rows=ROWS[:2], final=final)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -141,4 +140,4 @@ def test_a_row_that_is_not_there_is_refused(backend, row):
     model = build("hope/demo", f"model.mixer.backend={backend}")
     state = model(tokens(3, 41, 0)).state
     with pytest.raises(IndexError):
-        model(tokens(2, 7, 1), state=state, rows=torch.tensor([0, row]), final=True)
+        model.predict(tokens(2, 7, 1), None, state=state, rows=torch.tensor([0, row]), final=True)

@@ -105,8 +105,9 @@ def test_no_document_starts_in_a_frozen_state():
 @torch.no_grad()
 def test_the_last_prediction_alone_is_the_last_of_all(preset):
     model = build(preset)
-    everything, last = model(tokens(70, 0)), model(tokens(70, 0), predictions="last")
-    assert last.logits.shape == (2, 1, 2048)
-    torch.testing.assert_close(last.logits, everything.logits[:, -1:], atol=1e-5, rtol=0)
+    given, ends = tokens(70, 0), torch.tensor([[0, 69], [1, 69]])
+    everything, last = model(given), model.predict(given, ends, state=model.initial_state(2))
+    assert last.logits.shape == (1, 2, 2048)
+    torch.testing.assert_close(last.logits[0], everything.logits[:, -1], atol=1e-5, rtol=0)
     for a, b in zip(iterate_tensors(everything.state.layers), iterate_tensors(last.state.layers), strict=True):
         assert torch.equal(a, b)

@@ -5,7 +5,7 @@ import torch
 
 from nested_lm.errors import NumericsError
 from nested_lm.nn.state import iterate_tensors
-from nested_lm.reading import generation
+from nested_lm.reading import calls
 from nested_lm.reading.generation import generate, next_token_probabilities
 from tests.nn.test_model import HOPE, TRANSFORMER, build, tokens
 
@@ -75,10 +75,10 @@ class TestStreams:
     def test_a_long_prompt_is_read_in_segments(self, settings, monkeypatch):
         model, prompt = build(settings), tokens(2, 45)
         whole = sample(model, prompt, temperature=0.0)
-        lengths, forward = [], model.forward
-        monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
+        lengths, predict = [], model.predict
+        monkeypatch.setattr(calls, "SEGMENT_TOKENS", 16)
         monkeypatch.setattr(
-            model, "forward", lambda ids, **given: lengths.append(ids.shape[1]) or forward(ids, **given)
+            model, "predict", lambda ids, *given, **how: lengths.append(ids.shape[1]) or predict(ids, *given, **how)
         )
         assert torch.equal(sample(model, prompt, temperature=0.0), whole)
         assert lengths == [16, 16, 13] + [1] * 8
@@ -129,15 +129,17 @@ class TestPredictionsThatAreNotFinite:
                 values[0, here.index(first - 1)] = float("nan")
             return (values, *output[1:])
 
-        place, original = [0], model.forward
+        place, original = [0], model._run
 
-        def forward(ids, *, state=None, **kwargs):
-            place[0] = 0 if state is None else state.position
-            return original(ids, state=state, **kwargs)
+        def run(ids, resets, state, wish):
+            place[0] = state.position
+            return original(ids, resets, state, wish)
 
-        model.forward = forward
+        model._run = run
         model.blocks[1].mixer.register_forward_hook(hook)
-        with pytest.raises(NumericsError, match=rf"layer 1, mixer.*token {first - 1} of the stream(?s:.*)No token"):
+        with pytest.raises(
+            NumericsError, match=rf"layer 1, mixer.*token {first - 1} of the stream(?s:.*)Nothing was drawn"
+        ):
             sample(model, tokens(2, 5), temperature=temperature)
 
     def test_weights_that_are_not_finite_are_named(self):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nested_lm.errors import CheckpointError, DataError, NumericsError
 from nested_lm.nn.state import StreamState, iterate_tensors
+from nested_lm.reading.identity import tensors_hash
 from nested_lm.reading.memory_file import describe_bytes, load_memory, num_streams, read_header, save_memory
 from nested_lm.reading.tree import flatten, rebuild
 from tests.reading.models import PARTS, build, identity_of, tokens
@@ -280,6 +281,52 @@ class TestRefusals:
         model, identity, _, path = saved
         save_file(load_file(path), path, {HEADER: "seal\n[1"})
         self.refused(path, model, identity, "its header cannot be read")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda header, tensors: header.update(streams=10**300),
+            lambda header, tensors: header.update(streams=3),
+            lambda header, tensors: header.update(streams=-1),
+            lambda header, tensors: header.update(streams="2"),
+            lambda header, tensors: header.update(state_bytes=None),
+            lambda header, tensors: header.update(written_by="\ud800"),
+            lambda header, tensors: header.update(form=["x"]),
+            lambda header, tensors: header.update(values={}),
+            lambda header, tensors: header.update(values=7),
+            lambda header, tensors: header["values"].update(position="13"),
+            lambda header, tensors: header["values"].update(position=-13),
+            lambda header, tensors: header["values"].update(position=10**30),
+            lambda header, tensors: header["values"].update(packed=3),
+            lambda header, tensors: header["values"].pop("frozen"),
+            lambda header, tensors: header.pop("tensors_hash"),
+            lambda header, tensors: header["model"].update(label="\udcff"),
+            lambda header, tensors: header["model"].update(settings=[]),
+            lambda header, tensors: header.update(model=None),
+            lambda header, tensors: header.update(layout=None),
+            lambda header, tensors: tensors.pop(next(iter(tensors))),
+            lambda header, tensors: tensors.update({next(iter(tensors)): torch.zeros(2)}),
+            lambda header, tensors: tensors.update({name: t.double() for name, t in tensors.items()}),
+            lambda header, tensors: tensors.update({name: t[:1].clone() for name, t in tensors.items()}),
+        ],
+    )
+    def test_a_sealed_header_that_says_nonsense_is_one_error(self, saved, change):
+        model, identity, _, path = saved
+
+        def forge(header, tensors):
+            change(header, tensors)
+            header["tensors_hash"] = tensors_hash(tensors) if "tensors_hash" in header else None
+
+        rewrite(path, forge)
+        self.refused(path, model, identity)
+
+    @pytest.mark.parametrize(
+        "text", ["[" * 100_000, "1" * 5_000, "null", '{"layout": 1}', '{"layout": 1, "model": {}}']
+    )
+    def test_a_sealed_text_that_is_no_header_is_one_error(self, saved, text):
+        model, identity, _, path = saved
+        save_file(load_file(path), path, {HEADER: f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}"})
+        self.refused(path, model, identity, "damaged")
 
 
 class TestWriting:

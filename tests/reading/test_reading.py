@@ -7,8 +7,7 @@ import torch
 from nested_lm.errors import CheckpointError, NumericsError
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.state import iterate_tensors
-from nested_lm.reading import generation
-from nested_lm.reading.generation import segment_room
+from nested_lm.reading import calls
 from nested_lm.reading.stream import Boundary, StreamReader
 from tests.reading.models import MIB, PARTS, build, documents, overflowing
 
@@ -18,7 +17,7 @@ TWO = Boundary(start=0, end=60)  # a start token that is not the end token
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
+    monkeypatch.setattr(calls, "SEGMENT_TOKENS", 16)
     with torch.no_grad():
         yield
 
@@ -64,24 +63,16 @@ def test_reading_on_is_reading_at_once(name):
 
 def test_calls_are_short_and_end_on_borders(monkeypatch):
     model, lengths = build("hope"), []
-    forward = model.forward
+    predict = model.predict
 
-    def counted(tokens, *, state):
+    def counted(tokens, places, *, state, **options):
         lengths.append((state.position, tokens.shape[1]))
-        return forward(tokens, state=state)
+        return predict(tokens, places, state=state, **options)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(model, "predict", counted)
     state, _ = read(model, documents(4, 4, 4, 70))
     read(model, documents(40), state=state)
     assert lengths == [(0, 16), (16, 16), (32, 16), (48, 16), (64, 16), (80, 6), (86, 10), (96, 16), (112, 15)]
-
-
-@pytest.mark.parametrize(("alignment", "length"), [(4, 16), (5, 20), (24, 24)])
-def test_segments_are_multiples_of_the_models_alignment(alignment, length):
-    class Model:
-        config = type("Config", (), {"alignment": alignment})
-
-    assert [segment_room(Model, position) for position in (0, 1, length)] == [length, length - 1, length]
 
 
 def test_a_growing_state_is_refused_beyond_its_limit():
@@ -104,5 +95,5 @@ def test_numbers_that_are_not_finite_are_named():
     given = [np.array([5, 6, 8, 9]), np.array([7, 5])]
     with pytest.raises(NumericsError, match=r"parameter embedding\.weight"):
         read(model, given)
-    with pytest.raises(NumericsError, match=r"after 0 tokens of the stream: layer 1, .*token 0"):
+    with pytest.raises(NumericsError, match=r"after 0 tokens of the stream; first seen in layer 1, .*token 0"):
         read(overflowing("hope", layer=1), given)

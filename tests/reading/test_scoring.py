@@ -7,8 +7,8 @@ import torch
 from nested_lm.errors import NumericsError
 from nested_lm.nn.loss import token_losses
 from nested_lm.nn.state import iterate_tensors
-from nested_lm.reading import generation
-from nested_lm.reading.scoring import score_documents
+from nested_lm.reading import calls
+from nested_lm.reading.reader import Reader
 from nested_lm.reading.stream import Boundary
 from tests.reading.models import PARTS, build, documents, overflowing, tokens
 
@@ -18,13 +18,14 @@ TWO = Boundary(start=0, end=60)
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT_TOKENS", 16)
+    monkeypatch.setattr(calls, "SEGMENT_TOKENS", 16)
     with torch.no_grad():
         yield
 
 
 def score(model, given, *, state=None, batch_size=3):
-    return score_documents(model, given, state=state, boundary=TWO, batch_size=batch_size)
+    sequences = [(TWO.scored(document),) for document in given]
+    return [scores.nats for (scores,) in Reader(model, rows=batch_size).score(sequences, starts=state)]
 
 
 def expected(model, document, state):

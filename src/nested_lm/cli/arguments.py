@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from nested_lm.errors import ConfigError, NestedLMError
+from nested_lm.errors import NestedLMError
 
 if TYPE_CHECKING:
     from nested_lm.checkpoint import LoadedCheckpoint
@@ -89,20 +89,15 @@ def require_device(device: Device) -> None:
     Raises:
         ConfigError: with the repair.
     """
-    if device is not Device.cuda:
-        return
-    import torch
+    from nested_lm.reading.trained import choose_device
 
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or see `nested-lm doctor`")
+    choose_device(device.value)
 
 
 def open_checkpoint(source: Path, device: Device) -> "LoadedCheckpoint":
     """Load the model that a verb names, on the device it asks for."""
-    import torch
-
     from nested_lm.checkpoint import find_checkpoint, load_model
+    from nested_lm.reading.trained import choose_device
 
-    require_device(device)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+    chosen = choose_device(device.value)
     return load_model(find_checkpoint(source, report=functools.partial(typer.echo, err=True)), device=chosen)

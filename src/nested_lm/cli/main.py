@@ -4,6 +4,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 """
 
 import functools
+import io
 import json
 import sys
 from enum import StrEnum
@@ -57,7 +58,10 @@ class Resume(StrEnum):
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. What a console cannot show is written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -234,35 +238,23 @@ def generate(
         raise ConfigError("--top-p 0 keeps no token; choose a value above 0, up to 1 (which keeps all)")
     if update_memory and memory is None:
         raise ConfigError("--update-memory needs a file to update; name it with --memory")
-    import torch
+    from nested_lm.reading.trained import TrainedModel
 
-    from nested_lm.reading.generation import generate as sample
-
-    loaded = open_checkpoint(source, device)
-    state = None
+    trained = TrainedModel.of(open_checkpoint(source, device))
     if memory is not None:
-        from nested_lm.reading.verbs import open_memory
-
-        state = open_memory(memory, loaded)
-    end = loaded.tokenizer.end_of_text
-    tokens = [[loaded.tokenizer.start_of_text, *loaded.tokenizer.encode(prompt)]]
-    generation = sample(
-        loaded.model,
-        torch.tensor(tokens, device=loaded.device),
+        trained.load_memory(memory)
+    text = trained.generate(
+        prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        generator=torch.Generator().manual_seed(seed),
-        stop=end,
-        state=state,
+        seed=seed,
+        remember=update_memory,
     )
-    new = generation.tokens[0].tolist()
-    typer.echo(prompt + loaded.tokenizer.decode(new[:-1] if new[-1] == end else new))
+    typer.echo(prompt + text)
     if memory is not None and update_memory:
-        from nested_lm.reading.verbs import update_memory as store
-
-        store(memory, loaded, generation, stop=end)
+        trained.save_memory(memory)
 
 
 @app.command()
@@ -286,9 +278,9 @@ def memorize(
     mode: Literal["new", "continue", "overwrite"] = "continue" if go_on else "overwrite" if overwrite else "new"
     verbs.check_memorize(memory, files, mode)
     texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
-    loaded = open_checkpoint(checkpoint, device)
-    done = verbs.memorize(loaded, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
-    for line in verbs.describe_memorized(done, loaded, memory):
+    trained = verbs.TrainedModel.of(open_checkpoint(checkpoint, device))
+    done = verbs.memorize(trained, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
+    for line in verbs.describe_memorized(done, trained, memory):
         typer.echo(line)
 
 
@@ -313,7 +305,8 @@ def score(
 
     verbs.check_files(files)
     texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
-    scores = verbs.score(open_checkpoint(checkpoint, device), texts, memory, batch_size=batch_size)
+    trained = verbs.TrainedModel.of(open_checkpoint(checkpoint, device))
+    scores = verbs.score(trained, texts, memory, batch_size=batch_size)
     for line in verbs.describe_scores(scores):
         typer.echo(line)
     if as_json is not None:

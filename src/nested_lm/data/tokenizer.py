@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 # before a single space between two words, or between a letter or digit and a mark. Cutting there changes no token.
 _BORDER = re.compile(r"\n(?=\S)|(?<=\S) (?=\S)|(?<=[^\W_])(?=[.,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
 _PIECE_CHARACTERS = 1 << 16
+_DECODED_BEFORE = 16  # tokens: more than one character has
 # A run without any border is cut here all the same: the merges of one word of n bytes take about 250 n bytes of memory.
 _WORD_CHARACTERS = 1 << 18
 _GROUP_CHARACTERS = 1 << 22  # encoded at once
@@ -127,6 +129,18 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids. Special tokens show by name; bytes that are no UTF-8 show as U+FFFD."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Text that token ids add to the ones before them: a space or a part of a character may depend on those.
+
+        before: without the start token. ids: from the first end token on they do not count.
+        """
+        new = [int(token) for token in ids]
+        new = new[: new.index(self.end_of_text)] if self.end_of_text in new else new
+        known = [int(token) for token in before[-_DECODED_BEFORE:]]
+        text, whole = self.decode(known), self.decode([*known, *new])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, whole, strict=False))
+        return whole[sum(1 for _ in same) :]
 
 
 def _check(loaded: TextTokenizer, content: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,15 @@ from nested_lm.nn.state import ModelOutput, StreamState, map_tensors, take_rows
 from nested_lm.ops.memory.state import check_branches
 
 __all__ = ["IGNORED_TARGET", "LanguageModel", "ModelOutput", "ParameterRole", "token_losses"]
+
+
+class _Wish(NamedTuple):
+    """What a reader wants of a call; the fields are arguments of `LanguageModel.predict`."""
+
+    places: Tensor | None = None
+    final: bool = False
+    rows: Tensor | None = None
+    branches: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -88,7 +97,7 @@ class LanguageModel(nn.Module):
 
     @property
     def reads_branches(self) -> bool:
-        """Whether `forward` takes `branches`: where self-modifying memories in C are all that knows of other tokens."""
+        """Whether `predict` takes `branches`: where self-modifying memories in C are all that knows of other tokens."""
         return self.writer is None and all(block.mixer.reads_branches for block in self.blocks)
 
     def initial_state(self, batch_size: int) -> StreamState:
@@ -105,11 +114,6 @@ class LanguageModel(nn.Module):
         *,
         resets: Bool[Tensor, "B T"] | None = None,
         state: StreamState | None = None,
-        predictions: Literal["all", "last"] = "all",
-        places: Int[Tensor, "n 2"] | None = None,
-        final: bool = False,
-        rows: Int[Tensor, " B"] | None = None,
-        branches: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Predict the token after each token.
 
@@ -123,53 +127,76 @@ class LanguageModel(nn.Module):
                 checked.
             state: where the streams stand; None for streams that begin here. It is not changed. When it is frozen, no
                 fast weight is written.
-            predictions: `last` gives the logits of the last token only: the head costs as much as several layers.
-            places: rows and columns of the tokens to predict after, instead: the logits have the shape (1, n, V).
-            final: the streams end with this call, and the output has the state that was given. Without gradients,
-                memories in C then leave out what is there to go on from, which is half of the work for a few tokens
-                of many streams; other mixers may do it in vain.
-            rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
-                call of a self-modifying mixer in C that is not inside another mixer, no state is copied. None: its own.
-            branches: where the branches of each row of tokens begin, and where the last one ends: texts behind one
-                another that all go on from what comes before the first one (`check_branches` in
-                ops/memory/state.py), as several rows would from one state. Only in a final call without gradients of a
-                model that `reads_branches`; logits behind the last branch mean nothing. None: rows do not branch.
 
         Raises:
             ValueError: a document starts inside a chunk or an in-context segment, or at all when the state is frozen;
-                the state is of a model with another configuration, or has other streams than the tokens; branches that
-                are none, or where rows cannot branch.
-            IndexError: a row that the state does not have.
+                the state is of a model with another configuration, or has other streams than the tokens.
         """
-        before = state = self.initial_state(tokens.shape[0]) if state is None else state
+        state = self.initial_state(tokens.shape[0]) if state is None else state
         state.check_model(self.config)
-        state.check_rows(rows, tokens.shape[0])
+        state.check_rows(None, tokens.shape[0])
         if state.frozen and resets is not None:
             raise ValueError("a document cannot start in a frozen state, whose memories keep what they hold")
-        ends = final and not torch.is_grad_enabled()
-        if rows is not None and (not ends or self.writer is not None or state.packed or resets is not None):
+        return self._run(tokens, resets, state, _Wish())
+
+    def predict(
+        self,
+        tokens: Int[Tensor, "B T"],
+        places: Int[Tensor, "n 2"] | None,
+        *,
+        state: StreamState,
+        final: bool = False,
+        rows: Int[Tensor, " B"] | None = None,
+        branches: Int[Tensor, "B N"] | None = None,
+    ) -> ModelOutput:
+        """Predict after some tokens only, and fork streams without copies: what `nested_lm.reading` reads with.
+
+        Args:
+            tokens, state: as in a call of the model.
+            places: rows and columns of the tokens to predict after: the logits have the shape (1, n, V). The head costs
+                as much as several layers. None: after all.
+            final: the streams end with this call, and the output has the state that was given. Without gradients,
+                memories in C then skip computing the next state, which halves the cost of short calls.
+            rows: the stream of the state that each row of tokens goes on from, as with `state.select(rows)`. In a final
+                call, memories in C copy no state. None: its own.
+            branches: where the branches of each row of tokens begin, and where the last one ends: texts behind one
+                another that all go on from what comes before the first one (`check_branches` in
+                ops/memory/state.py). Only in a final call without gradients of a model that `reads_branches`; logits
+                behind the last branch mean nothing. None: rows do not branch.
+
+        Raises:
+            ValueError: the state is of a model with another configuration, or has other streams than the tokens;
+                `branches` is malformed, or rows cannot branch here.
+            IndexError: a row that the state does not have.
+        """
+        state.check_model(self.config)
+        state.check_rows(rows, tokens.shape[0])
+        given, final = state, final and not torch.is_grad_enabled()
+        if rows is not None and (not final or self.writer is not None or state.packed):
             state, rows = state.select(rows), None
         if branches is not None:
             branches = check_branches(branches, *tokens.shape)
-        if branches is not None and not (ends and resets is None and self.reads_branches):
-            raise ValueError(
-                "rows branch in a final call without gradients and document starts, of a model that reads branches: "
-                "self-modifying memories in C (model.mixer.backend), and no levels with an in-context clock"
-            )
-        last = predictions == "last"
+            if not (final and self.reads_branches):
+                raise ValueError(
+                    "rows branch in a final call without gradients of a model that reads branches: self-modifying "
+                    "memories in C (model.mixer.backend), and no levels with an in-context clock"
+                )
+        output = self._run(tokens, None, state, _Wish(places, final, rows, branches))
+        return output._replace(state=given) if final else output
+
+    def _run(
+        self, tokens: Int[Tensor, "B T"], resets: Bool[Tensor, "B T"] | None, state: StreamState, wish: _Wish
+    ) -> ModelOutput:
+        """Pass over tokens; levels with an in-context clock are written on the way."""
         starts = check_starts(resets, position=state.position, tokens=tokens.shape[1], alignment=self.config.alignment)
         if self.writer is None or state.frozen:
             fast = tuple({} for _ in self.blocks) if self.writer is None else self.writer.fast_copies(state)
             if starts is not None:
                 starts = starts.to(tokens.device, non_blocking=True)
-            output = self._predict(
-                tokens, starts, state, fast, last=last, places=places, final=ends, rows=rows, branches=branches
-            )
-        else:
-            twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
-            output = self.writer.read(partial(self._predict, twice=twice), tokens, starts, state)
-            output = output._replace(logits=_choose(output.logits, last=last, places=places))
-        return output._replace(state=before) if final else output
+            return self._predict(tokens, starts, state, fast, wish=wish)
+        twice = self.config.layers_differentiated_twice if torch.is_grad_enabled() else range(0)
+        output = self.writer.read(partial(self._predict, twice=twice), tokens, starts, state)
+        return output._replace(logits=_choose(output.logits, wish.places))
 
     def _predict(
         self,
@@ -178,30 +205,26 @@ class LanguageModel(nn.Module):
         state: StreamState,
         fast: Fast,
         *,
-        last: bool = False,
-        places: Int[Tensor, "n 2"] | None = None,
+        wish: _Wish | None = None,
         twice: range = range(0),
-        final: bool = False,
-        rows: Int[Tensor, " B"] | None = None,
-        branches: Int[Tensor, "B N"] | None = None,
     ) -> ModelOutput:
         """Pass over tokens with the given fast copies, which do not change on the way.
 
-        resets: checked. last, places: what to predict after, see `_choose`. twice: layers whose mixers' gradients will
-        be differentiated again. final, rows, branches: see `StepContext`.
+        resets: checked. twice: layers whose mixers' gradients will be differentiated again.
         """
+        wish = wish or _Wish()
         packed = state.packed or resets is not None
         documents = self._documents(resets, state, tokens.shape[1]) if packed else None
-        context = StepContext(state.position, resets, documents, state.frozen, final=final, branches=branches)
+        context = StepContext(state.position, resets, documents, state.frozen, final=wish.final, branches=wish.branches)
         x = self.embedding(tokens)
         stats: dict[str, Tensor] = {}
         layers: list[Any] = []
         for index, (block, layer, distances) in enumerate(zip(self.blocks, state.layers, fast, strict=True)):
             here = context._replace(differentiable_twice=index in twice)
-            if rows is not None and block.mixer.takes_rows:
-                here = here._replace(rows=rows)
-            elif rows is not None:
-                layer = map_tensors(layer, partial(take_rows, rows=rows))
+            if wish.rows is not None and block.mixer.takes_rows:
+                here = here._replace(rows=wish.rows)
+            elif wish.rows is not None:
+                layer = map_tensors(layer, partial(take_rows, rows=wish.rows))
             arguments = block, x, here, layer, distances
             if self.recompute == "block" and torch.is_grad_enabled():
                 x, layer, of_block = checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -210,7 +233,7 @@ class LanguageModel(nn.Module):
             layers.append(layer)
             stats |= {f"layer{index}/{name}": value for name, value in of_block.items()}
         head = self.embedding.weight if self.head is None else self.head.weight
-        logits = functional.linear(self.norm(_choose(x, last=last, places=places)), head)
+        logits = functional.linear(self.norm(_choose(x, wish.places)), head)
         after = replace(state, layers=tuple(layers), position=state.position + tokens.shape[1], packed=packed)
         return ModelOutput(logits, after, stats)
 
@@ -261,8 +284,6 @@ class LanguageModel(nn.Module):
             block.initialise(normal, residual=1 / math.sqrt(2 * self.config.num_layers))
 
 
-def _choose(x: Float[Tensor, "B T D"], *, last: bool, places: Int[Tensor, "n 2"] | None) -> Float[Tensor, "_B _T D"]:
-    """The tokens to predict after: those in some places, as one row, the last of each row, or all."""
-    if places is not None:
-        return x[places[:, 0], places[:, 1]][None]
-    return x[:, -1:] if last else x
+def _choose(x: Float[Tensor, "B T D"], places: Int[Tensor, "n 2"] | None) -> Float[Tensor, "_B _T D"]:
+    """The tokens to predict after: those in some places, as one row, or all."""
+    return x if places is None else x[places[:, 0], places[:, 1]][None]

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState, iterate_tensors
 
@@ -186,20 +185,6 @@ def first_nonfinite(state: StreamState) -> str | None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return path
     return None
-
-
-def predictions_error(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], state: StreamState | None, *, consequence: str
-) -> NumericsError:
-    """The error for a call whose predictions are not finite, with the layer, the memory and the token.
-
-    tokens, state: as given to the call. consequence: what was not done, and what to do.
-    """
-    place = locate_nonfinite(model, tokens, state=state)
-    return NumericsError(
-        f"predictions are not finite after {0 if state is None else state.position:,} tokens of the stream: "
-        f"{place or 'not repeated when the call was replayed in parts'}\n  {consequence}"
-    )
 
 
 def _spoiled_memories(model: LanguageModel, state: StreamState, layer: int, row: int) -> tuple[str, ...]:

@@ -3,9 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,27 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nested_lm.nn.model import LanguageModel
-from nested_lm.nn.nonfinite import predictions_error
 from nested_lm.nn.state import StreamState
-
-SEGMENT_TOKENS = 512
-"""Long texts are read in calls of about this many tokens: faster per token than fewer, and more take more memory."""
-
-CALL_LOGITS = 1 << 26
-"""Logits that one call of a batch may have, 256 MiB in float32."""
-
-
-@contextlib.contextmanager
-def reading_mode(model: LanguageModel) -> Iterator[None]:
-    """No gradients; inference mode where the model needs none of its own."""
-    with torch.no_grad() if model.config.writes_in_context else torch.inference_mode():
-        yield
+from nested_lm.reading.calls import read, reading_mode
 
 
 class Generation(NamedTuple):
-    """Sampled tokens. state: after the prompt and all of them but the last, which no call has read yet."""
+    """Sampled tokens. lengths: how many of them each row had when it ended; N for a row that did not end.
+
+    state: after the prompt and all tokens but the last, which no call has read yet.
+    """
 
     tokens: Int[Tensor, "B N"]
+    lengths: list[int]
     state: StreamState
 
 
@@ -43,22 +32,24 @@ def generate(
     tokens: Int[Tensor, "B T"],
     *,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    generator: torch.Generator,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
     stop: int | None = None,
+    settled: Callable[[int, Sequence[int]], bool] | None = None,
     state: StreamState | None = None,
 ) -> Generation:
     """Continue each row by `max_new_tokens` sampled tokens. Memory is constant for models with constant state.
 
     Args:
         tokens: prompt; at least one token a row.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token, and needs no generator.
         top_p: smallest set of tokens whose probabilities sum to at least this is kept; 1 keeps all.
         top_k: number of most likely tokens kept; 0 keeps all.
         generator: source of randomness, on the CPU, so that a seed means the same text on every device.
-        stop: end early once every row has drawn this token; rows that drew it before go on meanwhile.
+        stop, settled: end early once every row has drawn this token, or is settled, which is asked of the row and its
+            new tokens; rows that have ended before go on meanwhile.
         state: where the streams stand before the prompt, a row for each; None for new streams. It is not changed.
 
     Raises:
@@ -72,90 +63,27 @@ def generate(
             f"temperature {temperature}, top_p {top_p}, top_k {top_k}: allowed are temperature >= 0, "
             "0 < top_p <= 1, top_k >= 0"
         )
-
-    def draw(logits: Tensor) -> Tensor:
-        probabilities = next_token_probabilities(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-        return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(tokens.device)
-
-    if model.config.writes_in_context:  # needs gradients of its own, which inference mode forbids
-        return _sample(model, tokens, state, max_new_tokens, stop, draw)
-    with torch.inference_mode():  # a fifth faster than no_grad: nothing is noted of views and versions
-        generation = _sample(model, tokens, state, max_new_tokens, stop, draw)
-    return Generation(generation.tokens.clone(), generation.state.map(Tensor.clone))  # ordinary tensors again
-
-
-def _sample(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    state: StreamState | None,
-    max_new_tokens: int,
-    stop: int | None,
-    draw: Callable[[Tensor], Tensor],
-) -> Generation:
-    """Read the prompt, then draw and read tokens in turn. draw: logits (B, V) to tokens (B, 1), both on the device."""
-    logits, state = read_prompt(model, tokens, state=state)
-    chosen: list[Tensor] = []
-    stopped = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    while len(chosen) < max_new_tokens and (stop is None or not bool(stopped.all())):
-        if chosen:
-            output = model(chosen[-1], state=state)
-            logits = require_finite(output.logits[:, -1], model, chosen[-1], state)
-            state = output.state
-        chosen.append(draw(logits))
-        if stop is not None:
-            stopped |= chosen[-1][:, 0] == stop
-    return Generation(torch.cat(chosen, dim=1) if chosen else tokens[:, :0], state)
-
-
-def read_prompt(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], *, state: StreamState | None
-) -> tuple[Float[Tensor, "B V"], StreamState]:
-    """Read tokens in segments, keeping no more than one segment's activations.
-
-    Returns: the logits after the last token, and the state.
-
-    Raises:
-        NumericsError: predictions are not finite; named are layer, memory and token.
-    """
-    begin, logits = 0, None
-    while begin < tokens.shape[1]:
-        end = begin + segment_room(model, 0 if state is None else state.position)
-        output = model(tokens[:, begin:end], state=state, predictions="last")
-        logits = require_finite(output.logits[:, -1], model, tokens[:, begin:end], state)
-        state, begin = output.state, end
-    assert logits is not None, "a prompt has tokens"
-    assert state is not None
-    return logits, state
-
-
-def require_finite(
-    logits: Float[Tensor, "B V"], model: LanguageModel, tokens: Int[Tensor, "B T"], state: StreamState | None
-) -> Float[Tensor, "B V"]:
-    """Return the logits of a call, which nothing may be drawn from unless all are finite.
-
-    tokens, state: as given to the call.
-
-    Raises:
-        NumericsError: some are not; the call is replayed to name the place.
-    """
-    if bool(torch.isfinite(logits).all()):
-        return logits
-    raise predictions_error(
-        model,
-        tokens,
-        state,
-        consequence="No token was drawn. The checkpoint has diverged, or the stream drove a memory out of range: use "
-        "an earlier checkpoint, or start without the memory.",
-    )
-
-
-def segment_room(model: LanguageModel, position: int) -> int:
-    """Tokens that the next call of a long stream reads, so that calls end on borders of the model's chunks.
-
-    position: of the stream. Where calls end makes no difference but to speed and rounding.
-    """
-    length = math.ceil(SEGMENT_TOKENS / model.config.alignment) * model.config.alignment
-    return length - position % length
+    lengths: dict[int, int] = {}  # of the rows that have ended
+    chosen: list[list[int]] = [[] for _ in tokens]
+    with reading_mode(model):
+        found = read(model, tokens, state)
+        for step in range(max_new_tokens):
+            probabilities = next_token_probabilities(
+                found.logits, temperature=temperature, top_p=top_p, top_k=top_k
+            ).cpu()
+            drawn = probabilities.argmax(1, keepdim=True)
+            if temperature:
+                drawn = torch.multinomial(probabilities, 1, generator=generator)
+            for row, (token, ids) in enumerate(zip(drawn[:, 0].tolist(), chosen, strict=True)):
+                ids.append(token)
+                if row not in lengths and (token == stop or (settled is not None and settled(row, ids))):
+                    lengths[row] = len(ids)
+            if step == max_new_tokens - 1 or len(lengths) == len(chosen):
+                break
+            found = read(model, drawn, found.state)
+    new = torch.tensor(chosen, dtype=torch.long, device=tokens.device).view(len(chosen), -1)
+    state = found.state.map(Tensor.clone)  # ordinary tensors, which later passes may go on from
+    return Generation(new, [lengths.get(row, new.shape[1]) for row in range(len(chosen))], state)
 
 
 def next_token_probabilities(

@@ -41,11 +41,6 @@ class ModelIdentity:
         """Form for JSON."""
         return asdict(self)
 
-    @classmethod
-    def of_document(cls, document: Mapping[str, Any]) -> "ModelIdentity":
-        """Read `as_document` back. Raises KeyError when something is missing."""
-        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
-
 
 def identify(model: LanguageModel, *, tokenizer_hash: str, label: str) -> ModelIdentity:
     """Identity of a model as it is in memory. Reads every weight once."""

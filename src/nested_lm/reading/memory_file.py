@@ -8,10 +8,11 @@ the one before. No pickle, no names of code.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from nested_lm.nn.mixers.attention_cache import BranchedState
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.nonfinite import first_nonfinite
 from nested_lm.nn.state import StreamState
-from nested_lm.reading.identity import ModelIdentity, difference, tensors_hash
+from nested_lm.reading.identity import ModelIdentity, difference, tensors_hash, type_name
 from nested_lm.reading.tree import first_difference, flatten, form_hash, rebuild
 from nested_lm.storage.atomic import write_atomically
 
@@ -43,7 +44,7 @@ class MemoryHeader:
     """
 
     model: ModelIdentity
-    streams: int
+    streams: Annotated[int, Field(gt=0)]
     state_bytes: int
     written_by: str
     form: dict[str, str]
@@ -55,6 +56,10 @@ class MemoryHeader:
     def position(self) -> int:
         """Tokens read."""
         return int(self.values["position"])
+
+
+_HEADERS = TypeAdapter(MemoryHeader)
+_MOST_TOKENS = 1 << 60
 
 
 def save_memory(path: Path, state: StreamState, model: ModelIdentity) -> MemoryHeader:
@@ -111,7 +116,7 @@ def load_memory(path: Path, model: LanguageModel, identity: ModelIdentity) -> St
             "  Use the checkpoint it was made with, or read the documents again with this one: "
             "`nested-lm memorize` with another --memory, or with --overwrite."
         )
-    template = model.initial_state(header.streams)
+    template = model.initial_state(1)
     expected = flatten(template)
     other = first_difference(header.form, expected.form)
     if other is not None:
@@ -123,8 +128,11 @@ def load_memory(path: Path, model: LanguageModel, identity: ModelIdentity) -> St
             "`nested-lm memorize`."
         )
     tensors = _read_tensors(path, header)
-    for name, tensor in tensors.items():
-        _check_shape(path, name, tensor, expected.tensors[name])
+    for name, tensor in expected.tensors.items():
+        _check_tensor(path, name, tensors.get(name), tensor, header.streams)
+    for name, value in expected.values.items():
+        if type(header.values.get(name)) is not type(value):
+            raise _damaged(path, f"{name} is {header.values.get(name)!r}, which is no {type(value).__name__}")
     return rebuild(template, tensors, header.values).to(next(model.parameters()).device)
 
 
@@ -138,7 +146,8 @@ def read_header(path: Path) -> MemoryHeader:
     try:
         fields = json.loads(text)
         version = fields.pop("layout")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        json.dumps(fields, ensure_ascii=False).encode()  # refuses lone surrogates
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise _damaged(path, "its header cannot be read") from None
     # The version first: another one may seal its header differently.
     if isinstance(version, int) and version != LAYOUT_VERSION:
@@ -147,9 +156,18 @@ def read_header(path: Path) -> MemoryHeader:
             f"  It was written by version {fields.get('written_by')}: use that, or read the documents again with "
             "`nested-lm memorize`."
         )
-    if seal != xxhash.xxh3_128_hexdigest(text.encode()):
+    if version is None or seal != xxhash.xxh3_128_hexdigest(text.encode()):
         raise _damaged(path, "its header was changed after it was written")
-    return MemoryHeader(**fields | {"model": ModelIdentity.of_document(fields["model"])})
+    try:
+        header: MemoryHeader = _HEADERS.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{place} in its header: {first['msg'].lower()}") from None
+    position = header.values.get("position")
+    if type(position) is not int or not 0 <= position < _MOST_TOKENS:
+        raise _damaged(path, f"position in its header is {position!r}, which is no number of tokens")
+    return header
 
 
 def num_streams(state: StreamState) -> int:
@@ -177,7 +195,7 @@ def _read_metadata(path: Path) -> str:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # whatever the library says of a file is damage of it
         raise _damaged(path, f"{error}") from error
     if _HEADER not in metadata:
         raise CheckpointError(
@@ -192,7 +210,7 @@ def _read_tensors(path: Path, header: MemoryHeader) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             # Copied: what safetensors returns may share the file's pages, which another process could replace.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # as above
         raise _damaged(path, f"{error}") from error
     found = tensors_hash(tensors)
     if found != header.tensors_hash:
@@ -200,12 +218,15 @@ def _read_tensors(path: Path, header: MemoryHeader) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_shape(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+def _check_tensor(path: Path, name: str, tensor: Tensor | None, expected: Tensor, streams: int) -> None:
     """Compare with the state of a stream that has read nothing, whose dimensions of size 0 may grow."""
-    fits = all(size in (found, 0) for found, size in zip(tensor.shape, expected.shape, strict=True))
-    if not fits:
+    if tensor is None or tensor.dtype != expected.dtype or tensor.ndim != expected.ndim:
+        found = "missing" if tensor is None else f"a {type_name(tensor.dtype)} tensor of {tensor.ndim} dimensions"
+        raise _damaged(path, f"{name} is {found}, its header says otherwise")
+    wanted = (streams, *expected.shape[1:])
+    if any(size not in (found, 0) for found, size in zip(tensor.shape, wanted, strict=True)):
         raise CheckpointError(
-            f"{path}: {name} has shape {tuple(tensor.shape)}, this version of nested-lm makes {tuple(expected.shape)}\n"
+            f"{path}: {name} has shape {tuple(tensor.shape)}, this version of nested-lm makes {wanted}\n"
             "  Read the documents again with `nested-lm memorize`."
         )
 

@@ -9,16 +9,12 @@ Shapes: T tokens.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
-from nested_lm.errors import CheckpointError, NumericsError
-from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
-from nested_lm.nn.nonfinite import predictions_error
 from nested_lm.nn.state import StreamState
-from nested_lm.reading.generation import segment_room
-from nested_lm.reading.memory_file import describe_bytes
+from nested_lm.reading.calls import check_room, read, segment_room
+from nested_lm.reading.reader import Scored
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,10 @@ class Boundary:
 
     start: int
     end: int
+
+    def scored(self, document: Int[np.ndarray, "T"]) -> Scored:
+        """A document of which every token and the end token are scored."""
+        return Scored(np.concatenate([[self.start], document, [self.end]]))
 
 
 class StreamReader:
@@ -39,79 +39,43 @@ class StreamReader:
     """
 
     def __init__(
-        self, model: LanguageModel, state: StreamState | None, *, boundary: Boundary, max_state_bytes: int
+        self, model: LanguageModel, state: StreamState | None, *, boundary: Boundary, max_state_bytes: int | None = None
     ) -> None:
         self.model = model
         self.state = model.initial_state(1) if state is None else state
         self.tokens, self.nats = 0, 0.0
         self._boundary, self._max_state_bytes = boundary, max_state_bytes
-        self._inputs: list[np.ndarray] = []
-        self._targets: list[np.ndarray] = []
-        self._waiting = 0
-        self._check_size()
+        self._waiting: list[np.ndarray] = []  # (2, T) inputs and targets of each document
+        check_room(model, self.state, max_state_bytes)
 
     def read(self, document: Int[np.ndarray, "T"]) -> None:
         """Read a document's tokens, given without start and end token.
 
         Raises:
-            CheckpointError: the state has outgrown its limit.
+            OutOfRoomError: the state has outgrown its limit.
             NumericsError: a prediction is not finite.
         """
-        self._inputs.append(np.concatenate([[self._boundary.start], document]))
-        self._targets.append(np.concatenate([document, [self._boundary.end]]))
-        self._waiting += len(document) + 1
-        if self._waiting < segment_room(self.model, self.state.position):
-            return
-        inputs, targets = np.concatenate(self._inputs), np.concatenate(self._targets)
-        begin = 0
-        while len(inputs) - begin >= (room := segment_room(self.model, self.state.position)):
-            self._step(inputs[begin : begin + room], targets[begin : begin + room])
-            begin += room
-        self._inputs, self._targets, self._waiting = [inputs[begin:]], [targets[begin:]], len(inputs) - begin
+        tokens = self._boundary.scored(document).tokens
+        self._waiting.append(np.stack([tokens[:-1], tokens[1:]]))
+        if sum(part.shape[1] for part in self._waiting) >= segment_room(self.model, self.state.position):
+            self._read(whole_segments=True)
 
     def finish(self) -> StreamState:
         """Read what waits, and return the state. Raises as `read`."""
-        if self._waiting:
-            self._step(np.concatenate(self._inputs), np.concatenate(self._targets))
-            self._inputs, self._targets, self._waiting = [], [], 0
+        self._read(whole_segments=False)
         return self.state
 
-    @torch.no_grad()
-    def _step(self, inputs: Int[np.ndarray, "T"], targets: Int[np.ndarray, "T"]) -> None:
-        device = next(self.model.parameters()).device
-        tokens = torch.from_numpy(inputs)[None].to(device)
-        output = self.model(tokens, state=self.state)
-        nats = float(token_losses(output.logits, torch.from_numpy(targets)[None].to(device)).double().sum())
-        if not np.isfinite(nats):
-            raise nonfinite(self.model, tokens, self.state)
-        self.state = output.state
-        self.tokens += len(inputs)
-        self.nats += nats
-        self._check_size()
-
-    def _check_size(self) -> None:
-        size = self.state.num_bytes()
-        if size <= self._max_state_bytes:
+    def _read(self, *, whole_segments: bool) -> None:
+        """Read what waits; with `whole_segments` as far as the last border of segments in it."""
+        if not self._waiting:
             return
-        limit, read = describe_bytes(self._max_state_bytes), f"{self.state.position:,} tokens"
-        if self.model.has_constant_state:
-            raise CheckpointError(
-                f"the state of this model takes {describe_bytes(size)}, the limit is {limit}; nothing was written\n"
-                "  Its size does not depend on how much is read: raise the limit."
-            )
-        raise CheckpointError(
-            f"the state takes {describe_bytes(size)} after {read}, the limit is {limit}; nothing was written\n"
-            "  This model keeps keys and values of every token, so its memory grows with what it reads. Read less, "
-            "raise the limit, or use a model with constant state, such as Hope."
-        )
-
-
-def nonfinite(model: LanguageModel, tokens: torch.Tensor, state: StreamState) -> NumericsError:
-    """The error for a call whose predictions are not finite, with the layer, the memory and the token."""
-    return predictions_error(
-        model,
-        tokens,
-        state,
-        consequence="Nothing was written. The checkpoint has diverged, or the stream drove a memory out of range: use "
-        "an earlier checkpoint, or start a new memory.",
-    )
+        waiting = np.concatenate(self._waiting, axis=1)
+        count = waiting.shape[1]
+        if whole_segments:
+            count -= (count - segment_room(self.model, self.state.position)) % segment_room(self.model, 0)
+        (inputs,), (targets,) = (part[:, :count] for part in np.split(waiting, 2))
+        found = read(self.model, inputs[None], self.state, targets=targets[None], max_state_bytes=self._max_state_bytes)
+        self.state = found.state
+        self.tokens += count
+        self.nats += float(found.nats.sum())
+        self._waiting = [waiting[:, count:]] if count < waiting.shape[1] else []

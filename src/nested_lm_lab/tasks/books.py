@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 
@@ -23,11 +22,11 @@ from nested_lm.checkpoint import LoadedCheckpoint
 from nested_lm.config.section import Count, Section
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.errors import ConfigError, DataError, NumericsError
-from nested_lm.nn.loss import token_losses
+from nested_lm.errors import ConfigError, DataError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.generation import reading_mode
-from nested_lm.reading.packed import position_edges
+from nested_lm.reading.calls import OutOfRoomError, read, segment_room
+from nested_lm.reading.held_out import position_edges
+from nested_lm.reading.reader import Reader, Scored
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.options import Option, file_names, size
@@ -37,7 +36,7 @@ from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.evaluation.task import Task, from_report
 from nested_lm_lab.tasks.needles.haystack import SHIPPED, read_texts
 from nested_lm_lab.tasks.needles.metrics import BookPosition, BooksMetrics
-from nested_lm_lab.tasks.needles.reading import MIB, OutOfRoomError, memory_watch, segment_length
+from nested_lm_lab.tasks.needles.reading import MIB
 from nested_lm_lab.tasks.needles.stops import may_go_further
 
 
@@ -246,24 +245,21 @@ def _read(
     model: LanguageModel, inputs: Int[np.ndarray, "B T"], targets: Int[np.ndarray, "B T"], max_state_bytes: int
 ) -> _Read:
     """Read books side by side, segment after segment, until they or memory end."""
-    step = segment_length(inputs.shape[1], model.config.alignment)
     found: list[np.ndarray] = []
-    state = model.initial_state(len(inputs))
-    for begin in range(0, inputs.shape[1], step):
-        part = slice(begin, begin + step)
+    state, begin = None, 0
+    while begin < inputs.shape[1]:
+        part = slice(begin, begin + segment_room(model, begin))
         try:
-            with reading_mode(model), memory_watch():
-                output = model(_tensor(model, inputs[:, part]), state=state)
-                found.append(_nats(model, output.logits, targets[:, part]))
-                state = output.state
+            after = read(model, inputs[:, part], state, targets=targets[:, part])
         except OutOfRoomError as error:
             if not found:
                 raise
             return _Read(np.concatenate(found, axis=1), f"after {begin:,} tokens: {error}")
-        size = state.num_bytes()
-        if size > max_state_bytes:
+        found.append(after.nats)
+        state, begin = after.state, begin + after.nats.shape[1]
+        if (size := state.num_bytes()) > max_state_bytes:
             words = f"the states take {size / MIB:,.0f} MiB, the limit is {max_state_bytes / MIB:,.0f} MiB"
-            return _Read(np.concatenate(found, axis=1), f"after {begin + step:,} tokens: {words}")
+            return _Read(np.concatenate(found, axis=1), f"after {begin:,} tokens: {words}")
     return _Read(np.concatenate(found, axis=1), None)
 
 
@@ -275,29 +271,12 @@ def _read_in_contexts(
     batch_rows: int,
 ) -> Float[np.ndarray, "B T"]:
     """Read the same tokens with a fresh state every `context` tokens."""
-    nats = np.zeros(inputs.shape)
-    for begin in range(0, inputs.shape[1], context):
-        part = slice(begin, begin + context)
-        for at in range(0, len(inputs), batch_rows):
-            rows = slice(at, at + batch_rows)
-            with reading_mode(model):
-                logits = model(_tensor(model, inputs[rows, part])).logits
-                nats[rows, part] = _nats(model, logits, targets[rows, part])
-    return nats
-
-
-def _tensor(model: LanguageModel, tokens: Int[np.ndarray, "B T"]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(tokens)).to(next(model.parameters()).device)
-
-
-def _nats(model: LanguageModel, logits: torch.Tensor, targets: Int[np.ndarray, "B T"]) -> np.ndarray:
-    found = token_losses(logits, _tensor(model, targets)).double().cpu().numpy()
-    if not np.isfinite(found).all():
-        raise NumericsError(
-            "the loss of a token is not finite: the model has diverged, or overflows on texts this long. Evaluate an "
-            "earlier checkpoint or shorter books; `nested-lm audit` says whether its memories stay bounded"
-        )
-    return found
+    tokens = np.concatenate([inputs, targets[:, -1:]], axis=1)
+    pieces = [
+        (Scored(row[begin : begin + context + 1]),) for row in tokens for begin in range(0, inputs.shape[1], context)
+    ]
+    found = Reader(model, rows=batch_rows).score(pieces)
+    return np.concatenate([scores.nats for (scores,) in found]).reshape(inputs.shape)
 
 
 def _mean(values: Float[np.ndarray, "B T"], bootstrap: Bootstrap) -> Interval:

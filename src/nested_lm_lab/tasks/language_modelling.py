@@ -11,7 +11,7 @@ from nested_lm.config.evaluation import EvalConfig, LanguageModelling
 from nested_lm.data.shards import DocumentRow, Period, TokenDataset
 from nested_lm.errors import DataError, ReportError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.packed import DocumentScores, score_streaming, score_window
+from nested_lm.reading.held_out import DocumentScores, score_streaming, score_window
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.floors import NgramFloors
 from nested_lm_lab.evaluation.interval import Interval
@@ -119,14 +119,12 @@ def evaluate(
         chosen,
         context_length=reading.context_length,
         batch_size=reading.batch_size,
-        align=reading.align,
     )
     streaming = None
     if config.streaming and model.has_constant_state:
         streaming = score_streaming(
             model,
             texts,
-            segment_length=reading.context_length,
             batch_size=reading.batch_size,
             boundary=held_out.boundary,
         )

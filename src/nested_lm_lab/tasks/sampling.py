@@ -8,7 +8,6 @@ import torch
 
 from nested_lm.config.evaluation import EvalConfig, Sampling
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel
 from nested_lm.reading.generation import generate
 from nested_lm_lab.evaluation.progress import Progress
@@ -56,36 +55,23 @@ def evaluate(model: LanguageModel, tokenizer: TextTokenizer, config: Sampling) -
     started = time.perf_counter()
     for seed, prompt in enumerate(config.prompts):
         ids = [tokenizer.start_of_text, *tokenizer.encode(prompt)]
-        _require_finite(model, torch.tensor([ids], device=device), prompt)
-        drawn = (
-            generate(
-                model,
-                torch.tensor([ids], device=device),
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            .tokens[0]
-            .tolist()
+        found = generate(
+            model,
+            torch.tensor([ids], device=device),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            generator=torch.Generator().manual_seed(seed),
+            stop=tokenizer.end_of_text,
         )
-        ended = tokenizer.end_of_text in drawn
-        kept = drawn[: drawn.index(tokenizer.end_of_text)] if ended else drawn
-        samples.append(TextSample(prompt=prompt, text=tokenizer.decode(kept), tokens=len(kept), ended=ended, seed=seed))
+        drawn = found.tokens[0].tolist()
+        ended = drawn[-1] == tokenizer.end_of_text
+        text, count = tokenizer.decode_after(ids[1:], drawn), len(drawn) - ended
+        samples.append(TextSample(prompt=prompt, text=text, tokens=count, ended=ended, seed=seed))
     seconds = time.perf_counter() - started
     return SamplingMetrics(
         kind="sampling",
         samples=tuple(samples),
-        tokens_per_s=len(samples) * config.max_new_tokens / seconds,
+        tokens_per_s=sum(sample.tokens + sample.ended for sample in samples) / seconds,
     )
-
-
-@torch.no_grad()
-def _require_finite(model: LanguageModel, tokens: torch.Tensor, prompt: str) -> None:
-    """Drawing from probabilities that are not finite fails deep inside torch; say what is wrong instead."""
-    if not bool(torch.isfinite(model(tokens).logits).all()):
-        raise NumericsError(
-            f"the model's predictions after {prompt!r} are not finite; the checkpoint has diverged. "
-            "Evaluate an earlier one."
-        )

@@ -32,6 +32,9 @@ class OracleState:
     def freeze(self):
         return replace(self, frozen=True)
 
+    def map(self, function):
+        return self
+
     def num_bytes(self):
         return len(self.memory) * (self.position if self.grows else 1) * 1024
 
@@ -45,7 +48,7 @@ class Oracle(nn.Module):
     def __init__(self, tokenizer, *, grows=False):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(alignment=1, writes_in_context=False)
+        self.config = SimpleNamespace(alignment=1, writes_in_context=False, vocab_size=tokenizer.vocab_size)
         self.tokenizer = tokenizer
         self.has_constant_state = not grows
         self.rows = []  # read side by side, of each call
@@ -53,23 +56,27 @@ class Oracle(nn.Module):
     def initial_state(self, rows):
         return OracleState(((),) * rows, ((),) * rows, grows=not self.has_constant_state)
 
-    def forward(self, tokens, *, state=None, predictions="all", final=False):
-        state = state or self.initial_state(len(tokens))
-        self.rows.append(len(tokens))
-        memory, recent, logits = [], [], []
-        for row, ids in enumerate(tokens.tolist()):
-            known, last = state.memory[row], state.recent[row]
-            found = []
-            for at in range(len(ids)) if predictions == "all" else [len(ids) - 1]:
-                found.append(self.predict(known, (*last, *ids[: at + 1])))
-            logits.append(torch.stack(found))
-            recent.append((*last, *ids)[-RECENT:])
-            memory.append(known if state.frozen else (*known, *ids))
-        position = state.position + tokens.shape[1]
-        after = replace(state, memory=tuple(memory), recent=tuple(recent), position=position)
-        return SimpleNamespace(logits=torch.stack(logits), state=state if final else after)
+    reads_branches = False
 
-    def predict(self, memory, recent):
+    def predict(self, tokens, places, *, state, final=False, rows=None, branches=None):
+        self.rows.append(len(tokens))
+        texts = tokens.tolist()
+        if places is None:
+            places = torch.cartesian_prod(torch.arange(len(texts)), torch.arange(len(texts[0])))
+        logits = [
+            self.answer(state.memory[row], (*state.recent[row], *texts[row][: at + 1])) for row, at in places.tolist()
+        ]
+        recent = tuple((*last, *ids)[-RECENT:] for last, ids in zip(state.recent, texts, strict=True))
+        memory = state.memory
+        if not state.frozen:
+            memory = tuple((*known, *ids) for known, ids in zip(memory, texts, strict=True))
+        after = replace(state, memory=memory, recent=recent, position=state.position + tokens.shape[1])
+        empty = torch.zeros(0, self.tokenizer.vocab_size)
+        return SimpleNamespace(
+            logits=torch.stack(logits)[None] if logits else empty[None], state=state if final else after
+        )
+
+    def answer(self, memory, recent):
         logits = torch.zeros(self.tokenizer.vocab_size)
         asked = QUESTION.search(self.tokenizer.decode(recent[-RECENT:]))
         if asked is None:
@@ -88,5 +95,5 @@ class Blind(Oracle):
 
     has_fast_weights = False
 
-    def predict(self, memory, recent):
+    def answer(self, memory, recent):
         return torch.zeros(self.tokenizer.vocab_size)

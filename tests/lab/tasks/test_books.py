@@ -139,7 +139,7 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(make_model, l
         read_settings(BooksSettings, {"files": files, "count": 3})
     with torch.no_grad():
         loaded.model.embedding.weight.fill_(float("nan"))
-    with pytest.raises(NumericsError, match=r"books on .*: the loss of a token is not finite"):
+    with pytest.raises(NumericsError, match=r"books on .*: predictions are not finite"):
         evaluate(loaded, checkpoint, files, length=100, report=print, **options)
     assert not output.exists()
 

@@ -56,7 +56,7 @@ class TestChoices:
         np.testing.assert_array_equal(first, again)
 
     def test_a_state_that_outgrows_its_limit_is_refused(self, make_model, kind):
-        with pytest.raises(CheckpointError, match="after 11 tokens, the limit is 0 MiB"):
+        with pytest.raises(CheckpointError, match="after 11 tokens, the limit is 0 bytes"):
             read_stream(make_model(kind), None, tokens(10), start=0, max_state_mib=0)
 
     def test_likelihoods_that_are_not_finite_are_refused(self, make_model, kind):

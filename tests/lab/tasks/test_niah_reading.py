@@ -6,7 +6,8 @@ import torch
 
 from nested_lm.config.load import load_run
 from nested_lm.nn.model import LanguageModel
-from nested_lm_lab.tasks.needles.reading import MIB, OutOfRoomError, Reader, memory_watch, part_ways, segment_length
+from nested_lm.reading.calls import OutOfRoomError
+from nested_lm_lab.tasks.needles.reading import MIB, Reader, part_ways, segment_length
 
 TOLERANCE = 2e-4  # float32, logits of order 1
 
@@ -98,25 +99,6 @@ def test_a_cache_beyond_the_limit_is_refused_before_much_is_read():
         reader.read(tokens)
     assert reader.tokens_read == 0
     assert reader.read(tokens[:1, :512]).position == 512
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        RuntimeError("not enough memory: you tried to allocate 17179869184 bytes."),
-    ],
-)
-def test_every_end_of_memory_is_known_as_one(error):
-    with pytest.raises(OutOfRoomError, match="memory ended"), memory_watch():
-        raise error
-
-
-def test_other_errors_are_not_taken_for_the_end_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"), memory_watch():
-        raise RuntimeError("shapes do not match")
 
 
 def test_prompts_part_in_the_order_of_their_rows():

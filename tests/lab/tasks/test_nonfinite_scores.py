@@ -7,7 +7,9 @@ import torch
 from nested_lm.config.model import ModelConfig
 from nested_lm.errors import NumericsError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.packed import score_answers, score_streaming
+from nested_lm.reading import calls
+from nested_lm.reading.held_out import score_streaming
+from nested_lm.reading.reader import Reader, Scored
 from tests.nn.test_model import HOPE
 
 
@@ -26,20 +28,21 @@ def overflowing():
     return model.eval()
 
 
-def test_streaming_names_layer_row_and_token(overflowing):
+def test_streaming_names_layer_row_and_token(overflowing, monkeypatch):
+    monkeypatch.setattr(calls, "SEGMENT_TOKENS", 4)
     documents = [np.array([5, 6, 8, 9, 10, 7, 11, 12]), np.array([5, 6, 8])]
     with pytest.raises(NumericsError, match=r"layer 1, channel, row 0, token 2 \(token 6 of the stream\)"):
-        score_streaming(overflowing, documents, segment_length=4, batch_size=2)
+        score_streaming(overflowing, documents, batch_size=2)
 
 
-def test_answers_name_layer_row_and_token(overflowing):
-    prompts = [np.array([1, 2, 3, 4]), np.array([1, 2, 3, 7])]
-    with pytest.raises(NumericsError, match="layer 1, channel, row 1, token 3"):
-        score_answers(overflowing, prompts, [np.array([5]), np.array([6])], segment_length=None)
+def test_answers_name_layer_and_token(overflowing):
+    sequences = [(Scored(np.array([1, 2, 3, 4, 5]), 4),), (Scored(np.array([1, 2, 3, 7, 6]), 4),)]
+    with pytest.raises(NumericsError, match=r"layer 1, channel, row 0, token 3 \(token 3 of the stream\)"):
+        Reader(overflowing).score(sequences)
 
 
 def test_sound_scores_pass():
     model = LanguageModel(ModelConfig.model_validate(HOPE))
     model.initialise(0)
-    scores = score_streaming(model, [np.array([5, 7, 8])], segment_length=4, batch_size=1)
+    scores = score_streaming(model, [np.array([5, 7, 8])], batch_size=1)
     assert torch.isfinite(torch.from_numpy(scores.nats)).all()

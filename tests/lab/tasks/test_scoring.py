@@ -5,7 +5,7 @@ import torch
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.nn.model import token_losses
-from nested_lm.reading.packed import position_edges, score_answers, score_streaming, score_window, scored_sizes
+from nested_lm.reading.held_out import position_edges, score_streaming, score_window, scored_sizes
 
 CONTEXT = 16
 BOTH = pytest.mark.parametrize("kind", ["attention", "self_modifying"])
@@ -15,13 +15,13 @@ CLOSE = {"rtol": 2e-5}
 
 def window(model, dataset, chosen=None, *, batch_size=4, context=CONTEXT):
     chosen = list(range(len(dataset.documents))) if chosen is None else chosen
-    return score_window(model, dataset, chosen, context_length=context, batch_size=batch_size, align=4)
+    return score_window(model, dataset, chosen, context_length=context, batch_size=batch_size)
 
 
-def streaming(model, dataset, chosen=None, *, batch_size=4, segment=CONTEXT, state=None):
+def streaming(model, dataset, chosen=None, *, batch_size=4, state=None):
     chosen = range(len(dataset.documents)) if chosen is None else chosen
     texts = [dataset.tokens(index) for index in chosen]
-    return score_streaming(model, texts, segment_length=segment, batch_size=batch_size, state=state)
+    return score_streaming(model, texts, batch_size=batch_size, state=state)
 
 
 @torch.no_grad()
@@ -81,14 +81,6 @@ def test_batch_size_changes_no_score(make_model, held_out, score, batch_size):
     np.testing.assert_allclose(score(model, held_out, batch_size=batch_size).nats, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("segment", [1, 5, 4096])
-def test_segment_length_changes_no_score(make_model, held_out, segment):
-    model = make_model("self_modifying")
-    expected = streaming(model, held_out, [0, 1, 2]).nats
-    scored = streaming(model, held_out, [0, 1, 2], segment=segment).nats
-    np.testing.assert_allclose(scored, expected, **CLOSE)
-
-
 @pytest.mark.parametrize("score", [window, streaming])
 def test_positions_add_up_and_count_from_a_fresh_state(make_model, held_out, score):
     scores = score(make_model("self_modifying"), held_out)
@@ -134,7 +126,7 @@ def test_a_part_of_the_pieces_is_spread_over_the_document_with_its_own_bytes(mak
     model = make_model("self_modifying")
     everything = list(range(len(held_out.documents)))
     options = {"context_length": CONTEXT, "max_pieces": limit}
-    scores = score_window(model, held_out, everything, batch_size=4, align=4, **options)
+    scores = score_window(model, held_out, everything, batch_size=4, **options)
     sizes, counts = scored_sizes(held_out, everything, token_bytes=bytes_per_token(held_out), **options)
     for index, row in enumerate(held_out.documents):
         stream = [0, *held_out.tokens(index).tolist(), 0]
@@ -161,38 +153,10 @@ def test_no_graph_is_kept(make_model, held_out):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@BOTH
-def test_answers_by_hand(make_model, kind):
-    model = make_model(kind)
-    rng = np.random.default_rng(0)
-    prompts = [np.concatenate([[0], rng.integers(1, 300, size=20)]) for _ in range(4)]
-    answers = [rng.integers(1, 300, size=n) for n in (3, 1, 2, 3)]
-    # One answer is what the model itself would write.
-    tokens = prompts[3].tolist()
-    with torch.no_grad():
-        for _ in range(3):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    answers[3] = np.array(tokens[-3:])
-    segment = 8 if kind == "self_modifying" else None
-    scores = score_answers(model, prompts, answers, segment_length=segment)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        whole = torch.tensor([[*prompt, *answer]])
-        with torch.no_grad():
-            logits = model(whole).logits[0].log_softmax(dim=1)
-        places = range(len(prompt) - 1, whole.shape[1] - 1)
-        expected = -sum(float(logits[place, whole[0, place + 1]]) for place in places)
-        assert scores.nats[row] == pytest.approx(expected, rel=1e-4)
-        first = logits[len(prompt) - 1]
-        assert scores.first_rank[row] == int((first > first[answer[0]]).sum()) + 1
-    assert scores.exact.tolist() == [False, False, False, True]
-    assert scores.first_rank[3] == 1
-    assert scores.tokens.tolist() == [3, 1, 2, 3]
-
-
 def test_streaming_scores_use_the_boundary_tokens_given(make_model, held_out):
     model = make_model("self_modifying")
     texts = [held_out.tokens(0)]
-    found = score_streaming(model, texts, segment_length=CONTEXT, batch_size=1, boundary=(7, 9)).nats[0]
+    found = score_streaming(model, texts, batch_size=1, boundary=(7, 9)).nats[0]
     stream = torch.tensor([[7, *texts[0].tolist(), 9]])
     with torch.no_grad():
         expected = token_losses(model(stream[:, :-1]).logits, stream[:, 1:]).double().sum().item()

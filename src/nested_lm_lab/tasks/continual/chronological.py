@@ -17,7 +17,7 @@ from nested_lm.data.shards import TokenDataset
 from nested_lm.data.token_bytes import bytes_per_token
 from nested_lm.errors import DataError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.packed import score_window, scored_sizes
+from nested_lm.reading.held_out import score_window, scored_sizes
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.tasks.continual.matrix import accuracy, backward_transfer, forgetting, forward_transfer, plasticity
@@ -103,7 +103,6 @@ def score_segments(
                 chosen,
                 context_length=reading.context_length,
                 batch_size=reading.batch_size,
-                align=reading.align,
                 max_pieces=max_pieces,
             )
             for split, chosen in zip(splits, segment.indices, strict=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-import torch
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError, pip_install
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
+from nested_lm.reading.calls import as_tokens
 from nested_lm.reading.generation import generate
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.progress import Progress
@@ -161,25 +161,17 @@ class Translator:
 
     def _write(self, state: StreamState | None, context: np.ndarray, *, limit: int) -> str:
         """Greedy translation up to the end of the document or of its line."""
-        drawn = (
-            generate(
-                self._model,
-                torch.from_numpy(context)[None].to(next(self._model.parameters()).device),
-                max_new_tokens=limit,
-                temperature=0.0,
-                top_p=1.0,
-                top_k=0,
-                generator=torch.Generator().manual_seed(0),
-                stop=self._tokenizer.end_of_text,
-                state=state,
-            )
-            .tokens[0]
-            .tolist()
+        found = generate(
+            self._model,
+            as_tokens(self._model, context[None]),
+            max_new_tokens=limit,
+            stop=self._tokenizer.end_of_text,
+            state=state,
         )
+        drawn = found.tokens[0].tolist()
         self._progress.total -= limit - len(drawn)  # it ended before it had to
         self._progress.add(len(context) + len(drawn))
-        kept = [token for token in drawn if token != self._tokenizer.end_of_text]
-        return self._tokenizer.decode(kept).strip().split("\n")[0]
+        return self._tokenizer.decode_after(context[1:], drawn).strip().split("\n")[0]
 
 
 def measure(

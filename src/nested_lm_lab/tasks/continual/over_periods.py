@@ -11,7 +11,7 @@ from nested_lm.checkpoint import LoadedCheckpoint, find_checkpoint, load_model
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError, ConfigError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.packed import score_streaming
+from nested_lm.reading.held_out import score_streaming
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.identity import identify, mark_checkpoint
 from nested_lm_lab.evaluation.interval import Interval
@@ -239,7 +239,6 @@ def _whole_documents(
             scores = score_streaming(
                 model,
                 texts,
-                segment_length=max(512, model.config.alignment),
                 batch_size=settings.batch_size,
                 boundary=split.boundary,
             )

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from nested_lm.config.run import RunConfig
 from nested_lm.errors import ConfigError, ReportError
-from nested_lm.nn.loss import token_losses
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.generation import segment_room
+from nested_lm.reading.calls import read
 from nested_lm_lab.evaluation.progress import Progress
 from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.continual.clocks import (
@@ -172,19 +170,10 @@ def changes_around(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndar
     return np.arange(1, len(means)) * window, np.diff(means)
 
 
-@torch.no_grad()
 def _token_losses(model: LanguageModel, document: np.ndarray, start: int) -> np.ndarray:
     """Nats of each token of a document, read with carried state; entry i is that of the (i + 1)-th token read."""
-    device = next(model.parameters()).device
-    inputs = torch.from_numpy(np.concatenate([[start], document[:-1]]))[None].to(device)
-    targets = torch.from_numpy(document)[None].to(device)
-    state, found, begin = model.initial_state(1), [], 0
-    while begin < inputs.shape[1]:
-        end = begin + segment_room(model, state.position)
-        output = model(inputs[:, begin:end], state=state)
-        found.append(token_losses(output.logits, targets[:, begin:end])[0].double().cpu().numpy())
-        state, begin = output.state, end
-    return np.concatenate(found)
+    inputs = np.concatenate([[start], document[:-1]])
+    return read(model, inputs[None], targets=document[None]).nats[0]
 
 
 def measure_retention(subject: Subject, settings: ContinualSettings, progress: Progress) -> RetentionMetrics:

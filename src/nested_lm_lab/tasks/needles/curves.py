@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from nested_lm.data.tokenizer import TextTokenizer
+from nested_lm.reading.calls import OutOfRoomError
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
 from nested_lm_lab.evaluation.progress import LengthProgress, Progress
 from nested_lm_lab.evaluation.subject import Subject
 from nested_lm_lab.tasks.needles.measure import Batching, measure_length
 from nested_lm_lab.tasks.needles.metrics import BabilongMetrics, NeedleLength, NeedleTask, NiahMetrics
-from nested_lm_lab.tasks.needles.reading import MIB, OutOfRoomError, Reader
+from nested_lm_lab.tasks.needles.reading import MIB, Reader
 from nested_lm_lab.tasks.needles.settings import LongTextSettings
 from nested_lm_lab.tasks.needles.stops import first_stop, why_stopped
 from nested_lm_lab.tasks.needles.suite import Suite

@@ -10,9 +10,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from nested_lm.data.tokenizer import TextTokenizer
-from nested_lm_lab.tasks.needles.answers import Forced, decode_greedily, force, read_question
+from nested_lm.reading.calls import OutOfRoomError, TokenScores
+from nested_lm_lab.tasks.needles.answers import answer_greedily
 from nested_lm_lab.tasks.needles.prompts import Prompt, Sample
-from nested_lm_lab.tasks.needles.reading import OutOfRoomError, Reader
+from nested_lm_lab.tasks.needles.reading import Reader
 from nested_lm_lab.tasks.needles.suite import Suite
 
 _PENDING_TOKENS = 1 << 24
@@ -155,18 +156,18 @@ class _LengthMeasurement:
         self.state_bytes = max(self.state_bytes, state.num_bytes() // len(entries))
         questions = np.stack([entry.sample.question for entry in entries])
         answers = [entry.sample.answer for entry in entries]
-        questioned = read_question(self.reader, state, questions)
-        forced = force(self.reader, questioned, answers)
-        outputs = decode_greedily(
-            self.reader,
-            questioned,
+        forced = self.reader.ask(state, questions, answers)
+        outputs = answer_greedily(
+            self.reader.model,
             self.tokenizer,
+            state,
+            questions,
             max_new_tokens=self.suite.max_new_tokens,
             settled=[functools.partial(self._settled, entry.sample) for entry in entries],
         )
         frozen: list[_AnswerScore] | list[None] = [None] * len(entries)
         if self.reader.model.has_fast_weights:
-            frozen = _each(force(self.reader, read_question(self.reader, state.freeze(), questions), answers))
+            frozen = _each(self.reader.ask(state.freeze(), questions, answers))
         return [
             Row(
                 entry.number,
@@ -203,13 +204,12 @@ class _LengthMeasurement:
         size = len(samples[0].question)
         prompts = [sample.prompts[len(sample.prompts) // 2].tokens[:-size] for sample in samples]
         state = self.reader.read(np.stack(prompts), writes=False)
-        questioned = read_question(self.reader, state, np.stack([sample.question for sample in samples]))
-        return _each(force(self.reader, questioned, [sample.answer for sample in samples]))
+        questions = np.stack([sample.question for sample in samples])
+        return _each(self.reader.ask(state, questions, [sample.answer for sample in samples]))
 
     def _ask(self, text: np.ndarray, sample: Sample) -> _AnswerScore:
-        questioned = read_question(self.reader, self.reader.read(text), sample.question[None])
-        return _each(force(self.reader, questioned, [sample.answer]))[0]
+        return _each(self.reader.ask(self.reader.read(text), sample.question[None], [sample.answer]))[0]
 
 
-def _each(forced: Forced) -> list[_AnswerScore]:
-    return list(zip(forced.nats.tolist(), forced.exact.tolist(), forced.rank.tolist(), strict=True))
+def _each(found: Sequence[TokenScores]) -> list[_AnswerScore]:
+    return [(float(scores.nats.mean()), scores.greedy, int(scores.ranks[0])) for scores in found]

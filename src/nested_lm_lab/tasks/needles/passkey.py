@@ -14,7 +14,7 @@ from nested_lm.config.evaluation import EvalConfig, Passkey
 from nested_lm.data.synthetic import passkey_document
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.packed import AnswerScores, score_answers
+from nested_lm.reading.reader import Reader, Scored
 from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
 from nested_lm_lab.evaluation.progress import Progress
 from nested_lm_lab.evaluation.schema import ResultFile
@@ -81,14 +81,10 @@ def evaluate(
     reading: Reading,
     bootstrap: Bootstrap,
 ) -> PasskeyMetrics:
-    """Score the passkey at every length. The same tokenizer gives every model the same samples.
-
-    A model with constant state reads the prompt in segments of the training context; another one gets the
-    whole prompt in one call.
-    """
+    """Score the passkey at every length. The same tokenizer gives every model the same samples."""
     return PasskeyMetrics(
         kind="passkey",
-        reading="segments" if model.has_constant_state else "whole",
+        reading="segments",
         lengths=tuple(
             _score_length(model, tokenizer, length, config.samples, reading, bootstrap) for length in config.lengths
         ),
@@ -109,43 +105,35 @@ def _score_length(
         for with_key in (True, False)
         for seed, depth in enumerate(places)
     ]
-    constant = model.has_constant_state
-    # Logits of a whole prompt are large: as many tokens at once as elsewhere, but at least one prompt.
-    rows = reading.batch_size if constant else max(1, reading.batch_size * reading.context_length // length)
     started = time.perf_counter()
-    parts = [
-        score_answers(
-            model,
-            [document.prompt for document in documents[first : first + rows]],
-            [document.answer for document in documents[first : first + rows]],
-            segment_length=reading.context_length if constant else None,
-        )
-        for first in range(0, len(documents), rows)
-    ]
+    texts = [np.concatenate([document.prompt, document.answer]) for document in documents]
+    sequences = [(Scored(text, len(document.prompt)),) for text, document in zip(texts, documents, strict=True)]
+    found = [scores for (scores,) in Reader(model, rows=reading.batch_size).score(sequences)]
     seconds = time.perf_counter() - started
-    scores = AnswerScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    nats, tokens = scores.nats / scores.tokens, scores.tokens
+    nats = np.array([scores.nats.mean() for scores in found])
+    exact = np.array([scores.greedy for scores in found])
+    first_rank = np.array([scores.ranks[0] for scores in found])
     key, control = slice(0, samples), slice(samples, None)
     return PasskeyLength(
         length=length,
         nats_per_token=bootstrap.mean(nats[key]),
-        exact=wilson(int(scores.exact[key].sum()), samples),
-        median_first_rank=float(np.median(scores.first_rank[key])),
+        exact=wilson(int(exact[key].sum()), samples),
+        median_first_rank=float(np.median(first_rank[key])),
         control_nats_per_token=bootstrap.mean(nats[control]),
-        control_exact=wilson(int(scores.exact[control].sum()), samples),
-        control_median_first_rank=float(np.median(scores.first_rank[control])),
+        control_exact=wilson(int(exact[control].sum()), samples),
+        control_median_first_rank=float(np.median(first_rank[control])),
         worth=bootstrap.mean(nats[control] - nats[key]),
         tokens_per_s=len(documents) * length / seconds,
         samples=tuple(
             PasskeySample(
                 depth=depth,
-                answer_tokens=int(tokens[i]),
+                answer_tokens=len(found[i].nats),
                 nats_per_token=float(nats[i]),
-                exact=bool(scores.exact[i]),
-                first_rank=int(scores.first_rank[i]),
+                exact=bool(exact[i]),
+                first_rank=int(first_rank[i]),
                 control_nats_per_token=float(nats[samples + i]),
-                control_exact=bool(scores.exact[samples + i]),
-                control_first_rank=int(scores.first_rank[samples + i]),
+                control_exact=bool(exact[samples + i]),
+                control_first_rank=int(first_rank[samples + i]),
             )
             for i, depth in enumerate(places)
         ),

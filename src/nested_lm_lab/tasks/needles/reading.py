@@ -1,10 +1,9 @@
 """Reading many prompts of one length: in segments with carried state, what several have in common only once.
 
-Shapes: R prompts, T tokens of a prompt, B rows that differ so far, V vocabulary.
+Shapes: R prompts, T tokens of a prompt, Q of a question.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +12,9 @@ from jaxtyping import Int
 
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState
-from nested_lm.reading.generation import reading_mode
+from nested_lm.reading.calls import OutOfRoomError, TokenScores, memory_watch, read
+from nested_lm.reading.reader import OwnStates, Scored
+from nested_lm.reading.reader import Reader as SequenceReader
 from nested_lm_lab.tasks.needles.stops import LIMIT_WORDS
 
 MIB = 1 << 20
@@ -25,27 +26,6 @@ _SEGMENT_RANGE = (128, 512)  # tokens
 
 _COPIES = 2
 """A state is there twice while it grows or is forked."""
-
-
-class OutOfRoomError(Exception):
-    """The states of some prompts take more memory than there is, or than is allowed. Says how much."""
-
-
-@contextlib.contextmanager
-def memory_watch() -> Iterator[None]:
-    """Turn any way in which memory ends into `OutOfRoomError`."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfRoomError(f"memory ended ({_first_line(error)})") from error
-    except RuntimeError as error:  # how torch says it on the CPU
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfRoomError(f"memory ended ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @dataclass
@@ -61,15 +41,6 @@ class Reader:
     max_state_bytes: int
     on_tokens: Callable[[int], None]
     tokens_read: int = field(default=0, init=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    def tensor(self, tokens: Int[np.ndarray, "B T"]) -> torch.Tensor:
-        """Tokens on the model's device."""
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
 
     def read(self, prompts: Int[np.ndarray, "R T"], *, writes: bool = True) -> StreamState:
         """Read prompts from fresh states. Returns their states, a row for each.
@@ -88,7 +59,7 @@ class Reader:
         rows, length = prompts.shape
         step = segment_length(length, self.model.config.alignment)
         group = np.zeros(rows, dtype=np.int64)  # the row that stands for each prompt
-        with reading_mode(self.model), memory_watch():
+        with memory_watch():
             state = self.model.initial_state(1) if writes else self.model.initial_state(1).freeze()
             count = 1
             for begin in range(0, length, step):
@@ -96,11 +67,20 @@ class Reader:
                 parents, first, group = part_ways(group, part)
                 if len(parents) != count:  # rows never join, and keep their order
                     state, count = state.select(torch.tensor(parents)), len(parents)
-                state = self.model(self.tensor(part[first]), state=state, predictions="last").state
+                state = read(self.model, part[first], state).state
                 self._check(state, count, rows, begin + part.shape[1], length)
                 self.tokens_read += part[first].size
                 self.on_tokens(part.size)
             return state.select(torch.from_numpy(group))
+
+    def ask(
+        self, state: StreamState, questions: Int[np.ndarray, "R Q"], answers: Sequence[Int[np.ndarray, "A"]]
+    ) -> list[TokenScores]:
+        """Score an answer after each question, from the state of its row, which is not changed. Raises as `read`."""
+        texts = [np.concatenate(pair) for pair in zip(questions, answers, strict=True)]
+        documents = [(Scored(text, questions.shape[1]),) for text in texts]
+        found = SequenceReader(self.model, rows=len(texts)).score(documents, starts=OwnStates(state))
+        return [scores for (scores,) in found]
 
     def _check(self, state: StreamState, count: int, rows: int, position: int, length: int) -> None:
         """Refuse, as early as it can be known, states that will be too large once all prompts have parted."""

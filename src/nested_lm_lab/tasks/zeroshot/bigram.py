@@ -6,8 +6,9 @@ import numpy as np
 
 from nested_lm.data.shards import TokenDataset
 from nested_lm.errors import CheckpointError
+from nested_lm.reading.reader import Document
 from nested_lm_lab.evaluation.floors import NgramFloors
-from nested_lm_lab.tasks.zeroshot.sequences import Document, Likelihood
+from nested_lm_lab.tasks.zeroshot.sequences import Likelihood
 
 
 class BigramScorer:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import ConfigError
 from nested_lm.nn.model import LanguageModel
-from nested_lm.reading.generation import next_token_probabilities, read_prompt, reading_mode
+from nested_lm.reading.calls import as_tokens
+from nested_lm.reading.generation import generate
 
 _DEFAULT_TOKENS = 256
 _KNOWN = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"}
@@ -72,48 +72,38 @@ def continue_prompts(
         first = asked[order[0]].settings
         rows = [index for index in order[:batch_rows] if asked[index].settings == first]
         order = order[len(rows) :]
-        with reading_mode(model):
-            generator = torch.Generator().manual_seed(seed)
-            found = _continue(model, tokenizer, [asked[index] for index in rows], generator)
+        found = _continue(model, tokenizer, [asked[index] for index in rows], seed)
         for index, text in zip(rows, found, strict=True):
             texts[index] = text
     return texts
 
 
-def _continue(
-    model: LanguageModel, tokenizer: TextTokenizer, batch: list[Continuation], generator: torch.Generator
-) -> list[str]:
+def _continue(model: LanguageModel, tokenizer: TextTokenizer, batch: Sequence[Continuation], seed: int) -> list[str]:
+    """Texts after prompts of one length and one way to go on."""
     settings = batch[0]
-    device = next(model.parameters()).device
-    logits, state = read_prompt(model, torch.from_numpy(np.stack([row.prompt for row in batch])).to(device), state=None)
-    tokens: list[list[int]] = [[] for _ in batch]
-    texts: list[str | None] = [None] * len(batch)
-    for step in range(settings.max_tokens):
-        drawn = _draw(logits, settings, generator)
-        for row, token in enumerate(drawn[:, 0].tolist()):
-            if texts[row] is None:
-                if token == tokenizer.end_of_text:
-                    texts[row] = tokenizer.decode(tokens[row])
-                else:
-                    tokens[row].append(token)
-                    texts[row] = _stopped(tokenizer.decode(tokens[row]), settings.until)
-        if step + 1 == settings.max_tokens or None not in texts:
-            break
-        output = model(drawn.to(device), state=state)
-        logits, state = output.logits[:, -1], output.state
-    return [tokenizer.decode(row) if text is None else text for row, text in zip(tokens, texts, strict=True)]
 
+    def written(row: int, ids: Sequence[int]) -> str:
+        return tokenizer.decode_after(batch[row].prompt[1:], ids)
 
-def _draw(logits: Tensor, settings: Continuation, generator: torch.Generator) -> Int[Tensor, "B 1"]:
-    if settings.temperature == 0:
-        return logits.argmax(dim=1, keepdim=True).cpu()
-    probabilities = next_token_probabilities(
-        logits, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
+    found = generate(
+        model,
+        as_tokens(model, np.stack([row.prompt for row in batch])),
+        max_new_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        generator=torch.Generator().manual_seed(seed),
+        stop=tokenizer.end_of_text,
+        settled=lambda row, ids: _is_stopped(written(row, ids), settings.until),
     )
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator)
+    rows = zip(found.tokens.tolist(), found.lengths, strict=True)
+    return [_before_stop(written(row, ids[:length]), settings.until) for row, (ids, length) in enumerate(rows)]
 
 
-def _stopped(text: str, until: tuple[str, ...]) -> str | None:
-    """The text before its first stop string; None while there is none."""
-    ends = [text.index(stop) for stop in until if stop and stop in text]
-    return text[: min(ends)] if ends else None
+def _is_stopped(text: str, until: tuple[str, ...]) -> bool:
+    return any(stop and stop in text for stop in until)
+
+
+def _before_stop(text: str, until: tuple[str, ...]) -> str:
+    """The text before its first stop string; all of it where there is none."""
+    return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]

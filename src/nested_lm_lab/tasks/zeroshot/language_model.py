@@ -13,8 +13,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.nn.model import LanguageModel
+from nested_lm.reading.reader import Document, Scored
 from nested_lm_lab.tasks.zeroshot.continuations import Continuation, continue_prompts
-from nested_lm_lab.tasks.zeroshot.sequences import Document, Likelihood, ModelScorer, Scored, Scorer
+from nested_lm_lab.tasks.zeroshot.sequences import Likelihood, ModelScorer, Scorer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nested_lm.errors import ConfigError
-from nested_lm.nn.loss import token_losses
 from nested_lm.nn.mixers.attention_cache import AttentionState, BranchedState
 from nested_lm.nn.mixers.delta_net import DeltaNetState
 from nested_lm.nn.mixers.linear_attention import LinearAttentionState
@@ -24,8 +24,8 @@ from nested_lm.nn.mixers.self_modifying import SelfModifyingTitans
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState, iterate_tensors, map_tensors
 from nested_lm.ops.memory.state import MemoryState, MemoryWeights
-from nested_lm.reading.generation import reading_mode, segment_room
-from nested_lm_lab.tasks.zeroshot.sequences import Document, nonfinite
+from nested_lm.reading.calls import read, reading_mode
+from nested_lm.reading.reader import Document
 from nested_lm_lab.tasks.zeroshot.settings import Memorize
 
 _WHOLE = "memory"
@@ -110,29 +110,20 @@ class MemorizedStarts:
 
     def _read(self, tokens: Tensor, real: Tensor, state: StreamState) -> StreamState:
         """One pass."""
-        begin, alignment = 0, self.model.config.alignment
-        while begin < tokens.shape[1]:
-            selects = self.settings.surprise is not None
-            end = begin + (alignment if selects else segment_room(self.model, state.position))
-            part, before = tokens[:, begin:end], state
-            output = self.model(part, state=state, predictions="all" if selects else "last")
-            if not torch.isfinite(output.logits).all():
-                raise nonfinite(self.model, (part, before))
-            state = output.state
-            if selects:
-                following = torch.cat([tokens[:, begin + 1 : end + 1], tokens[:, :1]], dim=1)[:, : part.shape[1]]
-                counted = torch.cat([real[:, begin + 1 : end + 1], real[:, :1]], dim=1)[:, : part.shape[1]]
-                state = merge(before, state, self._is_surprising(output.logits, following, counted))
-            if self.on_tokens is not None:
-                self.on_tokens(part.numel())
-            begin = end
+        if self.settings.surprise is None:
+            return read(self.model, tokens, state, on_tokens=self.on_tokens).state
+        following, counted = tokens.roll(-1, dims=1), real.roll(-1, dims=1)  # the start token is no part of the text
+        for part in torch.arange(tokens.shape[1]).split(self.model.config.alignment):
+            before = state
+            found = read(self.model, tokens[:, part], before, targets=following[:, part], on_tokens=self.on_tokens)
+            losses = torch.from_numpy(found.nats).to(tokens.device)
+            state = merge(before, found.state, self._is_surprising(losses, counted[:, part]))
         return state
 
-    def _is_surprising(self, logits: Tensor, following: Tensor, counted: Tensor) -> Tensor:
+    def _is_surprising(self, losses: Float[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> Bool[Tensor, "B"]:
         """Rows whose mean loss over the counted tokens reaches the threshold; a segment without any does not."""
-        losses = token_losses(logits, following) * counted
         count = counted.sum(dim=1)
-        return (count > 0) & (losses.sum(dim=1) >= self.settings.surprise * count)
+        return (count > 0) & ((losses * counted).sum(dim=1) >= self.settings.surprise * count)
 
     def _keep(self, state: StreamState) -> StreamState:
         """Set the memories that were not chosen back to their start."""
@@ -145,7 +136,7 @@ class MemorizedStarts:
             return replace(state, layers=layers)
         # The last segment's write waits for a token after it: read one, and take nothing but what was written and when.
         start = torch.full((rows, 1), self.boundary[0], device=next(model.parameters()).device)
-        written = model(start, state=state).state.in_context
+        written = read(model, start, state).state.in_context
         kept = tuple(
             after if f"level{level.level}" in levels else before
             for level, before, after in zip(model.writer.levels, fresh.in_context.levels, written.levels, strict=True)
