@@ -77,12 +77,14 @@ def make_checkpoint(tmp_path_factory, tiny_data):
         tokenizer = tiny_data.folder / "tokenizer.json"
         manifest = json.loads((tiny_data.folder / "manifest.json").read_text())
         folder = root / f"{kind}-{seed}"
+        identity = {"run_id": "r", "name": kind, "seed": seed, "parameters": 1, "data_hash": "d", "commit": None}
+        identity |= {"tokenizer_hash": manifest["tokenizer"]["sha256"], "config_hash": config_hash(config)}
         write_checkpoint(
             folder / "checkpoints" / f"step-{step:08d}",
             tensors={"model": model.state_dict()},
             documents={
                 "config.json": config.model_dump(mode="json"),
-                "run.json": {"tokenizer_hash": manifest["tokenizer"]["sha256"], "config_hash": config_hash(config)},
+                "run.json": identity,
                 "train_state.json": {"step": step, "tokens": 192},
             },
             extra_files={"tokenizer.json": tokenizer},
@@ -209,7 +211,7 @@ class TestMemorize:
             (["first.pdf", "--memory", "m"], "its ending is none of .txt, .jsonl"),
             ([".", "--memory", "m"], "is a folder"),
             (["-", "first.txt", "-", "--memory", "m"], "name it once"),
-            (["bad.jsonl", "--memory", "m"], "bad.jsonl:2: no text: no field 'text'; fields: body"),
+            (["bad.jsonl", "--memory", "m"], "bad.jsonl:2: no text: no field 'text'; fields: 'body'"),
             (["empty.jsonl", "--memory", "m"], "no document found"),
             (["-", "--memory", "m"], "standard input: not utf8: byte 1 is 0xff"),
         ],
