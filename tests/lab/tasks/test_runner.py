@@ -191,7 +191,7 @@ def test_an_attention_model_is_not_streamed(tmp_path, data_config, run_dir):
     paths = evaluate_run(tmp_path / "attention", report=lambda line: None)
     scored, passkey, _ = (load_result(path) for path in paths)
     assert scored.metrics.streaming is None
-    assert passkey.metrics.reading == "whole"
+    assert passkey.metrics.reading == "segments"
     other = load_result(evaluate_run(run_dir, ("language_modelling",), report=lambda line: None)[0])
     difference = paired_difference(scored, other, bootstrap=Bootstrap(samples=100))
     values = [result.metrics.window.bits_per_byte.value for result in (scored, other)]
