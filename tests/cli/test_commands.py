@@ -164,31 +164,29 @@ class TestArguments:
 class TestGenerate:
     @pytest.fixture
     def seen(self, stub):
-        """Stubs of a tokenizer that knows characters and a model that writes `ab` and ends."""
-        import torch
-
+        """Stub of a model that writes `ab`."""
         calls = {}
-        tokenizer = SimpleNamespace(
-            start_of_text=1,
-            end_of_text=0,
-            encode=lambda text: [ord(c) for c in text],
-            decode=lambda ids: "".join(map(chr, ids)),
-        )
 
         def load_model(path, *, device):
             calls.update(path=path, device=device)
-            return SimpleNamespace(model="model", tokenizer=tokenizer, device=device)
+            return "loaded"
 
-        def generate(model, tokens, *, generator, **options):
-            calls.update(options, model=model, tokens=tokens.tolist(), seed=generator.initial_seed())
-            return SimpleNamespace(tokens=torch.tensor([[ord("a"), ord("b"), 0]]))
+        class Trained:
+            @classmethod
+            def of(cls, loaded):
+                assert loaded == "loaded"
+                return cls()
+
+            def generate(self, text, **options):
+                calls.update(options, text=text)
+                return "ab"
 
         stub(
             "nested_lm.checkpoint",
             load_model=load_model,
             find_checkpoint=lambda source, *, report: source / "step-2",
         )
-        stub("nested_lm.reading.generation", generate=generate)
+        stub("nested_lm.reading.trained", TrainedModel=Trained, choose_device=lambda device: device)
         return calls
 
     def test_prompt_is_continued_to_the_end_of_the_document(self, run, seen, tmp_path):
@@ -198,20 +196,14 @@ class TestGenerate:
         assert seen == {
             "path": tmp_path / "step-2",
             "device": "cpu",
-            "model": "model",
-            "tokens": [[1, *map(ord, "[b]Hi")]],
+            "text": "[b]Hi",
             "max_new_tokens": 4,
             "temperature": 0.5,
             "top_p": 0.95,
             "top_k": 3,
             "seed": 9,
-            "stop": 0,
-            "state": None,
+            "remember": False,
         }
-
-    def test_an_empty_prompt_is_the_start_of_a_document(self, run, seen, tmp_path):
-        assert run("generate", tmp_path, "--prompt", "").exit_code == 0
-        assert seen["tokens"] == [[1]]
 
     def test_folder_without_checkpoint(self, run, tmp_path):
         result = run("generate", tmp_path, "--prompt", "Hi")
