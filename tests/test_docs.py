@@ -129,7 +129,8 @@ def test_the_pasted_error_is_what_the_program_says(monkeypatch):
     assert f"ConfigError: {error.value}".strip() == message.strip()
 
 
-# The example of streaming.md needs a trained run; that of extending.md a new process, `tests/ops` runs it in one.
+# The example of streaming.md needs a checkpoint: tests/cli/test_memory_commands.py has one. That
+# of extending.md needs a new process, `tests/ops` runs it in one.
 NOT_HERE = {"streaming.md", "extending.md"}
 RUNNABLE = [page for page in [ROOT / "README.md", *PAGES] if blocks(page, "python") and page.name not in NOT_HERE]
 

@@ -6,8 +6,8 @@ Layers for networks of your own, `y, state = layer(x)` (docs/layers.md):
 - `GatedDeltaNet`, `DeltaNet`, `LinearAttention`, `Attention`: what they are compared with.
 - `ContinuumMemory`: residual MLPs, each updated on its own clock. `HopeBlock`: both parts of Hope in one block.
 
-A whole model: `LanguageModel`, which `ModelConfig` describes. `load` gives a trained one, with its tokenizer and a memory
-(docs/streaming.md).
+A whole model: `LanguageModel`, which `ModelConfig` describes. `load` gives a trained one with its tokenizer and
+a memory (docs/streaming.md).
 """
 
 from importlib import import_module

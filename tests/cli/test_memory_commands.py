@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from nested_lm.reading.generation import generate
 from nested_lm.reading.memory_file import read_header
 from nested_lm.reading.trained import TrainedModel
 
+ROOT = Path(__file__).resolve().parents[2]
 FIRST = "the union of these states shall keep its army and navy in peace"
 SECOND = "while congress reads this message on the revenue and the commerce of nations, ünd so weiter"
 PROMPT = "our citizens trade"
@@ -333,6 +335,15 @@ class TestGenerate:
         found = run("generate", make_checkpoint("hope"), "--prompt", PROMPT, "--update-memory")
         assert found.exit_code == 2
         assert "name it with --memory" in found.stderr
+
+
+def test_the_python_example_of_the_documentation(make_checkpoint, texts, capsys):
+    (texts / "RUN").symlink_to(make_checkpoint("hope"))
+    page = (ROOT / "docs" / "streaming.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(example, "streaming.md", "exec"), names := {})
+    assert "bits per byte" in capsys.readouterr().out
+    assert names["model"].memory.position == read_header(texts / "my.memory").position
 
 
 class TestScore:
