@@ -13,7 +13,7 @@ def build_channel(
     """Make the channel memory that a configuration section asks for. layer: place of its block, from the bottom."""
     match config:
         case channels.ContinuumMemory():
-            return ContinuumMemory(width, config.levels, wiring=config.wiring, epsilon=epsilon)
+            return ContinuumMemory(width, config.levels, wiring=config.wiring, gated=config.gated, epsilon=epsilon)
         case LayerLevels():
             level = config.levels_of_layers(num_layers)[layer]
             return ResidualSwiGLU(width, config.hidden, level=level, epsilon=epsilon)
