@@ -46,3 +46,14 @@ def test_what_is_left_open_is_written_down():
     assert start().config.erase_since == "border"
     assert start(erase="none", rates={"memory": 0.1}).config.erase_since == "start"
     assert start(depth=1, objective="dot").config.erase_since == "start"
+
+
+def test_flat_gates_start_alike_for_every_token():
+    gates = start(flat_gates=["output", "decay"])
+    assert not gates.output_gate.weight.any()
+    rate, decay = gates.gates.weight.chunk(2)
+    assert rate.all()
+    assert not decay.any()
+    assert not start(flat_gates=["rate"]).gates.weight.chunk(2)[0].any()
+    with pytest.raises(ValueError, match="no decay gate"):
+        start(flat_gates=["decay"], retention="full", adapt=["memory"])

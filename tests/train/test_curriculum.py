@@ -123,3 +123,29 @@ def test_stages_that_cannot_run_are_refused(make_config, change, message):
 def test_every_stage_fits_the_chunks_of_the_model(make_config):
     with pytest.raises(ConfigError, match=r"train\.curriculum\[0\]\.context_length 4 is not a multiple of 8"):
         make_config("hope", context_length=16, accumulation=2, curriculum=[{"context_length": 4, "until_tokens": 32}])
+
+
+def test_facts_are_the_same_for_two_ranks_and_after_a_resume(make_config, dataset):
+    facts = {"share": 1.0, "every_tokens": 64, "kinds": ["note"], "distances": [0, 32]}
+    stages = {"context_length": 128, "curriculum": [{"context_length": 64, "until_tokens": 512}]}
+    config = make_config(**stages, batch_size=2, budget_tokens=2048, stream={"kind": "shuffled", "facts": facts})
+    alone = TrainingStream(config, dataset, rank=0, world_size=1)
+    ranks = [TrainingStream(config, dataset, rank=rank, world_size=2) for rank in range(2)]
+    plain = TrainingStream(make_config(**stages, batch_size=2, budget_tokens=2048), dataset, rank=0, world_size=1)
+    for _ in range(2):
+        whole = torch.cat([batch.inputs for batch in alone.next_step()])
+        parts = [batch for stream in ranks for batch in stream.next_step()]
+        assert torch.equal(torch.cat([part.inputs for part in parts]), whole)
+        assert not torch.equal(torch.cat([batch.inputs for batch in plain.next_step()]), whole)
+    again = TrainingStream(config, dataset, rank=0, world_size=1)
+    again.load_state_dict(alone.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(alone.next_step()[0], again.next_step()[0], strict=True))
+
+
+def test_distances_beyond_the_stream_are_refused(make_config):
+    facts = {"share": 1.0, "every_tokens": 64, "distances": [0, 64]}
+    with pytest.raises(ConfigError, match=r"reach 64 tokens, and a row of the stream has 64"):
+        make_config(context_length=64, stream={"kind": "shuffled", "facts": facts})
+    few = facts | {"distances": [0, 9], "every_tokens": 16, "keys": ["a", "b", "c"]}
+    with pytest.raises(ConfigError, match=r"3 different keys, and a row of 64 tokens has up to 4 facts"):
+        make_config(context_length=64, stream={"kind": "shuffled", "facts": few})

@@ -64,6 +64,8 @@ class SelfModifying(WriteRule, _Heads):
     momentum_init: OpenShare = 0.5  # share of the sum or mean kept at the start
     rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.5
     # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
+    flat_gates: Annotated[tuple[Literal["output", "rate", "decay"], ...], Field(strict=False)] = ()
+    # gates whose weights start at 0: open alike for every token until training tells tokens apart
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
     backend: MemoryBackend = "auto"
 
@@ -84,6 +86,8 @@ class SelfModifying(WriteRule, _Heads):
                 f"retention full leaves nothing for the alpha memory to decide; use adapt: [{rest}], or "
                 "retention: learned"
             )
+        if self.retention == "full" and "decay" in self.flat_gates:
+            raise ValueError("flat_gates names decay, and retention full has no decay gate; leave it out of flat_gates")
         if self.num_heads < len(self.shares):
             raise ValueError(
                 f"rate_shares {list(self.shares)} are for {len(self.shares)} groups of heads, and num_heads is "

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from nested_lm.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, Section
+from nested_lm.config.section import Count, Fraction, Name, NonNegativeFloat, PositiveFloat, Section
 from nested_lm.config.update_rules import TrainingRule
 
 
@@ -83,10 +83,37 @@ class WarmupStableDecay(Section):
 Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")]
 
 
+FactKind = Literal["note", "number", "word"]
+"""A fact's wording: `key: number.`, or RULER's sentence about the special magic number, or word, of a key."""
+
+
+class Facts(Section):
+    """Facts and questions about them, written over the text of training rows (`data/facts.py`).
+
+    The distance from a fact to its question is drawn uniformly between the two `distances`, as far as the row goes.
+    """
+
+    share: Annotated[float, Field(gt=0.0, le=1.0)]  # of the rows
+    every_tokens: PositiveInt  # such a row has from one fact to one for every so many of its tokens, evenly drawn
+    kinds: Annotated[tuple[FactKind, ...], Field(min_length=1, strict=False)] = ("note", "number", "word")
+    # one that is named twice is drawn twice as often
+    distances: Annotated[tuple[Annotated[int, Field(ge=0)], PositiveInt], Field(strict=False)]  # tokens in between
+    ramp_tokens: Annotated[int, Field(ge=0)] = 0  # training tokens over which the largest distance grows to its value
+    keys: Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] | None = None  # null: those of the package
+
+    @model_validator(mode="after")
+    def _distances_are_in_order(self) -> "Facts":
+        nearest, farthest = self.distances
+        if nearest > farthest:
+            raise ValueError(f"distances {nearest}, {farthest}: the first is the smaller one; exchange them")
+        return self
+
+
 class Shuffled(Section):
     """All training documents in an order drawn from the seed, epoch after epoch."""
 
     kind: Literal["shuffled"]
+    facts: Facts | None = None  # written over the text; null: the text as it is
 
 
 class Chronological(Section):
@@ -243,6 +270,25 @@ class TrainConfig(Section):
             begin = stage.until_tokens
         if self.curriculum and isinstance(self.stream, Chronological):
             raise ValueError("a curriculum needs a shuffled stream; set stream.kind=shuffled, or remove curriculum")
+        return self
+
+    @model_validator(mode="after")
+    def _facts_fit(self) -> "TrainConfig":
+        facts = self.stream.facts if isinstance(self.stream, Shuffled) else None
+        if facts is None:
+            return self
+        most = self.context_length // facts.every_tokens
+        if facts.keys is not None and len(set(facts.keys)) < most:
+            raise ValueError(
+                f"stream.facts.keys has {len(set(facts.keys))} different keys, and a row of {self.context_length} "
+                f"tokens has up to {most} facts, each with a key of its own; give more keys, or a larger every_tokens"
+            )
+        if facts.distances[1] >= self.context_length:
+            raise ValueError(
+                f"stream.facts.distances reach {facts.distances[1]} tokens, and a row of the stream has "
+                f"{self.context_length} (context_length); a fact and its question lie in one row, so use distances "
+                f"below {self.context_length}, or a longer context"
+            )
         return self
 
     @model_validator(mode="after")

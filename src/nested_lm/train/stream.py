@@ -7,8 +7,11 @@ from typing import Any
 from nested_lm.config.run import RunConfig
 from nested_lm.config.train import Chronological, TrainConfig
 from nested_lm.data.chronology import ReadingGroup, reading_groups
+from nested_lm.data.facts import FactWriter
 from nested_lm.data.loader import Batch, PackedLoader
+from nested_lm.data.manifest import TOKENIZER
 from nested_lm.data.shards import TokenDataset
+from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 from nested_lm.train.replay import Replay, joined
 from nested_lm.train.strategies.base import micro_batches
@@ -27,7 +30,7 @@ class TrainingStream:
     Raises:
         DataError: a chronological stream over a data set without enough dated periods, or with too little text in
             one to be read once, or too few documents for a stage.
-        ConfigError: the ranks cannot share a step evenly, or replay takes every row of a period.
+        ConfigError: the ranks cannot share a step evenly, replay takes every row of a period, or facts do not fit.
     """
 
     def __init__(self, config: RunConfig, dataset: TokenDataset, *, rank: int, world_size: int) -> None:
@@ -39,6 +42,8 @@ class TrainingStream:
         self._loaders: list[PackedLoader] = []
         self.groups: list[ReadingGroup] = []
         self._replay: Replay | None = None
+        self._writer = _fact_writer(config, dataset)
+        self._step_tokens, self._rank, self._world_size = train.step_tokens, rank, world_size
         if isinstance(train.stream, Chronological):
             self.groups = reading_groups(dataset, train.stream.periods, order=train.stream.order)
             steps = train.num_steps // len(self.groups)
@@ -84,6 +89,11 @@ class TrainingStream:
     def _next(self, stage: int, index: int) -> Batch:
         """Micro-batch `index` of a stage."""
         loader = self._loaders[stage]
+        if self._writer is not None:
+            batch, step = loader.next(), self._step - 1
+            micro_batch = index % self._micro_batches * self._world_size + self._rank
+            first_row = micro_batch * len(batch.inputs)
+            return self._writer.write(batch, step=step, tokens=step * self._step_tokens, first_row=first_row)
         if self._replay is None or stage == 0:
             return loader.next()
         new, old = self._replay.rows_of(index)
@@ -121,6 +131,14 @@ class TrainingStream:
         if self._replay is not None:
             self._replay.load_state_dict(state["replay"])
         self._step = state["step"]
+
+
+def _fact_writer(config: RunConfig, dataset: TokenDataset) -> FactWriter | None:
+    stream = config.train.stream
+    if isinstance(stream, Chronological) or stream.facts is None:
+        return None
+    tokenizer = TextTokenizer.load(dataset.folder / TOKENIZER)
+    return FactWriter(stream.facts, tokenizer, seed=config.seed, shortest_context=min(config.train.context_lengths))
 
 
 def _stage_ends(train: TrainConfig) -> list[int]:

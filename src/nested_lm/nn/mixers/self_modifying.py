@@ -186,6 +186,10 @@ class SelfModifyingTitans(Mixer):
         config = self.config
         heads = config.num_heads
         self.output_gate.bias.fill_(OPEN)
+        rate, decay = self.gates.weight[:heads], self.gates.weight[heads : 2 * heads]
+        weights = {"output": self.output_gate.weight, "rate": rate, "decay": decay}
+        for name in config.flat_gates:
+            weights[name].zero_()
         normal(self.conv.weight, 1 / math.sqrt(config.conv_width))
         for readout in (self.readout_rate, self.readout_decay):
             if readout is not None:
