@@ -3,6 +3,7 @@
 from typing import Any
 
 from nested_lm.config.model import ModelConfig
+from nested_lm.nn.sizing import count_parameters
 
 WIDTH, LAYERS = 32, 2
 
@@ -13,6 +14,7 @@ MEMORY = {"kind": "self_modifying", **HEAD, "chunk": 8}
 
 MIXERS: dict[str, dict[str, Any]] = {
     "hope": MEMORY,
+    "hope_flat": {**MEMORY, "flat_gates": ["output", "rate", "decay"]},
     "hope_memory_only": {**MEMORY, "adapt": ["memory"]},
     "transformer": {"kind": "attention", "num_heads": 2},
     "sliding_window": {"kind": "attention", "num_heads": 2, "window": 16},
@@ -48,6 +50,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 
 HIDDEN_WIDTH: dict[str, int] = {
     "hope": 64,
+    "hope_flat": 64,
     "hope_memory_only": 107,
     "transformer": 134,
     "sliding_window": 134,
@@ -61,16 +64,31 @@ HIDDEN_WIDTH: dict[str, int] = {
 """Arm -> hidden width of its MLPs, with which it has as many parameters as Hope."""
 
 
-def configuration(arm: str, vocab: int) -> ModelConfig:
-    """Build one arm's model."""
+def configuration(arm: str, vocab: int, *, head_width: int = HEAD["head_width"]) -> ModelConfig:
+    """Build one arm's model. Wider heads make wider models, whose MLPs are as wide as Hope's parameters allow."""
+    config = _configuration(arm, vocab, head_width, HIDDEN_WIDTH[arm] * head_width // HEAD["head_width"])
+    if head_width == HEAD["head_width"] or arm == "hope":
+        return config
+    missing = _parameters(configuration("hope", vocab, head_width=head_width)) - _parameters(config)
+    hidden = round(config.channel.expansion * config.width) + round(missing / (3 * config.width * LAYERS))
+    return _configuration(arm, vocab, head_width, hidden)
+
+
+def _configuration(arm: str, vocab: int, head_width: int, hidden: int) -> ModelConfig:
+    width = WIDTH * head_width // HEAD["head_width"]
+    mixer = MIXERS[arm] | ({"head_width": head_width} if "head_width" in MIXERS[arm] else {})
     return ModelConfig.model_validate(
         {
             "vocab_size": vocab,
-            "width": WIDTH,
+            "width": width,
             "num_layers": LAYERS,
-            "mixer": MIXERS[arm],
-            "channel": {"kind": "swiglu", "expansion": HIDDEN_WIDTH[arm] / WIDTH},
+            "mixer": mixer,
+            "channel": {"kind": "swiglu", "expansion": hidden / width},
             "tie_embeddings": False,
             "init_std": 0.3,
         }
     )
+
+
+def _parameters(config: ModelConfig) -> int:
+    return count_parameters(config)["total"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.learning.protocol import RECIPE, Measures
+from benchmarks.learning.protocol import RECIPE, Measures, Progress
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 from nested_lm.nn.state import StreamState, map_tensors
@@ -68,6 +68,8 @@ class Clock:
     batch: int = 16
 
     arms: ClassVar[tuple[str, ...]] = tuple(LEVELS)
+    rates: ClassVar[None] = None
+    shown: ClassVar[tuple[str, ...]] = ("first third", "last third", "lesion, new table")
     unit: ClassVar[Literal["nats"]] = "nats"
     differences: ClassVar[tuple[str, ...]] = ()
 
@@ -101,7 +103,7 @@ class Clock:
         model.initialise(seed)
         return model
 
-    def loss(self, model: LanguageModel, generator: torch.Generator, progress: float) -> Tensor:
+    def loss(self, model: LanguageModel, generator: torch.Generator, progress: Progress) -> Tensor:
         """Next-token loss of fresh rows."""
         del progress
         tokens = streams(self.batch, ROW_TOKENS, generator)

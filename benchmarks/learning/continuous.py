@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.learning.arms import configuration
-from benchmarks.learning.protocol import IGNORED, RECIPE, Measures
+from benchmarks.learning.protocol import IGNORED, RECIPE, Measures, Progress
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.layers import StepContext
 from nested_lm.nn.model import LanguageModel
@@ -75,6 +75,7 @@ class PointTask:
     rate: float = 3e-3
 
     arms: ClassVar[None] = None
+    rates: ClassVar[None] = None
 
     def configuration(self, arm: str) -> ModelConfig:
         """Return the configuration of the blocks."""
@@ -101,6 +102,7 @@ class Regression(PointTask):
     reported: tuple[int, ...] = (1, 4, 8, 12, 16, 24)
 
     unit: ClassVar[Literal["squared error"]] = "squared error"
+    shown: ClassVar[tuple[str, ...]] = ("error@24",)
     differences: ClassVar[tuple[str, ...]] = ()
 
     def make(self, batch: int, generator: torch.Generator) -> tuple[Facts, Tensor, Tensor]:
@@ -112,7 +114,7 @@ class Regression(PointTask):
         answers = torch.stack([torch.zeros_like(y), y], dim=2).flatten(1)[..., None]
         return Facts(x.repeat_interleave(2, dim=1), answers, asks), x, y
 
-    def loss(self, model: PointModel, generator: torch.Generator, progress: float) -> Tensor:
+    def loss(self, model: PointModel, generator: torch.Generator, progress: Progress) -> Tensor:
         """Mean squared error of all questions."""
         del progress
         facts, _, y = self.make(RECIPE.batch, generator)
@@ -159,6 +161,7 @@ class Increments(PointTask):
     noise: float = 0.5
 
     unit: ClassVar[Literal["share"]] = "share"
+    shown: ClassVar[tuple[str, ...]] = ("accuracy", "forgetting")
     differences: ClassVar[tuple[str, ...]] = ("forgetting",)
 
     def make(self, batch: int, generator: torch.Generator) -> "Stream":
@@ -185,7 +188,7 @@ class Increments(PointTask):
                 asks.append(torch.full_like(shuffled, mark))
         return torch.cat(places, dim=1), torch.cat(asks, dim=1)
 
-    def loss(self, model: PointModel, generator: torch.Generator, progress: float) -> Tensor:
+    def loss(self, model: PointModel, generator: torch.Generator, progress: Progress) -> Tensor:
         """Cross-entropy of all questions."""
         del progress
         stream = self.make(RECIPE.batch, generator)

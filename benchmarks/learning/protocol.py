@@ -13,10 +13,30 @@ Measures = dict[str, float]
 """Name of a measure, with `@` and the length where it is taken at one, and its value."""
 
 
+@dataclass
+class Progress:
+    """Where a training is. share: of its steps that are over. solved: nothing is left to learn, it may end."""
+
+    share: float = 0.0
+    stage: int = 0
+    accuracy: float = 0.0  # running mean over the batches of this stage
+    solved: bool = False
+
+    def passes(self, accuracy: float, limit: float) -> bool:
+        """Whether the running mean, with a batch of this accuracy, has reached the limit."""
+        self.accuracy += 0.05 * (accuracy - self.accuracy)
+        return self.accuracy >= limit
+
+    def next_stage(self, stages: int) -> None:
+        """Go on to the next of so many stages, or stay at the last one."""
+        self.stage, self.accuracy = min(self.stage + 1, stages - 1), 0.0
+
+
 class Task(Protocol):
     """A task: how to build a model for it, what it is trained on and what is measured.
 
-    steps, rate: of the optimizer. arms: which take part; None is all architectures.
+    steps, rate: of the optimizer. rates: the best of these is taken, by the training loss; None: `rate` alone.
+    arms: which take part; None is all architectures. shown: measures that the page has.
     unit: of the measures. A share lies between 0 and 1; the others are errors, and lower is better.
     differences: measures that are differences of two, and so of either sign.
     """
@@ -29,6 +49,12 @@ class Task(Protocol):
 
     @property
     def rate(self) -> float: ...  # noqa: D102
+
+    @property
+    def rates(self) -> tuple[float, ...] | None: ...  # noqa: D102
+
+    @property
+    def shown(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def arms(self) -> tuple[str, ...] | None: ...  # noqa: D102
@@ -52,8 +78,8 @@ class Task(Protocol):
         """Build and initialise a model. The same seed gives the same one."""
         ...
 
-    def loss(self, model: nn.Module, generator: torch.Generator, progress: float) -> Tensor:
-        """Return the loss on a fresh batch. progress: share of the training that is over."""
+    def loss(self, model: nn.Module, generator: torch.Generator, progress: Progress) -> Tensor:
+        """Return the loss on a fresh batch. A ramp gated by accuracy keeps its stage in `progress`."""
         ...
 
     def measure(self, model: nn.Module, rows: int) -> Measures:

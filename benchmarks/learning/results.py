@@ -6,10 +6,12 @@ import json
 import math
 import platform
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from benchmarks.learning.protocol import Task
 from nested_lm.storage.atomic import write_atomically
@@ -26,8 +28,22 @@ T_QUANTILE = {
 
 def identity(task: Task, arm: str, steps: int, rows: int) -> str:
     """Hash of everything a cell depends on besides the seed and the code."""
-    config = task.configuration(arm).model_dump(mode="json")
-    return hashlib.sha256(json.dumps([task.recipe(steps, rows), config], sort_keys=True).encode()).hexdigest()[:16]
+    return _digest(task.recipe(steps, rows), task.configuration(arm).model_dump(mode="json"))
+
+
+def is_current(row: Row, task: Task, steps: int, rows: int) -> bool:
+    """Whether a row was made with today's recipe and configuration; settings that came later have their defaults."""
+    config = task.configuration(row["arm"])
+    if row["identity"] != _digest(task.recipe(steps, rows), row["config"]):
+        return False
+    try:
+        return type(config).model_validate(row["config"]) == config
+    except ValidationError:
+        return False
+
+
+def _digest(recipe: list[Any], config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([recipe, config], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp() -> dict[str, Any]:
@@ -74,22 +90,21 @@ def _cell(row: Row) -> tuple[str, str, int]:
 
 
 def interval(values: list[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> str:
-    """Mean and 95 % interval over seeds (Student's t), cut at the least and largest value that is possible."""
+    """Mean, 95 % interval over seeds (Student's t), cut at the least and largest value that is possible, and seeds."""
     mean = statistics.fmean(values)
     if len(values) == 1:
-        return f"{mean:.2f}"
+        return f"{mean:.2f} (1 seed)"
     half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f}; {len(values)})"
 
 
-def tables(tasks: dict[str, Task], arms: list[str], rows: list[Row], *, tested: int) -> str:
-    """Markdown: for each task a row an arm, mean over seeds and interval. tested: sequences a length."""
+def tables(groups: Mapping[str, Sequence[Task]], arms: list[str], rows: list[Row], *, tested: int) -> str:
+    """Markdown: for each group of tasks a table with a row an arm. tested: sequences a length."""
     lines = [_origin(rows), ""]
-    for task in tasks.values():
-        mine = [row for row in rows if row["task"] == task.name]
-        if mine:
-            lines += [f"### {task.name}", "", task.about, "", *_table(task, arms, mine, task.references(tested)), ""]
+    for title, tasks in groups.items():
+        lines += [f"### {title}", "", *(f"- `{task.name}`: {task.about}" for task in tasks), ""]
+        lines += [*_table(tasks, arms, rows, tested), ""]
     return "\n".join(lines)
 
 
@@ -106,21 +121,27 @@ def _bounds(task: Task, measure: str) -> tuple[float, float]:
     return (-1.0 if measure in task.differences else 0.0), 1.0
 
 
-def _table(task: Task, arms: list[str], rows: list[Row], references: dict[str, dict[str, float]]) -> list[str]:
-    keys = list(dict.fromkeys(key for row in rows for key in row["measures"]))
-    lines = ["| Arm | " + " | ".join(keys) + " | Seeds |", "|---" * (len(keys) + 2) + "|"]
-    for arm in task.arms or arms:
-        mine = [row for row in rows if row["arm"] == arm]
-        if not mine:
-            continue
-        trained = [row for row in mine if row["diverged_at"] is None]
-        cells = []
-        for key in keys:
-            values = [row["measures"][key] for row in trained if key in row["measures"]]
-            cells.append(interval(values, bounds=_bounds(task, key)) if values else "-")
-        diverged = f", {len(mine) - len(trained)} diverged" if len(mine) > len(trained) else ""
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(mine)}{diverged} |")
-    for name, measures in references.items():
-        cells = [f"{measures[key]:.2f}" if key in measures else "-" for key in keys]
-        lines.append(f"| *{name}* | " + " | ".join(cells) + " | |")
+def _table(tasks: Sequence[Task], arms: list[str], rows: list[Row], tested: int) -> list[str]:
+    columns = [(task, measure) for task in tasks for measure in task.shown]
+    lines = ["| Arm | " + " | ".join(f"{task.name} {measure}" for task, measure in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for arm in dict.fromkeys(arm for task in tasks for arm in task.arms or arms):
+        lines.append(f"| {arm} | " + " | ".join(_cell_text(*column, arm, arms, rows) for column in columns) + " |")
+    references = {task.name: task.references(tested) for task in tasks}
+    for name in dict.fromkeys(name for found in references.values() for name in found):
+        cells = [references[task.name].get(name, {}).get(measure) for task, measure in columns]
+        lines.append(f"| *{name}* | " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
     return lines
+
+
+def _cell_text(task: Task, measure: str, arm: str, arms: list[str], rows: list[Row]) -> str:
+    """What the page has for one arm and measure."""
+    if arm not in (task.arms or arms):
+        return ""
+    mine = [row for row in rows if (row["task"], row["arm"]) == (task.name, arm)]
+    values = [row["measures"][measure] for row in mine if measure in row["measures"]]
+    diverged = sum(row["diverged_at"] is not None for row in mine)
+    if not mine or not (values or diverged):
+        return "-" if mine else "not run"
+    parts = [interval(values, bounds=_bounds(task, measure))] if values else []
+    return ", ".join(parts + ([f"{diverged} diverged"] if diverged else []))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs 
 from benchmarks.learning import results
 from benchmarks.learning.arms import MIXERS
 from benchmarks.learning.protocol import Task
-from benchmarks.learning.suite import TASKS
+from benchmarks.learning.suite import GROUPS, TASKS
 from benchmarks.learning.training import run_cell
 from benchmarks.pages import insert
 from nested_lm.nn.sizing import count_parameters
@@ -42,13 +42,12 @@ def main() -> None:
         for arm in TASKS[task].arms or MIXERS
         if arm in arguments.arms
     ]
-    have = {(row["identity"], row["seed"]) for row in known}
+    have = {(row["task"], row["arm"], row["seed"]) for row in known if _is_current(row, rows, quick=arguments.quick)}
     missing = []
     for task, arm, seed in [] if arguments.only_page else cells:
         steps = QUICK_STEPS if arguments.quick else task.steps
-        key = results.identity(task, arm, steps, rows)
-        if (key, seed) not in have:
-            missing.append((task, arm, seed, steps, key))
+        if (task.name, arm, seed) not in have:
+            missing.append((task, arm, seed, steps, results.identity(task, arm, steps, rows)))
     print(f"{len(missing)} of {len(cells)} cells to run{_expected([cell[:3] for cell in missing], known)}", flush=True)
     for number, (task, arm, seed, steps, key) in enumerate(missing, start=1):
         outcome = run_cell(task, arm, seed, steps=steps, rows=rows)
@@ -64,7 +63,7 @@ def main() -> None:
         done = [row for row in found if _is_current(row, rows, quick=arguments.quick)]
         if len(done) < len(found):
             print(f"{len(found) - len(done)} of {len(found)} cells are of another configuration or recipe: left out")
-        insert(arguments.page, results.tables(TASKS, list(MIXERS), done, tested=rows))
+        insert(arguments.page, results.tables(GROUPS, list(MIXERS), done, tested=rows))
 
 
 def _is_current(row: results.Row, rows: int, *, quick: bool) -> bool:
@@ -72,7 +71,7 @@ def _is_current(row: results.Row, rows: int, *, quick: bool) -> bool:
     task = TASKS.get(row["task"])
     if task is None or row["arm"] not in (task.arms or MIXERS):
         return False
-    return results.identity(task, row["arm"], QUICK_STEPS if quick else task.steps, rows) == row["identity"]
+    return results.is_current(row, task, QUICK_STEPS if quick else task.steps, rows)
 
 
 def _expected(missing: list[tuple[Task, str, int]], known: list[results.Row]) -> str:
@@ -90,7 +89,7 @@ def _expected(missing: list[tuple[Task, str, int]], known: list[results.Row]) ->
 
 
 def _parse() -> argparse.Namespace:
-    all_arms = [*MIXERS, *(arm for task in TASKS.values() for arm in task.arms or ())]
+    all_arms = list(dict.fromkeys([*MIXERS, *(arm for task in TASKS.values() for arm in task.arms or ())]))
 
     def names(allowed: list[str]):
         def parse(text: str) -> list[str]:

@@ -3,6 +3,14 @@
 from benchmarks.learning.clock import CLOCK
 from benchmarks.learning.continuous import POINT_TASKS
 from benchmarks.learning.protocol import Task
+from benchmarks.learning.recall import RECALL_TASKS
 from benchmarks.learning.tasks import TOKEN_TASKS
 
-TASKS: dict[str, Task] = {task.name: task for task in (*TOKEN_TASKS, *POINT_TASKS, CLOCK)}
+GROUPS: dict[str, tuple[Task, ...]] = {
+    "Formal languages and overwriting": TOKEN_TASKS,
+    "Recall": RECALL_TASKS,
+    "Points": POINT_TASKS,
+    "Clocks": (CLOCK,),
+}
+
+TASKS: dict[str, Task] = {task.name: task for group in GROUPS.values() for task in group}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.learning.arms import configuration
-from benchmarks.learning.protocol import IGNORED, RECIPE, Measures, share_of_right
+from benchmarks.learning.protocol import IGNORED, RECIPE, Measures, Progress, share_of_right
 from nested_lm.config.model import ModelConfig
 from nested_lm.nn.model import LanguageModel
 
@@ -43,6 +43,12 @@ class TokenTask:
     arms: ClassVar[None] = None
     unit: ClassVar[Literal["share"]] = "share"
     differences: ClassVar[tuple[str, ...]] = ()
+    rates: ClassVar[None] = None
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Whole strings, or tokens where a task is about recall, at the first length beyond the trained one."""
+        return (f"{'strings' if self.stale is None else 'tokens'}@{self.test_lengths[1]}",)
 
     def configuration(self, arm: str) -> ModelConfig:
         """Return the configuration of a language model."""
@@ -59,9 +65,9 @@ class TokenTask:
         shortest, longest = self.train_lengths
         return shortest + round((longest - shortest) * min(1.0, 2 * progress)) if self.grows else longest
 
-    def loss(self, model: LanguageModel, generator: torch.Generator, progress: float) -> Tensor:
+    def loss(self, model: LanguageModel, generator: torch.Generator, progress: Progress) -> Tensor:
         """Cross-entropy of the scored positions of a batch of one length."""
-        span = self.longest(progress) - self.train_lengths[0] + 1
+        span = self.longest(progress.share) - self.train_lengths[0] + 1
         length = self.train_lengths[0] + int(torch.randint(0, span, (1,), generator=generator))
         tokens, targets = self.make(RECIPE.batch, length, generator)
         logits = model(tokens).logits
@@ -98,8 +104,8 @@ class TokenTask:
     def recipe(self, steps: int, rows: int) -> list[Any]:
         """Lengths, steps and rate."""
         lengths = [self.train_lengths, self.test_lengths]
-        grows = ["grows"] if self.grows else []
-        return [self.name, *lengths, self.rate, steps, RECIPE.batch, rows, RECIPE.warmup_steps, *grows]
+        more = [name for name, given in (("grows", self.grows), ("drawn places", self.stale is not None)) if given]
+        return [self.name, *lengths, self.rate, steps, RECIPE.batch, rows, RECIPE.warmup_steps, *more]
 
 
 def parity(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -191,59 +197,36 @@ def _distinct(batch: int, count: int, below: int, generator: torch.Generator) ->
     return torch.rand(batch, below, generator=generator).argsort(1)[:, :count]
 
 
-def _pairs(keys: Tensor, values: Tensor) -> Tensor:
-    return torch.stack([keys, values + KEYS], dim=2).flatten(1)
-
-
 def reassigned(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Six keys get values, three of them new ones; then every key is asked for, and its latest value is right."""
+    """Six keys get values, three of them new ones later, at drawn places among filler; then every key is asked for.
+
+    The latest value is right.
+    """
     keys = _distinct(batch, 6, KEYS, generator)
     values = torch.randint(0, VALUES, (batch, 6), generator=generator)
     shift = torch.randint(1, VALUES, (batch, 3), generator=generator)
     changed = (values[:, :3] + shift) % VALUES
-    latest = torch.cat([changed, values[:, 3:]], dim=1)
     order = _distinct(batch, 6, 6, generator)
-    filler = torch.full((batch, length - 24), FILLER)
-    told = torch.cat([_pairs(keys, values), _pairs(keys[:, :3], changed), filler, keys.gather(1, order)], dim=1)
+    places = _distinct(batch, 9, (length - 6) // 2, generator)  # of six first values and three new ones
+    first, later = places[:, :3].minimum(places[:, 6:]), places[:, :3].maximum(places[:, 6:])
+    places = 2 * torch.cat([first, places[:, 3:6], later], dim=1)
+    told = torch.full((batch, length - 6), FILLER)
+    told.scatter_(1, places, torch.cat([keys, keys[:, :3]], dim=1))
+    told.scatter_(1, places + 1, torch.cat([values, changed], dim=1) + KEYS)
     targets = torch.full((batch, length), IGNORED)
-    targets[:, length - 6 :] = latest.gather(1, order)
-    return told, targets
+    targets[:, length - 6 :] = torch.cat([changed, values[:, 3:]], dim=1).gather(1, order)
+    return torch.cat([told, keys.gather(1, order)], dim=1), targets
 
 
 def stale_answer(tokens: Tensor, targets: Tensor) -> Tensor:
     """Value that an overwritten key had at first, at the positions that ask for it."""
     stale = torch.full_like(targets, IGNORED)
-    asked = tokens[:, -6:]
-    for pair in range(3):
-        key, old = tokens[:, 2 * pair, None], tokens[:, 2 * pair + 1, None] - KEYS
-        stale[:, -6:] = torch.where(asked == key, old, stale[:, -6:])
+    told = tokens[:, :-6].unflatten(1, (-1, 2))  # keys stand at even places
+    for place in range(6):
+        is_told = told[..., 0] == tokens[:, tokens.shape[1] - 6 + place, None]
+        old = told[torch.arange(len(tokens)), is_told.long().argmax(1), 1] - KEYS
+        stale[:, tokens.shape[1] - 6 + place] = torch.where(is_told.sum(1) == 2, old, IGNORED)
     return stale
-
-
-def far_recall(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Four pairs at the beginning, filler, four questions at the end."""
-    keys = _distinct(batch, 4, KEYS, generator)
-    values = torch.randint(0, VALUES, (batch, 4), generator=generator)
-    order = _distinct(batch, 4, 4, generator)
-    filler = torch.full((batch, length - 12), FILLER)
-    told = torch.cat([_pairs(keys, values), filler, keys.gather(1, order)], dim=1)
-    targets = torch.full((batch, length), IGNORED)
-    targets[:, length - 4 :] = values.gather(1, order)
-    return told, targets
-
-
-MQAR_SYMBOLS = 64
-
-
-def mqar(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Eight of 64 keys get one of 64 values; then keys are asked for at random, again and again."""
-    keys = _distinct(batch, 8, MQAR_SYMBOLS, generator)
-    values = torch.randint(0, MQAR_SYMBOLS, (batch, 8), generator=generator)
-    asked = torch.randint(0, 8, (batch, length - 16), generator=generator)
-    told = torch.stack([keys, values + MQAR_SYMBOLS], dim=2).flatten(1)
-    targets = torch.full((batch, length), IGNORED)
-    targets[:, 16:] = values.gather(1, asked)
-    return torch.cat([told, keys.gather(1, asked)], dim=1), targets
 
 
 TOKEN_TASKS = (
@@ -303,33 +286,14 @@ TOKEN_TASKS = (
     ),
     TokenTask(
         "reassigned",
-        "Six keys get values, three of them new ones afterwards; which value has each key now? `stale`: share of "
-        "overwritten keys answered with the old value.",
+        "Six keys get values, three of them new ones later, at drawn places; which value has each key now? `stale`: "
+        "share of overwritten keys answered with the old value.",
         RECALL_VOCAB,
         reassigned,
         (40, 40),
         (40, 80),
         1500,
         stale=stale_answer,
-    ),
-    TokenTask(
-        "far_recall",
-        "Four pairs of key and value at the beginning, filler, four questions at the end, out of the reach of two "
-        "layers with a window of 16.",
-        RECALL_VOCAB,
-        far_recall,
-        (64, 64),
-        (64, 128),
-        600,
-    ),
-    TokenTask(
-        "mqar",
-        "Multi-query associative recall: eight of 64 keys get one of 64 values, then keys are asked for at random.",
-        2 * MQAR_SYMBOLS,
-        mqar,
-        (64, 64),
-        (64,),
-        600,
     ),
     TokenTask(
         "s3",

@@ -3,10 +3,12 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from benchmarks.learning.protocol import RECIPE, Measures, Task
+from benchmarks.learning.protocol import RECIPE, Measures, Progress, Task
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Outcome:
     final_loss: float  # mean of the last tenth of the steps
     cpu_s: float
     wall_s: float
+    rate: float  # of the training that counts
+    trained_steps: int
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -29,28 +33,53 @@ def rate_at(step: int, steps: int) -> float:
 def run_cell(task: Task, arm: str, seed: int, *, steps: int, rows: int) -> Outcome:
     """Train with one seed, then test on `rows` sequences a length. The seed draws the model and the batches.
 
-    A loss that is not finite ends the training: the cell has diverged, which is a result.
+    A loss that is not finite ends the training: the cell has diverged, which is a result. Where a task names several
+    rates, they are tried until one solves it, and the one with the lowest training loss counts.
     """
     cpu, wall = time.process_time(), time.monotonic()
+    found = []
+    for rate in task.rates or (task.rate,):
+        found.append(_train(task, arm, seed, steps=steps, rate=rate))
+        if found[-1].solved:
+            break
+    best = min(found, key=lambda trained: math.inf if trained.diverged_at is not None else trained.final_loss)
+    with torch.no_grad():
+        measures = task.measure(best.model, rows) if best.diverged_at is None else {}
+    spent = time.process_time() - cpu, time.monotonic() - wall
+    return Outcome(measures, best.diverged_at, best.final_loss, *spent, best.rate, best.steps)
+
+
+class _Trained(NamedTuple):
+    model: nn.Module
+    diverged_at: int | None
+    final_loss: float
+    solved: bool
+    rate: float
+    steps: int
+
+
+def _train(task: Task, arm: str, seed: int, *, steps: int, rate: float) -> _Trained:
     model = task.build(arm, seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=task.rate, betas=RECIPE.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=RECIPE.betas, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1000 + seed)
     losses: list[float] = []
     diverged_at = None
+    progress = Progress()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = task.rate * rate_at(step, steps)
-        loss = task.loss(model, generator, step / steps)
+            group["lr"] = rate * rate_at(step, steps)
+        progress.share = step / steps
+        loss = task.loss(model, generator, progress)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             diverged_at = step
+            break
+        if progress.solved:
             break
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, RECIPE.clip)
         optimizer.step()
-    with torch.no_grad():
-        measures = task.measure(model, rows) if diverged_at is None else {}
     tail = losses[-max(1, len(losses) // 10) :]
-    return Outcome(measures, diverged_at, sum(tail) / len(tail), time.process_time() - cpu, time.monotonic() - wall)
+    return _Trained(model, diverged_at, sum(tail) / len(tail), progress.solved, rate, len(losses))

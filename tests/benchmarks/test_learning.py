@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.learning.protocol import IGNORED
-from benchmarks.learning.tasks import KEYS, MQAR_SYMBOLS, TOKEN_TASKS
+from benchmarks.learning.protocol import IGNORED, Progress
+from benchmarks.learning.recall import MARK, MQAR, Recall, _answers
+from benchmarks.learning.tasks import KEYS, TOKEN_TASKS
 
 TASKS = {task.name: task for task in TOKEN_TASKS}
 
@@ -77,29 +78,69 @@ def test_shuffle_2():
             assert target == (depth[0] > 0) + 2 * (depth[1] > 0)
 
 
-@pytest.mark.parametrize(("name", "asked"), [("reassigned", 6), ("far_recall", 4)])
-def test_recall_is_the_latest_value(name, asked):
-    tokens, targets = made(name)
-    stale = TASKS[name].stale
-    stale = stale(tokens, targets) if stale else None
+def test_reassigned_keys_have_their_latest_value_wherever_it_was_told():
+    tokens, targets = made("reassigned", batch=64)
+    stale = TASKS["reassigned"].stale(tokens, targets)
+    layouts = set()
     for index, (row, classes) in enumerate(zip(tokens.tolist(), targets.tolist(), strict=True)):
         told: dict[int, list[int]] = {}
-        end = len(row) - asked
-        for t in range(0, end - 1, 2):
-            if row[t] < KEYS:
-                told.setdefault(row[t], []).append(row[t + 1] - KEYS)
-        assert classes[end:] == [told[key][-1] for key in row[end:]]
-        assert set(classes[:end]) == {IGNORED}
-        if stale is not None:
-            expected = [told[key][0] if len(told[key]) == 2 else IGNORED for key in row[end:]]
-            assert stale[index, end:].tolist() == expected
+        places = [t for t in range(0, len(row) - 6, 2) if row[t] < KEYS]
+        for t in places:
+            told.setdefault(row[t], []).append(row[t + 1] - KEYS)
+        layouts.add(tuple(places))
+        assert sorted(map(len, told.values())) == [1, 1, 1, 2, 2, 2]
+        assert classes[-6:] == [told[key][-1] for key in row[-6:]]
+        assert set(classes[:-6]) == {IGNORED}
+        assert stale[index, -6:].tolist() == [told[key][0] if len(told[key]) == 2 else IGNORED for key in row[-6:]]
+    assert len(layouts) > 60
 
 
-def test_mqar():
-    tokens, targets = made("mqar")
+@pytest.mark.parametrize("filler", ["noise", "text"])
+@pytest.mark.parametrize("far", [False, True])
+def test_recall_asks_for_what_was_told_before(filler, far):
+    tokens, targets = Recall("r", "", filler).make(32, 96, torch.Generator().manual_seed(1), far=far)
+    distances = []
     for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
-        told = {row[t]: row[t + 1] - MQAR_SYMBOLS for t in range(0, 16, 2)}
-        assert classes[16:] == [told[key] for key in row[16:]]
+        asked = [t for t, target in enumerate(classes) if target != IGNORED]
+        assert len(asked) == 4
+        for t in asked:
+            assert row[t - 1] == MARK
+            told = [s for s in range(t - 1) if row[s] == row[t] and row[s - 1] != MARK]
+            assert [row[s + 1] for s in told] == [classes[t]]
+            distances.append(t - told[0])
+    assert (min(distances), max(distances)) == ((89, 89) if far else (min(distances), max(distances)))
+    assert far or (min(distances) < 10 and max(distances) > 60)
+
+
+@pytest.mark.parametrize("facts", [4, 16, 64])
+def test_mqar(facts):
+    tokens, targets = MQAR(facts).make(8, torch.Generator().manual_seed(1))
+    for row, classes in zip(tokens.tolist(), targets.tolist(), strict=True):
+        told = {row[t]: row[t + 1] for t in range(0, 2 * facts, 2)}
+        assert len(told) == facts
+        assert classes[2 * facts :] == [told[key] for key in row[2 * facts :]]
+        assert len(classes) == 3 * facts + 48
+
+
+def test_the_ramp_goes_on_once_most_answers_of_a_stage_are_right():
+    progress = Progress()
+    steps = 0
+    while not progress.passes(1.0, 0.9):
+        steps += 1
+    assert 40 < steps < 60
+    progress.next_stage(3)
+    assert (progress.stage, progress.accuracy) == (1, 0.0)
+    progress.stage = 2
+    progress.next_stage(3)
+    assert progress.stage == 2
+
+
+def test_long_rows_are_read_piece_by_piece():
+    task = Recall("r", "", "noise")
+    model = task.build("delta_net", 0)
+    tokens, _ = task.make(2, 1040, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(_answers(model, tokens), model(tokens).logits.argmax(-1))
 
 
 def test_permutations():

@@ -24,9 +24,9 @@ def row(task="parity", arm="hope", seed=0, diverged_at=None, **measures):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("vocab", [4, 128])
-def test_arms_have_nearly_equal_parameters(vocab):
-    sizes = {arm: count_parameters(configuration(arm, vocab))["total"] for arm in MIXERS}
+@pytest.mark.parametrize(("vocab", "head_width"), [(4, 16), (128, 16), (256, 64)])
+def test_arms_have_nearly_equal_parameters(vocab, head_width):
+    sizes = {arm: count_parameters(configuration(arm, vocab, head_width=head_width))["total"] for arm in MIXERS}
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
 
 
@@ -47,13 +47,13 @@ def test_a_seed_gives_the_same_cell_and_another_seed_another():
 
 def test_a_loss_that_is_not_finite_is_a_result():
     class Broken:
-        rate = 1e-3
+        rate, rates = 1e-3, None
 
         def build(self, arm, seed):
             return torch.nn.Linear(1, 1)
 
         def loss(self, model, generator, progress):
-            return model.weight.sum() * (float("nan") if progress >= 0.5 else 1.0)
+            return model.weight.sum() * (float("nan") if progress.share >= 0.5 else 1.0)
 
     outcome = training.run_cell(Broken(), "any", 0, steps=4, rows=1)
     assert outcome.diverged_at == 2
@@ -61,11 +61,11 @@ def test_a_loss_that_is_not_finite_is_a_result():
 
 
 def test_interval_by_hand():
-    assert results.interval([0.5], bounds=(0.0, 1.0)) == "0.50"
+    assert results.interval([0.5], bounds=(0.0, 1.0)) == "0.50 (1 seed)"
     # 4.303 * 0.1 / sqrt(3) = 0.248
-    assert results.interval([0.4, 0.5, 0.6], bounds=(0.0, 1.0)) == "0.50 (0.25 to 0.75)"
-    assert results.interval([0.9, 1.0, 1.0], bounds=(0.0, 1.0)) == "0.97 (0.82 to 1.00)"
-    assert results.interval([0.9, 1.0, 1.0]) == "0.97 (0.82 to 1.11)"
+    assert results.interval([0.4, 0.5, 0.6], bounds=(0.0, 1.0)) == "0.50 (0.25 to 0.75; 3)"
+    assert results.interval([0.9, 1.0, 1.0], bounds=(0.0, 1.0)) == "0.97 (0.82 to 1.00; 3)"
+    assert results.interval([0.9, 1.0, 1.0]) == "0.97 (0.82 to 1.11; 3)"
 
 
 def test_identity_changes_with_steps_and_arm():
@@ -74,6 +74,43 @@ def test_identity_changes_with_steps_and_arm():
         results.identity(task, arm, steps, rows) for arm in ("hope", "delta_net") for steps in (1, 2) for rows in (8, 9)
     }
     assert len(found) == 8
+
+
+def test_settings_that_came_later_leave_a_cell_current():
+    task = TASKS["parity"]
+    config = task.configuration("hope").model_dump(mode="json")
+    del config["mixer"]["flat_gates"]
+    older = row() | {"config": config, "identity": results._digest(task.recipe(5, 8), config)}
+    assert results.is_current(older, task, 5, 8)
+    assert not results.is_current(older, task, 6, 8)
+    assert not results.is_current(older | {"arm": "hope_flat"}, task, 5, 8)
+    config["mixer"]["chunk"] = 16
+    assert not results.is_current(older | {"identity": results._digest(task.recipe(5, 8), config)}, task, 5, 8)
+
+
+def test_the_best_of_several_rates_counts_and_a_solved_task_ends_its_training():
+    class Rates:
+        rate, rates = 1e-3, (0.1, 0.5, 0.2)
+        solved_below = 0.0
+
+        def build(self, arm, seed):
+            layer = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.constant_(layer.weight, 1.0)
+            return layer
+
+        def loss(self, model, generator, progress):
+            progress.solved = bool(model.weight < self.solved_below)
+            return model.weight.square().sum()
+
+        def measure(self, model, rows):
+            return {"weight": model.weight.item()}
+
+    task = Rates()
+    outcome = training.run_cell(task, "any", 0, steps=4, rows=1)
+    assert (outcome.rate, outcome.trained_steps) == (0.5, 4)
+    task.solved_below = 0.999
+    outcome = training.run_cell(task, "any", 0, steps=4, rows=1)
+    assert (outcome.rate, outcome.trained_steps) == (0.1, 2)
 
 
 def test_rows_replace_those_of_the_same_cell(tmp_path):
@@ -87,12 +124,14 @@ def test_rows_replace_those_of_the_same_cell(tmp_path):
 
 
 def test_table_shows_means_references_and_what_diverged(tmp_path):
-    rows = [row(**{"tokens@40": 1.0}), row(seed=1, **{"tokens@40": 0.5}), row(arm="delta_net", diverged_at=7)]
-    text = results.tables(TASKS, list(MIXERS), rows, tested=64)
-    assert "| hope | 0.75 (0.00 to 1.00) | 2 |" in text
-    assert "| delta_net | - | 1, 1 diverged |" in text
-    assert "| *guessing* | 0.5" in text
-    assert "### aa_star" not in text
+    rows = [row(**{"strings@100": 1.0}), row(seed=1, **{"strings@100": 0.5}), row(arm="delta_net", diverged_at=7)]
+    tasks = {"Languages": [TASKS["parity"], TASKS["s3"]], "Clocks": [TASKS["clock"]]}
+    text = results.tables(tasks, list(MIXERS), rows, tested=64)
+    assert "| Arm | parity strings@100 | s3 strings@48 |" in text
+    assert "| hope | 0.75 (0.00 to 1.00; 2) | not run |" in text
+    assert "| delta_net | 1 diverged | not run |" in text
+    assert "| *guessing* | 0.00 | 0.00 |" in text
+    assert "| nested_2 | not run |" in text.split("### Clocks")[1]
     page = tmp_path / "page.md"
     page.write_text(f"before\n{RESULTS[0]}\nold\n{RESULTS[1]}\nafter\n")
     insert(page, text)
@@ -151,5 +190,5 @@ def test_an_interval_of_differences_of_shares_is_not_cut_at_zero():
     rows = [
         stamp | {"seed": seed, "measures": {key: column[seed] for key, column in values.items()}} for seed in range(3)
     ]
-    found = results.tables({"increments": TASKS["increments"]}, ["hope"], rows, tested=8)
+    found = results.tables({"Points": [TASKS["increments"]]}, ["hope"], rows, tested=8)
     assert "| hope | 0.10 (-0.15 to 0.35) | 0.10 (0.00 to 0.35) | 3 |" in found

@@ -19,6 +19,18 @@ def test_sotu_is_complete_and_in_the_order_of_time():
     assert sum(len(d.text.encode()) for d in documents) == 12_185_751
 
 
+def test_domains_come_one_after_the_other_and_the_first_kind_again():
+    documents = list(read_documents(CORPORA["domains"]))
+    stages: dict[str, set[str]] = {}
+    sizes: dict[str, int] = {}
+    for document in documents:
+        stages.setdefault(document.date, set()).add(document.id.split("-")[1])
+        sizes[document.date] = sizes.get(document.date, 0) + len(document.text.encode())
+    assert list(stages.values()) == [{"speeches"}, {"proposals"}, {"plays"}, {"fiction"}, {"speeches"}]
+    assert max(sizes.values()) < 1.2 * min(sizes.values())
+    assert len({document.text for document in documents}) == len(documents)
+
+
 def test_a_changed_archive_is_refused():
     other = dataclasses.replace(CORPORA["sotu"], sha256="0" * 64)
     with pytest.raises(DataError, match="is not the corpus this version ships"):

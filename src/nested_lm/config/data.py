@@ -8,10 +8,14 @@ from nested_lm.config.section import Count, Fraction, Name, Section
 
 
 class EmbeddedSource(Section):
-    """A corpus shipped with the package: `sotu`, the State of the Union addresses 1790-2026."""
+    """A corpus shipped with the package.
+
+    sotu: the State of the Union addresses 1790-2026. domains: speeches, technical proposals, plays, a novel and other
+    speeches, a megabyte each; their dates, the first days of 2001 to 2005, are places in a stream and not years.
+    """
 
     kind: Literal["embedded"]
-    corpus: Literal["sotu"] = "sotu"
+    corpus: Literal["sotu", "domains"] = "sotu"
 
 
 class FileSource(Section):

