@@ -45,6 +45,10 @@ def test_campaign_steps_load_and_have_folders_of_their_own(name):
     [
         ("baselines/transformer_demo", "hope/demo"),
         ("baselines/transformer_demo_chronological", "hope/demo_chronological"),
+        ("baselines/titans_lmm_recall", "hope/recall"),
+        ("baselines/gated_delta_net_recall", "hope/recall"),
+        ("baselines/sliding_window_recall", "hope/recall"),
+        ("baselines/transformer_recall", "hope/recall"),
     ],
 )
 def test_baseline_differs_in_the_model_alone(baseline, hope):

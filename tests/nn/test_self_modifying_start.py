@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nested_lm.config.mixers import SelfModifying
-from nested_lm.nn.mixers.self_modifying import START_INNER_SCALE, SelfModifyingTitans
+from nested_lm.nn.layers import StepContext
+from nested_lm.nn.mixers.self_modifying import START_INNER_SCALE, SelfModifyingTitans, scramble
 
 
 def start(**options):
@@ -57,3 +58,31 @@ def test_flat_gates_start_alike_for_every_token():
     assert not start(flat_gates=["rate"]).gates.weight.chunk(2)[0].any()
     with pytest.raises(ValueError, match="no decay gate"):
         start(flat_gates=["decay"], retention="full", adapt=["memory"])
+
+
+def test_scrambled_values_are_permuted_by_position_wherever_the_stream_is_cut():
+    value = torch.randn(2, 90, 3, 16, generator=torch.Generator().manual_seed(1))
+    scrambled = scramble(value, 7)
+    assert torch.equal(scrambled.sort(-1)[0], value.sort(-1)[0])
+    assert torch.equal(torch.cat([scramble(value[:, :50], 7), scramble(value[:, 50:], 57)], dim=1), scrambled)
+    same = torch.arange(16.0).expand(1, 64, 1, 16)
+    assert len({tuple(row) for row in scramble(same, 0)[0, :, 0].tolist()}) == 64
+
+
+def test_controls_change_what_is_read():
+    config = {"kind": "self_modifying", "num_heads": 2, "head_width": 8, "chunk": 4, "backend": "torch"}
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
+    read = []
+    for control in (None, "scrambled_values", "queries_are_keys"):
+        section = SelfModifying.model_validate(config | {"control": control})
+        mixer = SelfModifyingTitans(16, section, epsilon=1e-6, recompute=False)
+        torch.nn.init.normal_(mixer.qkv.weight, generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(0)
+        mixer.initialise(
+            lambda tensor, std, draw=generator: tensor.copy_(torch.randn(tensor.shape, generator=draw) * std)
+        )
+        for layer in (mixer.gates, mixer.output_gate, mixer.out):
+            torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(4))
+        read.append(mixer(x, StepContext(0, None, None), mixer.initial_state(1))[0])
+    assert not torch.allclose(read[0], read[1])
+    assert not torch.allclose(read[0], read[2])

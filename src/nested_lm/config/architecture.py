@@ -9,10 +9,10 @@ from nested_lm.config.channels import ContinuumMemory
 from nested_lm.config.load import identifying
 from nested_lm.config.model import ModelConfig
 
-# Clocks and starting values: what a model computes before anything is written does not depend on them. And `backend`,
-# which does the computing.
+# Clocks, chunks among them, and starting values: what a model computes before anything is written does not depend on
+# them. And `backend`, which does the computing.
 _FREE = re.compile(
-    r"init_std|(.*\.)?backend|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*"
+    r"init_std|(.*\.)?(backend|chunk|chunk_generators|flat_gates|rate_init|momentum_init|decay_horizon_tokens)|channel\.(assignment|in_context|levels\[\d+\]\.(period_tokens|in_context))(\[|\.|$).*"
 )
 
 

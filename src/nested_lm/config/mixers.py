@@ -66,6 +66,9 @@ class SelfModifying(WriteRule, _Heads):
     # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
     flat_gates: Annotated[tuple[Literal["output", "rate", "decay"], ...], Field(strict=False)] = ()
     # gates whose weights start at 0: open alike for every token until training tells tokens apart
+    control: Literal["scrambled_values", "queries_are_keys"] | None = None
+    # what a working memory may not be indifferent to: coordinates of values are permuted, another way at every token;
+    # or memories are read with the keys they are written with
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
     backend: MemoryBackend = "auto"
 

@@ -101,7 +101,9 @@ class SelfModifyingTitans(Mixer):
 
     @property
     def reads_branches(self) -> bool:
-        """Where the backend can read them."""
+        """Where the backend can read them. Scrambled values depend on a position that branches do not share."""
+        if self.config.control is not None:
+            return False
         return memory_backend.reads_branches(self.config.backend, self.rule, self.qkv.weight, self.start_weights())
 
     @property
@@ -144,6 +146,10 @@ class SelfModifyingTitans(Mixer):
             gates.insert(1, torch.full_like(gates[0], CLOSED))
         if context.frozen:
             gates = [torch.full_like(gate, sign * CLOSED) for gate, sign in zip(gates, (-1, 1, -1), strict=False)]
+        if config.control == "queries_are_keys":
+            query = key
+        elif config.control == "scrambled_values":
+            value = scramble(value, context.position)
         start = self.start_weights()
         readout = GateReadout(self.readout_rate, self.readout_decay, self.gain)
         inputs = MemoryInputs(key, value, query, *gates)
@@ -214,6 +220,13 @@ class SelfModifyingTitans(Mixer):
         first, last = init if isinstance(init, tuple) else (init, init)
         shares = torch.linspace(first, last, heads, device=rates.device)
         rates.copy_(torch.logit((shares + config.rate_stretch) / (1 + 2 * config.rate_stretch)))
+
+
+def scramble(value: Float[Tensor, "B T H K"], position: int) -> Float[Tensor, "B T H K"]:
+    """Permute the coordinates of every token's value in one of 64 ways, by its position in the stream."""
+    ways = torch.rand(64, value.shape[-1], generator=torch.Generator().manual_seed(0)).argsort(1).to(value.device)
+    at = (position + torch.arange(value.shape[1], device=value.device)) % len(ways)
+    return value.gather(-1, ways[at][None, :, None].expand_as(value))
 
 
 def _orthogonal(drawn: Float[Tensor, "*_ E K"]) -> Float[Tensor, "*_ E K"]:
