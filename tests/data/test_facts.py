@@ -1,5 +1,7 @@
 """Facts and questions that are written into training rows."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from nested_lm.data.packing import IGNORED_TARGET
 from nested_lm.data.tokenizer import train_tokenizer
 from nested_lm.errors import ConfigError, DataError
 from nested_lm_lab.tasks.needles.haystack import NEEDLE
+from nested_lm_lab.tasks.needles.niah import NiahTask
 from nested_lm_lab.tasks.needles.tasks import TASKS, ask
 from nested_lm_lab.tasks.needles.words import ADJECTIVES, NOUNS
 
@@ -126,6 +129,15 @@ def test_words_of_the_test_are_refused():
     facts = Facts(share=1.0, every_tokens=99, distances=(0, 9), keys=("brave-otter", "pale-quartz"))
     with pytest.raises(DataError, match=r"3 of the 4 words(?s:.*)needles too: brave, otter, pale\n(?s:.*)facts\.keys"):
         refuse_shared_words(facts, [*ADJECTIVES, *NOUNS], source="needles")
+
+
+def test_the_needle_suite_refuses_a_model_that_was_trained_on_its_words():
+    facts = Facts(share=1.0, every_tokens=99, distances=(0, 9), keys=("brave-otter",))
+    loaded = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(facts=facts)))
+    task = NiahTask(settings=None)
+    refused = pytest.raises(DataError, match="are words of the needle suite too: brave, otter")
+    with refused, task.opened(SimpleNamespace(loaded=loaded)):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,11 @@ class TrainConfig(Section):
         return (*(stage.context_length for stage in self.curriculum), self.context_length)
 
     @property
+    def facts(self) -> Facts | None:
+        """What is written over the text; None: nothing."""
+        return self.stream.facts if isinstance(self.stream, Shuffled) else None
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.budget_tokens // self.step_tokens)
@@ -274,7 +279,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _facts_fit(self) -> "TrainConfig":
-        facts = self.stream.facts if isinstance(self.stream, Shuffled) else None
+        facts = self.facts
         if facts is None:
             return self
         most = self.context_length // facts.every_tokens

@@ -134,11 +134,11 @@ class TrainingStream:
 
 
 def _fact_writer(config: RunConfig, dataset: TokenDataset) -> FactWriter | None:
-    stream = config.train.stream
-    if isinstance(stream, Chronological) or stream.facts is None:
+    facts = config.train.facts
+    if facts is None:
         return None
     tokenizer = TextTokenizer.load(dataset.folder / TOKENIZER)
-    return FactWriter(stream.facts, tokenizer, seed=config.seed, shortest_context=min(config.train.context_lengths))
+    return FactWriter(facts, tokenizer, seed=config.seed, shortest_context=min(config.train.context_lengths))
 
 
 def _stage_ends(train: TrainConfig) -> list[int]:

@@ -36,10 +36,15 @@ class NiahTask(Task[NiahSettings, NiahMetrics]):
 
         Raises:
             ConfigError: settings that do not go together.
-            DataError: a book cannot be read.
+            DataError: a book cannot be read, or the model was trained on the words that are hidden.
         """
+        from nested_lm.data.facts import refuse_shared_words
         from nested_lm_lab.tasks.needles.suites import ruler_suites
+        from nested_lm_lab.tasks.needles.words import ADJECTIVES, NOUNS
 
+        facts = subject.loaded.config.train.facts
+        if facts is not None:
+            refuse_shared_words(facts, (*ADJECTIVES, *NOUNS), source="the needle suite")
         self._suites = ruler_suites(subject.loaded.tokenizer, self.settings)
         yield
 
