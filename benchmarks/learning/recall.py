@@ -73,7 +73,7 @@ class Recall:
     unit: ClassVar[Literal["share"]] = "share"
     differences: ClassVar[tuple[str, ...]] = ()
     rates: ClassVar[None] = None
-    shown: ClassVar[tuple[str, ...]] = ("locked in", *(f"tokens@{m * STAGES[-1]}" for m in MULTIPLES))
+    shown: ClassVar[tuple[str, ...]] = ("locked in", *(f"tokens@{m * STAGES[-1]}" for m in MULTIPLES[::2]))
 
     def configuration(self, arm: str) -> ModelConfig:
         """Return the configuration of a language model."""

@@ -20,6 +20,7 @@ from nested_lm.storage.commit import current_commit
 Row = dict[str, Any]
 
 VERSION = 1
+NOT_RUN = "not run"
 T_QUANTILE = {
     2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262
 }  # fmt: skip
@@ -125,13 +126,18 @@ def _table(tasks: Sequence[Task], arms: list[str], rows: list[Row], tested: int)
     columns = [(task, measure) for task in tasks for measure in task.shown]
     lines = ["| Arm | " + " | ".join(f"{task.name} {measure}" for task, measure in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
+    missing = []
     for arm in dict.fromkeys(arm for task in tasks for arm in task.arms or arms):
-        lines.append(f"| {arm} | " + " | ".join(_cell_text(*column, arm, arms, rows) for column in columns) + " |")
+        cells = [_cell_text(*column, arm, arms, rows) for column in columns]
+        if set(cells) <= {"", NOT_RUN}:
+            missing.append(arm)
+        else:
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     references = {task.name: task.references(tested) for task in tasks}
     for name in dict.fromkeys(name for found in references.values() for name in found):
         cells = [references[task.name].get(name, {}).get(measure) for task, measure in columns]
         lines.append(f"| *{name}* | " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
-    return lines
+    return [*lines, "", f"{NOT_RUN.capitalize()}: {', '.join(missing)}."] if missing else lines
 
 
 def _cell_text(task: Task, measure: str, arm: str, arms: list[str], rows: list[Row]) -> str:
@@ -142,6 +148,6 @@ def _cell_text(task: Task, measure: str, arm: str, arms: list[str], rows: list[R
     values = [row["measures"][measure] for row in mine if measure in row["measures"]]
     diverged = sum(row["diverged_at"] is not None for row in mine)
     if not mine or not (values or diverged):
-        return "-" if mine else "not run"
+        return "-" if mine else NOT_RUN
     parts = [interval(values, bounds=_bounds(task, measure))] if values else []
     return ", ".join(parts + ([f"{diverged} diverged"] if diverged else []))

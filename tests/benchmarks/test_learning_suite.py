@@ -131,7 +131,8 @@ def test_table_shows_means_references_and_what_diverged(tmp_path):
     assert "| hope | 0.75 (0.00 to 1.00; 2) | not run |" in text
     assert "| delta_net | 1 diverged | not run |" in text
     assert "| *guessing* | 0.00 | 0.00 |" in text
-    assert "| nested_2 | not run |" in text.split("### Clocks")[1]
+    assert "hope_flat |" not in text
+    assert "Not run: nested_2, chained_2" in text.split("### Clocks")[1]
     page = tmp_path / "page.md"
     page.write_text(f"before\n{RESULTS[0]}\nold\n{RESULTS[1]}\nafter\n")
     insert(page, text)
