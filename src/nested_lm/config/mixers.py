@@ -54,6 +54,11 @@ class _Heads(MixerSection):
 class SelfModifying(WriteRule, _Heads):
     """Self-modifying Titans: memories for k, v, q, eta, alpha and memory, written by the rule that this section is.
 
+    flat_gates: gates whose weights start at 0, so that they open alike for every token until training tells tokens
+        apart.
+    control: what a working memory is not indifferent to: the coordinates of values are permuted, another way at every
+        token, or memories are read with the keys they are written with.
+
     Source: arXiv 2512.24695 eqs. 83-93. The defaults are what measures best; `rule: hope_paper` has the equations as
     they are printed (see `NAMED` in ops/memory/rule.py).
     """
@@ -64,10 +69,8 @@ class SelfModifying(WriteRule, _Heads):
     momentum_init: OpenShare = 0.5  # share of the sum or mean kept at the start
     rate_init: OpenShare | Annotated[tuple[OpenShare, OpenShare], Field(strict=False)] = 0.5
     # share of its largest rate at which a head starts: of all, or of the first and the last and evenly in between
-    flat_gates: Annotated[tuple[Literal["output", "rate", "decay"], ...], Field(strict=False)] = ()  # gates whose
-    # weights start at 0: they open alike for every token until training tells tokens apart
-    control: Literal["scrambled_values", "queries_are_keys"] | None = None  # what a working memory is not indifferent
-    # to: coordinates of values are permuted, another way at every token; or memories are read with the written keys
+    flat_gates: Annotated[tuple[Literal["output", "rate", "decay"], ...], Field(strict=False)] = ()
+    control: Literal["scrambled_values", "queries_are_keys"] | None = None
     decay_horizon_tokens: PositiveInt = 2048  # at the start a write fades to 1/e after this many tokens
     backend: MemoryBackend = "auto"
 
