@@ -134,11 +134,11 @@ def test_table_shows_means_references_and_what_diverged(tmp_path):
     assert "hope_flat |" not in text
     assert "Not run: nested_2, chained_2" in text.split("### Clocks")[1]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{RESULTS[0]}\nold\n{RESULTS[1]}\nafter\n")
+    page.write_text(f"before\n{RESULTS[0]}\nlast time\n{RESULTS[1]}\nafter\n")
     insert(page, text)
     assert page.read_text().startswith(f"before\n{RESULTS[0]}\n3 cells")
     assert page.read_text().endswith(f"{RESULTS[1]}\nafter\n")
-    assert "old" not in page.read_text()
+    assert "last time" not in page.read_text()
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="has no place for the tables"):
         insert(page, text)
@@ -170,7 +170,7 @@ def test_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
 def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
     out, page = tmp_path / "r.json", tmp_path / "p.md"
     page.write_text(f"{RESULTS[0]}\n{RESULTS[1]}\n")
-    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "linear_attention,level_1"]
+    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--arms", "delta_net,level_1"]
     command += ["--out", str(out), "--page", str(page)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"{len(TASKS)} of {len(TASKS)} cells to run" in first
@@ -181,7 +181,7 @@ def test_runs_all_tasks_skips_what_is_there_and_writes_the_page(tmp_path):
     assert {cell["task"] for cell in cells} == set(TASKS)
     assert all(cell["measures"] and cell["diverged_at"] is None for cell in cells)
     for name in TASKS:
-        assert f"### {name}" in page.read_text()
+        assert f"- `{name}`: " in page.read_text()
 
 
 def test_an_interval_of_differences_of_shares_is_not_cut_at_zero():
@@ -192,4 +192,4 @@ def test_an_interval_of_differences_of_shares_is_not_cut_at_zero():
         stamp | {"seed": seed, "measures": {key: column[seed] for key, column in values.items()}} for seed in range(3)
     ]
     found = results.tables({"Points": [TASKS["increments"]]}, ["hope"], rows, tested=8)
-    assert "| hope | 0.10 (-0.15 to 0.35) | 0.10 (0.00 to 0.35) | 3 |" in found
+    assert "| hope | 0.10 (0.00 to 0.35; 3) | 0.10 (-0.15 to 0.35; 3) |" in found
