@@ -1,5 +1,6 @@
 # make demo   train Hope and a Transformer++ on two centuries of speeches, evaluate both, write a report (six minutes on two quiet cores)
 # make test   the test suite            make check   lint, types, import contracts, spelling
+# make gpu    check and time the memories' kernels on a CUDA machine, eight minutes
 # make bench  speed beside peers, memory  make learn   what small models can learn (hours)      make clean   remove the environment and everything the demo wrote
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export MPLBACKEND := Agg
 
-.PHONY: demo test check bench learn clean
+.PHONY: demo test check bench gpu learn clean
 
 demo: $(VENV)/.core
 	$(BIN)/nested-lm campaign configs/campaign/demo.yaml
@@ -27,6 +28,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.speed --peers --page docs/benchmarks.md
 	$(BIN)/python benchmarks/streaming.py --lengths 8192 65536
+
+gpu: $(VENV)/.core
+	$(PIP) -e '.[gpu]'
+	$(BIN)/python -m benchmarks.gpu --minutes $(or $(MINUTES),8)
 
 learn: $(VENV)/.core
 	$(BIN)/python -m benchmarks.learning --page docs/learning.md

@@ -10,8 +10,7 @@ import random
 import sys
 
 import torch
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
+from benchmarks.kernels import interpreting
 
 from nested_lm.ops import triangular_triton
 from nested_lm.ops.memory import reference as memory_reference
@@ -144,37 +143,6 @@ def inverses():
     return found
 
 
-def multiply_bfloat16():
-    """Multiply numbers: the interpreter multiplies the bits that it stores bfloat16 in."""
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def widened(self, x):
-        return self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-
-    def create_dot(self, a, b, *args):
-        return multiply(self, widened(self, a), widened(self, b), *args)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-def remember_patches():
-    """Patch the language once a launch: the interpreter does it anew for every call of a device function."""
-    patched = set()
-    launched = interpreter.GridExecutor.__call__
-
-    def launch(self, *args, **kwargs):
-        patched.clear()
-        return launched(self, *args, **kwargs)
-
-    def call(self, *args, **kwargs):
-        if self.fn not in patched:
-            patched.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch, call
-
-
 def answer(name):
     if name == "sections":
         return sections_without_gradients()
@@ -187,7 +155,6 @@ def answer(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    remember_patches()
-    multiply_bfloat16()
+    interpreting.mend()
     for line in sys.stdin:
         print(json.dumps(answer(line.strip())), flush=True)

@@ -1,0 +1,1 @@
+"""What one CUDA machine can show in a few minutes."""

@@ -1,0 +1,1 @@
+"""What the Triton kernels take, compiled ahead of time without a GPU, and how much is launched."""
