@@ -68,17 +68,17 @@ def campaign(
 
 @reports_errors
 def report(
-    campaign_dir: Annotated[
+    folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[CAMPAIGN_DIR]", help="Folder of a campaign; all published ones by default."),
+        typer.Argument(metavar="[FOLDER]", help="Folder of a campaign or a run; all published campaigns by default."),
     ] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Also keep the campaign's evidence in eval/NAME, for version control.")
     ] = False,
     root: Annotated[Path, typer.Option(help="The project's folder, which holds eval/, docs/ and reports/.")] = Path(),
 ) -> None:
-    """Render the report of a campaign; without one, the project's documents from all published campaigns."""
-    if campaign_dir is None:
+    """Render a campaign's report, print a run's results, or, without a folder, write the project's documents."""
+    if folder is None:
         if publish:
             raise ConfigError("--publish keeps the evidence of one campaign; name its folder")
         from nested_lm_lab.report.project import Folders, write_project
@@ -86,13 +86,21 @@ def report(
         for path in write_project(Folders(root)):
             typer.echo(f"wrote {path}")
         return
+    if (folder / "run.json").exists():
+        if publish:
+            raise ConfigError(f"--publish keeps the evidence of a campaign; {folder} is a run")
+        from nested_lm_lab.report.run import run_lines
+
+        for line in run_lines(folder):
+            typer.echo(line)
+        return
     from nested_lm.storage.lock import own_file
     from nested_lm_lab.report.render import render_campaign
 
-    with own_file(campaign_dir / "report.html", activity="report"):
-        typer.echo(f"report in {render_campaign(campaign_dir)}")
+    with own_file(folder / "report.html", activity="report"):
+        typer.echo(f"report in {render_campaign(folder)}")
     if publish:
         from nested_lm_lab.report.evidence import publish as keep
         from nested_lm_lab.report.manifest import read_manifest
 
-        typer.echo(f"evidence in {keep(campaign_dir, root / 'eval' / read_manifest(campaign_dir).name)}")
+        typer.echo(f"evidence in {keep(folder, root / 'eval' / read_manifest(folder).name)}")

@@ -148,6 +148,19 @@ def collect(folder: Path) -> Campaign:
     return Campaign(folder, manifest, tuple(runs), tuple(data), tuple(notes))
 
 
+def collect_run(folder: Path) -> Campaign:
+    """Read one run folder as a campaign of one run. Raises ReportError when it is none, or a file is damaged."""
+    entry = RunEntry(step="run", name=folder.resolve().name, folder=".", evaluated=True)
+    notes: list[str] = []
+    run = _read_run(folder, entry, notes)
+    if run is None:
+        raise ReportError(
+            f"{folder} is no run folder that was trained: {notes[0]}\n  Name the output_dir of `nested-lm train`."
+        )
+    manifest = CampaignManifest(schema_version=1, name="run", title="", data=(), runs=(entry,), steps=())
+    return Campaign(folder, manifest, (run,), (), tuple(notes))
+
+
 def parameter_gap(runs: Iterable[Run]) -> float | None:
     """(largest - smallest) / largest number of parameters; None below two runs."""
     counts = sorted(run.parameters for run in runs if run.parameters is not None)
