@@ -1,6 +1,6 @@
 """All drills. A new one is one line here, and a row of `docs/reliability.md`."""
 
-from benchmarks.drills import damage, training
+from benchmarks.drills import damage, presets, training
 from benchmarks.drills.drill import Drill
 
 _ALL = (
@@ -11,5 +11,6 @@ _ALL = (
     Drill("unreadable", "the checkpoint before is used", 40, training.unreadable),
     Drill("flips", "one flipped bit of any stored file is noticed", 20_000, damage.flips),
     Drill("malformed", "nonsense in any stored file is one clear error", 10_000, damage.malformed),
+    Drill("presets", "a damaged preset is loaded or refused in 5 s", 10_000, presets.presets),
 )
 DRILLS = {drill.name: drill for drill in _ALL}
