@@ -24,6 +24,7 @@ from nested_lm.reading import calls
 from nested_lm.reading.generation import generate
 from nested_lm.reading.memory_file import read_header
 from nested_lm.reading.trained import TrainedModel
+from nested_lm.storage.lock import own_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "the union of these states shall keep its army and navy in peace"
@@ -226,6 +227,18 @@ class TestMemorize:
         assert found.exit_code == 2
         assert message in found.stderr
         assert not (texts / "m").exists()
+
+    def test_two_writers_of_one_memory_do_not_meet(self, memorize, run, make_checkpoint, texts):
+        memorize("first.txt", "--memory", "m")
+        before = kept(texts / "m")
+        reads = ("memorize", "second.txt", "--memory", "m", "--continue", "--checkpoint", make_checkpoint("hope"))
+        writes = ("generate", make_checkpoint("hope"), "--prompt", PROMPT, "--memory", "m", "--update-memory")
+        with own_file(texts / "m", activity="another reading"):
+            for arguments in (reads, writes):
+                found = run(*arguments)
+                assert found.exit_code == 2
+                assert "another reading" in found.stderr
+        assert kept(texts / "m") == before
 
     def test_a_cache_that_grows_says_so_and_is_limited(self, memorize, run, make_checkpoint, texts):
         said = memorize("first.txt", "--memory", "m", kind="transformer")

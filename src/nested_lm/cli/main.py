@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -239,22 +240,25 @@ def generate(
     if update_memory and memory is None:
         raise ConfigError("--update-memory needs a file to update; name it with --memory")
     from nested_lm.reading.trained import TrainedModel
+    from nested_lm.storage.lock import own_file
 
-    trained = TrainedModel.of(open_checkpoint(source, device))
-    if memory is not None:
-        trained.load_memory(memory)
-    text = trained.generate(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        remember=update_memory,
-    )
-    typer.echo(prompt + text)
-    if memory is not None and update_memory:
-        trained.save_memory(memory)
+    writes = memory is not None and update_memory
+    with own_file(memory, activity="generate --update-memory") if writes else nullcontext():
+        trained = TrainedModel.of(open_checkpoint(source, device))
+        if memory is not None:
+            trained.load_memory(memory)
+        text = trained.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            remember=update_memory,
+        )
+        typer.echo(prompt + text)
+        if writes:
+            trained.save_memory(memory)
 
 
 @app.command()
@@ -274,12 +278,14 @@ def memorize(
     if go_on and overwrite:
         raise ConfigError("--continue keeps what the memory holds, --overwrite drops it; give one of them")
     from nested_lm.reading import verbs
+    from nested_lm.storage.lock import own_file
 
     mode: Literal["new", "continue", "overwrite"] = "continue" if go_on else "overwrite" if overwrite else "new"
     verbs.check_memorize(memory, files, mode)
     texts = verbs.Texts(files, text_field, max_document_mib * verbs.MIB)
     trained = verbs.TrainedModel.of(open_checkpoint(checkpoint, device))
-    done = verbs.memorize(trained, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
+    with own_file(memory, activity="memorize"):
+        done = verbs.memorize(trained, texts, memory, mode=mode, max_state_bytes=max_state_mib * verbs.MIB)
     for line in verbs.describe_memorized(done, trained, memory):
         typer.echo(line)
 
