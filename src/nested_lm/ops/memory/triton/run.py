@@ -366,6 +366,7 @@ class Backward:
         self.sent_key = key.new_empty(lanes, memories, tile, call.width)
         self.sent_value = torch.empty_like(self.sent_key)
         self.g_direction = key.new_empty(lanes, memories, tile, call.hidden)
+        self.room = key.new_empty(lanes, memories, 2, tile, tile + max(call.width, call.hidden))
         self.sent_share = key.new_zeros(lanes, memories, 3, tile)
         self.sent_log_decay = key.new_zeros(lanes, memories, 2, tile)
 
@@ -401,7 +402,7 @@ class Backward:
             constants = common | constants
             after: tuple[Any, ...] = (forward.reach, forward.limits, forward.weights)
             if forward.momenta is None:
-                after = (*after, given.resets, *read, *sent, *gradients)
+                after = (*after, given.resets, *read, *sent, self.room, *gradients)
                 kernel, constants = solve_backward_kernel, constants | call.erasing() | call.reading()
             else:
                 after = (given.momentum, *after, forward.momenta, given.resets, *read, *sent, self.g_momentum)

@@ -126,7 +126,7 @@ def read_backward(
 def solve_backward_kernel(
     MADE_KEY, DIRECTION, KNOWN, LOGIT_RATE, LOGIT_DECAY, REACH, LIMITS, WEIGHTS, RESETS,
     READ_X_INNER, READ_X_OUTER, READ_G_INNER, READ_G_OUTER, READ_WRITE_INNER, READ_WRITE_OUTER, READ_DIRECTION,
-    SENT_KEY, G_DIRECTION, SENT_SHARE, SENT_LOG_DECAY, G_START, G_BORDER, G_WEIGHTS,
+    SENT_KEY, G_DIRECTION, SENT_SHARE, SENT_LOG_DECAY, ROOM, G_START, G_BORDER, G_WEIGHTS,
     lanes, T, H, piece, POS, FIRST, STEP, chunk_generators, chunk_memory, ALIGN,
     M: tl.constexpr, ERASE_INNER: tl.constexpr, ERASE_OUTER: tl.constexpr, AFTER_DECAY: tl.constexpr,
     SINCE_BORDER: tl.constexpr, SINCE_BORDER_OTHERS: tl.constexpr, DAMP: tl.constexpr,
@@ -137,8 +137,8 @@ def solve_backward_kernel(
     """Backward of `solve_kernel`, after `backward._backward_layer`, which has the names; KNOWN becomes its gradient.
 
     READ_X, READ_G: what a layer of `memory` was read with and the gradient of its result, whose product the weights
-    get; the other READ_* are what reads send to writes and directions. G_WEIGHTS comes with the gradient of the weights
-    after the piece and leaves with that of those before it.
+    get; the other READ_* are what reads send to writes and directions. ROOM: to work in. G_WEIGHTS comes with the
+    gradient of the weights after the piece and leaves with that of those before it.
     """
     m, layer = layer_of(LAYER)
     lane = tl.program_id(0)
@@ -150,91 +150,113 @@ def solve_backward_kernel(
     at = lane.to(tl.int64) * M + m
     SIZE: tl.constexpr = LAYERS * E * K
     own = at * SIZE + layer * E * K
-    direction = load_directions(MADE_KEY, DIRECTION, layer, row, at, t, n, H, C, Y)
     rate, log_decay, log_kept, last_kept = write_gates(
         LOGIT_RATE, LOGIT_DECAY, REACH, LIMITS, first, head, m, t, n, H, STRETCH, ALL_HEADS, ACC
     )
     slot = piece + 1
     keep = kept(slot, lane // H, RESETS, T, POS, FIRST, STEP, ALIGN)
     border = border_slot(begin, tl.where(m == M - 1, chunk_memory, chunk_generators), POS, FIRST, STEP, RESETS)
-    old = keep * tl.load(weights_place(WEIGHTS, slot, lanes, own, M, SIZE) + matrix(X, Y))
+    old_place = weights_place(WEIGHTS, slot, lanes, own, M, SIZE) + matrix(X, Y)
+    held_place = weights_place(WEIGHTS, border, lanes, own, M, SIZE) + matrix(X, Y)
+    held_share = kept(border, lane // H, RESETS, T, POS, FIRST, STEP, ALIGN)
     place = known_place(KNOWN, at, layer, C, K, E, LAYERS) + matrix(C, X)
-    known = tl.load(place)
-    g_border = tl.zeros((X, Y), ACC)
-    g_log_before = tl.zeros((C,), ACC)
-    g_log_decay = tl.zeros((C,), ACC)
-    g_direction = tl.zeros((C, Y), ACC)
-    grad = tl.zeros((C, X), ACC)
-    reads = tl.zeros((X, Y), ACC)
-    if m == M - 1:
-        x, g = read_backward(READ_X_INNER, READ_X_OUTER, READ_G_INNER, READ_G_OUTER, layer, row, t, n, H, X, Y, ACC)
-        add_to(G_START, dot(tl.trans(g), x, LOW, ACC), own + matrix(X, Y))
-        if AT_BORDER:
-            g_border = dot(tl.trans(g), x, LOW, ACC)
-        else:
-            seen = tl.exp(log_kept) if INCLUSIVE else tl.exp(log_kept - log_decay)
-            reads = dot(tl.trans(g * seen[:, None]), x, LOW, ACC)
-            sent = READ_WRITE_INNER
-            if layer == 1:
-                sent = READ_WRITE_OUTER
-                g_direction = load_rows(READ_DIRECTION, row, t, n, H, Y, ACC)
-            grad = load_rows(sent, row, t, n, H, X, ACC)
-    # after = end * old + (write * to_end)^T direction
-    g_after = tl.load(G_WEIGHTS + own + matrix(X, Y))
-    to_end = tl.exp(last_kept - log_kept)
-    carried = dot(direction, tl.trans(g_after), LOW, ACC)
-    grad += to_end[:, None] * carried
-    g_old = tl.exp(last_kept) * g_after
-    g_last = tl.sum(tl.sum(g_old * old, 1), 0)
-    if of_layer(layer, ERASE_INNER, ERASE_OUTER):
-        times, met = _taken_off(log_decay, log_kept, AFTER_DECAY, ACC)
-        faded = dot(direction, tl.trans(old), LOW, ACC)
-        known += met[:, None] * faded
-        held = tl.zeros((X, Y), ACC)
-        since_border = of_memory(m, M, SINCE_BORDER, SINCE_BORDER_OTHERS)
-        room, room_slope = room_beside_erase(rate, DAMP)
-        if since_border:
-            held = tl.load(weights_place(WEIGHTS, border, lanes, own, M, SIZE) + matrix(X, Y))
-            held *= kept(border, lane // H, RESETS, T, POS, FIRST, STEP, ALIGN)
-            known -= room[:, None] * dot(direction, tl.trans(held), LOW, ACC)
-        ratio = ratios(log_kept - log_decay, log_kept, t, True)
-        overlap = ratio * dot(direction, tl.trans(direction), LOW, ACC)
-        inverse = unit_lower_inverse((times * rate)[:, None] * overlap, C, ACC)
-        write = exact_dot(inverse, -rate[:, None] * known, ACC)
-        right = exact_dot(tl.trans(inverse), grad, ACC)
-        factor = -exact_dot(right, tl.trans(write), ACC)
-        through = tl.sum(factor * overlap, 1)
-        g_log_kept = -tl.sum((times * rate)[:, None] * factor * overlap, 0)
-        g_overlap = (times * rate)[:, None] * factor * ratio
-        g_direction += dot(g_overlap + tl.trans(g_overlap), direction, LOW, ACC)
-        g_rate = times * through - tl.sum(right * known, 1)
-        g_known = -rate[:, None] * right
-        g_met = tl.sum(g_known * faded, 1)
-        g_log_before += times * rate * through + met * g_met
-        if AFTER_DECAY:
-            g_log_decay += times * rate * through + met * g_met
-        g_faded = met[:, None] * g_known
-        g_old += dot(tl.trans(g_faded), direction, LOW, ACC)
-        g_direction += dot(g_faded, old, LOW, ACC)
-        if since_border:
-            g_border -= dot(tl.trans(room[:, None] * g_known), direction, LOW, ACC)
-            along = dot(g_known, held, LOW, ACC)
-            g_direction -= room[:, None] * along
-            g_rate -= room_slope * tl.sum(along * direction, 1)
-    else:
-        write = -rate[:, None] * known
-        g_known = -rate[:, None] * grad
-        g_rate = -tl.sum(grad * known, 1)
-        g_log_kept = tl.zeros((C,), ACC)
-    tl.store(place, g_known)
-    g_to_end = to_end * tl.sum(write * carried, 1)
-    g_log_kept -= g_to_end
-    g_direction += dot(write * to_end[:, None], g_after, LOW, ACC)
-    g_log_decay += tail_sum(g_log_kept + g_log_before) - g_log_before + g_last + tl.sum(g_to_end, 0)
-    tl.store(SENT_LOG_DECAY + (at * 2 + layer) * C + t, tl.where(t < n, g_log_decay, 0.0))
-    tl.store(SENT_SHARE + (at * 3 + layer) * C + t, tl.where(t < n, tl.load(LIMITS + m) * g_rate, 0.0))
+    WIDE: tl.constexpr = E if E > K else K
+    room_to_work = ROOM + (at * 2 + layer) * C * (C + WIDE)
+    write_place = room_to_work + C * C + matrix(C, X)
     sent = SENT_KEY
     if layer == 1:
         sent = G_DIRECTION
-    tl.store(sent + at * C * Y + matrix(C, Y), g_direction)
-    settle(G_BORDER, G_WEIGHTS, g_old + reads, g_border, border == slot, keep, own + matrix(X, Y))
+    sent_place = sent + at * C * Y + matrix(C, Y)
+    times, met = _taken_off(log_decay, log_kept, AFTER_DECAY, ACC)
+    to_end = tl.exp(last_kept - log_kept)
+    erases = of_layer(layer, ERASE_INNER, ERASE_OUTER)
+    since_border = of_memory(m, M, SINCE_BORDER, SINCE_BORDER_OTHERS)
+    room, room_slope = room_beside_erase(rate, DAMP)
+    # Phases with barriers between: what a phase needs is loaded anew, for to hold all tiles at once would spill.
+    # 1: the inverse
+    direction = load_directions(MADE_KEY, DIRECTION, layer, row, at, t, n, H, C, Y)
+    if erases:
+        ratio = ratios(log_kept - log_decay, log_kept, t, True)
+        factor = (times * rate)[:, None] * ratio * dot(direction, tl.trans(direction), LOW, ACC)
+        tl.store(room_to_work + matrix(C, C), unit_lower_inverse(factor, C, ACC))
+        tl.debug_barrier()
+    # 2: the writes, and the gradient of what is known before the rate, `right`, in the place of what is known
+    direction = load_directions(MADE_KEY, DIRECTION, layer, row, at, t, n, H, C, Y)
+    known = tl.load(place)
+    if erases:
+        known += met[:, None] * dot(direction, tl.trans(keep * tl.load(old_place)), LOW, ACC)
+        if since_border:
+            known -= room[:, None] * dot(direction, tl.trans(held_share * tl.load(held_place)), LOW, ACC)
+    write = -rate[:, None] * known
+    # after = end * old + (write * to_end)^T direction
+    right = to_end[:, None] * dot(direction, tl.trans(tl.load(G_WEIGHTS + own + matrix(X, Y))), LOW, ACC)
+    if (m == M - 1) and not AT_BORDER:
+        of_write = READ_WRITE_INNER
+        if layer == 1:
+            of_write = READ_WRITE_OUTER
+        right += load_rows(of_write, row, t, n, H, X, ACC)
+    if erases:
+        inverse = tl.load(room_to_work + matrix(C, C))
+        write = exact_dot(inverse, write, ACC)
+        right = exact_dot(tl.trans(inverse), right, ACC)
+    g_rate = -tl.sum(right * known, 1)
+    tl.store(write_place, write)
+    tl.store(place, right)
+    tl.debug_barrier()
+    # 3: the factor
+    g_direction = tl.zeros((C, Y), ACC)
+    if (m == M - 1) and (layer == 1) and not AT_BORDER:
+        g_direction = load_rows(READ_DIRECTION, row, t, n, H, Y, ACC)
+    g_log_kept = tl.zeros((C,), ACC)
+    through = tl.zeros((C,), ACC)
+    if erases:
+        direction = load_directions(MADE_KEY, DIRECTION, layer, row, at, t, n, H, C, Y)
+        g_factor = -exact_dot(tl.load(place), tl.trans(tl.load(write_place)), ACC)
+        ratio = ratios(log_kept - log_decay, log_kept, t, True)
+        g_factor *= ratio
+        overlap = g_factor * dot(direction, tl.trans(direction), LOW, ACC)
+        through = tl.sum(overlap, 1)
+        g_log_kept = -tl.sum((times * rate)[:, None] * overlap, 0)
+        g_overlap = (times * rate)[:, None] * g_factor
+        g_direction += dot(g_overlap + tl.trans(g_overlap), direction, LOW, ACC)
+        g_rate += times * through
+    tl.store(sent_place, g_direction)
+    tl.debug_barrier()
+    # 4: the weights before the piece, and those at the border
+    direction = load_directions(MADE_KEY, DIRECTION, layer, row, at, t, n, H, C, Y)
+    old = keep * tl.load(old_place)
+    g_known = -rate[:, None] * tl.load(place)
+    g_after = tl.load(G_WEIGHTS + own + matrix(X, Y))
+    g_old = tl.exp(last_kept) * g_after
+    g_last = tl.sum(tl.sum(g_old * old, 1), 0)
+    write = to_end[:, None] * tl.load(write_place)
+    g_direction = tl.load(sent_place) + dot(write, g_after, LOW, ACC)
+    g_to_end = tl.sum(write * dot(direction, tl.trans(g_after), LOW, ACC), 1)
+    g_log_before = tl.zeros((C,), ACC)
+    g_border = tl.zeros((X, Y), ACC)
+    if erases:
+        along = dot(g_known, old, LOW, ACC)
+        g_direction += met[:, None] * along
+        g_log_before = times * rate * through + met * tl.sum(along * direction, 1)
+        g_old += dot(tl.trans(met[:, None] * g_known), direction, LOW, ACC)
+        if since_border:
+            g_border -= dot(tl.trans(room[:, None] * g_known), direction, LOW, ACC)
+            along = dot(g_known, held_share * tl.load(held_place), LOW, ACC)
+            g_direction -= room[:, None] * along
+            g_rate -= room_slope * tl.sum(along * direction, 1)
+    tl.store(place, g_known)
+    tl.store(sent_place, g_direction)
+    g_log_decay = g_log_before if AFTER_DECAY else tl.zeros((C,), ACC)
+    g_log_decay += tail_sum(g_log_kept - g_to_end + g_log_before) - g_log_before + g_last + tl.sum(g_to_end, 0)
+    tl.store(SENT_LOG_DECAY + (at * 2 + layer) * C + t, tl.where(t < n, g_log_decay, 0.0))
+    tl.store(SENT_SHARE + (at * 3 + layer) * C + t, tl.where(t < n, tl.load(LIMITS + m) * g_rate, 0.0))
+    if m == M - 1:
+        x, g = read_backward(READ_X_INNER, READ_X_OUTER, READ_G_INNER, READ_G_OUTER, layer, row, t, n, H, X, Y, ACC)
+        found = dot(tl.trans(g), x, LOW, ACC)
+        add_to(G_START, found, own + matrix(X, Y))
+        if AT_BORDER:
+            g_border += found
+        else:
+            seen = tl.exp(log_kept) if INCLUSIVE else tl.exp(log_kept - log_decay)
+            g_old += dot(tl.trans(g * seen[:, None]), x, LOW, ACC)
+    settle(G_BORDER, G_WEIGHTS, g_old, g_border, border == slot, keep, own + matrix(X, Y))
