@@ -165,10 +165,11 @@ def _summary(grid: GridEntry, runs: Mapping[str, Mapping[int, Run]], found: Sequ
     by_verdict: dict[str, list[str]] = {}
     for effect in found:
         by_verdict.setdefault(effect.verdict, []).append(effect.variant.name)
+    over = f"over {len(grid.seeds)} seeds"
     words = {
-        "worse": "Worse than what they are compared with, over seeds",
-        "better": "Better",
-        "cannot be told apart": "Cannot be told apart",
+        "worse": f"Worse than what they are compared with, {over}",
+        "better": f"Better, {over}",
+        "cannot be told apart": f"Cannot be told apart, {over}",
         "one seed: nothing follows": "Measured with one seed, from which nothing follows",
         "not measured": "Not measured",
     }

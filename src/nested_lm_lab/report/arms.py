@@ -95,7 +95,7 @@ def seeds(campaign: Campaign) -> list[Shown]:
     arms = campaign.arms()
     rows = []
     for name, chronological, score in parts:
-        values = {arm: _values(campaign, arm, chronological, score) for arm in arms}
+        values = {arm: seed_scores(campaign, arm, chronological, score) for arm in arms}
         several = {arm: found for arm, found in values.items() if len(found) > 1}
         if not several:
             continue
@@ -142,7 +142,7 @@ def _continual(value: Callable[[ContinualMetrics], float]) -> Score:
     return score
 
 
-def _values(campaign: Campaign, arm: str, chronological: bool, score: Score) -> dict[int, float]:
+def seed_scores(campaign: Campaign, arm: str, chronological: bool, score: Score) -> dict[int, float]:
     """Scores by seed of the architecture and recipe that has the most of them."""
     groups: dict[str, dict[int, float]] = {}
     for run in campaign.runs:

@@ -96,6 +96,19 @@ class Run:
         found = self.record.get("parameters")
         return found if isinstance(found, int) else None
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Training tokens a second over the whole run."""
+        tokens, seconds = self.steps.last("tokens"), self.steps.last("seconds")
+        return tokens / seconds if tokens and seconds else None
+
+    @property
+    def speeds(self) -> list[float]:
+        """Training tokens a second between logged steps; the first ones warm up and are left out."""
+        tokens, seconds = self.steps.columns("tokens", "seconds")
+        pairs = zip(tokens[2:], tokens[1:], seconds[2:], seconds[1:], strict=False)
+        return [(t1 - t0) / (s1 - s0) for t1, t0, s1, s0 in pairs if s1 > s0]
+
 
 @dataclass(frozen=True)
 class Campaign:
@@ -123,6 +136,10 @@ class Campaign:
         if len({other.config.seed for other in twins}) == len(twins):
             return f"{run.arm}, seed {run.config.seed}"
         return f"{run.arm}, {run.config.name}"
+
+    def firsts(self, runs: Iterable[Run]) -> tuple[Run, ...]:
+        """The first run of every arm, for figures that would be too full with all seeds."""
+        return tuple({run.arm: run for run in reversed(tuple(runs))}.values())[::-1]
 
     def arms(self) -> tuple[str, ...]:
         """All arms in the order of the preset."""

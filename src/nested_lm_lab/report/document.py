@@ -9,12 +9,15 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nested_lm_lab.report.plot_style import Drawing
-from nested_lm_lab.report.tables import Table
+from nested_lm_lab.report.tables import Sample, Table
 
 
 @dataclass(frozen=True)
 class Part:
-    """One section: paragraphs, points, a figure and a table, in this order, each where there is one."""
+    """One section: paragraphs, points, a figure, a table and generated texts, in this order, where there are any.
+
+    text_below: the paragraphs explain the table and stand below it. folded: a page shows the title until it is opened.
+    """
 
     title: str
     level: int = 2
@@ -22,6 +25,9 @@ class Part:
     points: list[str] = field(default_factory=list)
     drawing: Drawing | None = None
     table: Table | None = None
+    samples: list[Sample] = field(default_factory=list)
+    text_below: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the numbers say: verdicts, fairness checks and limits as sentences, every number from a result."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nested_lm_lab.evaluation.bootstrap import Bootstrap
@@ -8,10 +8,16 @@ from nested_lm_lab.evaluation.interval import Interval
 from nested_lm_lab.evaluation.results import PARAMETER_TOLERANCE
 from nested_lm_lab.report.collect import Campaign, Run, parameter_gap
 from nested_lm_lab.report.plot_style import short_count
+from nested_lm_lab.report.seeds import over_seeds
 from nested_lm_lab.tasks.continual.schema import ContinualMetrics
 from nested_lm_lab.tasks.language_modelling import paired_difference
 from nested_lm_lab.tasks.needles.metrics import PasskeyMetrics
 from nested_lm_lab.tasks.schema import LanguageModellingMetrics
+
+FEWEST_DOCUMENTS = 10
+"""A difference over fewer is printed without a claim."""
+SPEED_TOLERANCE = 1.5
+"""Times by which tokens a second may differ where the same work was done."""
 
 
 class Check(NamedTuple):
@@ -36,89 +42,47 @@ def language(run: Run) -> LanguageModellingMetrics | None:
 
 
 def verdicts(campaign: Campaign) -> list[str]:
-    """Who won by how much: the first arm against each other arm, seed by seed, paired by document."""
-    found = []
-    for own, other in _pairs(campaign):
-        difference = paired_difference(
-            own.results["language_modelling"],
-            other.results["language_modelling"],
-            bootstrap=Bootstrap(samples=own.config.eval.bootstrap_samples),
-        )
-        found.append(_verdict(campaign.label(own), campaign.label(other), difference))
-    return found or ["No verdict: it needs language modelling results of two arms with the same seed."]
+    """The first arm against each other arm, paired by document and seed: which has fewer bits per byte, if any.
 
-
-def supports(campaign: Campaign) -> list[str]:
-    """Sentences that qualify the verdict: floors and the worth of carried state."""
-    found = []
-    for run in compared_runs(campaign):
-        metrics = language(run)
-        if metrics is None:
-            continue
-        label, below = campaign.label(run), metrics.window.below_bigram
-        word = "below" if below.value >= 0 else "above"
-        found.append(
-            f"{label} is {abs(below.value):.3f} bits per byte {word} the Kneser-Ney bigram floor "
-            f"({_span(below, absolute=True)}{_excludes(below)})."
-        )
-        gain = metrics.streaming_gain
-        if gain is not None:
-            verb = "lowers" if gain.value >= 0 else "raises"
-            found.append(
-                f"Carrying its state through whole documents {verb} {label}'s bits per byte by "
-                f"{abs(gain.value):.3f} ({_span(gain, absolute=True)}{_excludes(gain)})."
-            )
-    return found
-
-
-def _pairs(campaign: Campaign) -> Iterator[tuple[Run, Run]]:
+    A win is claimed from several seeds alone. Every sentence says on how many seeds and documents it rests.
+    """
     measured = [run for run in compared_runs(campaign) if "language_modelling" in run.results]
-    if not measured:
-        return
+    found: dict[str, list[Interval]] = {}
     for own in measured:
-        if own.arm != measured[0].arm:
-            continue
         for other in measured:
-            if other.arm != own.arm and other.config.seed == own.config.seed:
-                yield own, other
+            if own.arm == measured[0].arm != other.arm and other.config.seed == own.config.seed:
+                pair = (own.results["language_modelling"], other.results["language_modelling"])
+                bootstrap = Bootstrap(samples=own.config.eval.bootstrap_samples)
+                found.setdefault(other.arm, []).append(paired_difference(*pair, bootstrap=bootstrap))
+    if not found:
+        return ["No verdict: it needs language modelling results of two arms with the same seed."]
+    return [_verdict(measured[0].arm, other, differences) for other, differences in found.items()]
 
 
-def _verdict(own: str, other: str, difference: Interval) -> str:
-    """difference: bits per byte of `own` minus `other`; negative is better."""
-    n = difference.n
-    if difference.low is None or difference.high is None:
+def _verdict(own: str, other: str, by_seed: Sequence[Interval]) -> str:
+    """by_seed: bits per byte of `own` minus `other`; negative is better."""
+    documents = by_seed[0].n
+    difference = by_seed[0] if len(by_seed) == 1 else over_seeds([one.value for one in by_seed])
+    if documents < FEWEST_DOCUMENTS or difference.low is None or difference.high is None:
         return (
-            f"{own} scores {difference.value:+.3f} bits per byte against {other} on {n} document: "
-            "too few for an interval, so nothing follows."
+            f"{own} has {difference.value:+.3f} bits per byte against {other} on {documents} "
+            f"document{'s' * (documents > 1)}: too few, so nothing follows."
         )
-    size = f"{abs(difference.value):.3f} bits per byte"
-    span = _span(difference, absolute=True)
-    how = f"{span}, paired bootstrap over {n} documents"
-    if difference.high < 0:
-        return f"{own} beats {other} by {size} ({how}); the interval excludes 0."
-    if difference.low > 0:
-        return f"{other} beats {own} by {size} ({how}); the interval excludes 0."
-    signed = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
-    return (
-        f"{own} and {other} cannot be told apart: {own} minus {other} is {difference.value:+.3f} bits per "
-        f"byte ({signed}, paired bootstrap over {n} documents); the interval includes 0."
-    )
-
-
-def _span(interval: Interval, *, absolute: bool = False) -> str:
-    """An interval in words; `absolute` turns it so that its value is positive."""
-    if interval.low is None or interval.high is None:
-        return "no interval: one document"
-    low, high = interval.low, interval.high
-    if absolute and interval.value < 0:
-        low, high = -high, -low
-    return f"95 % interval {low:.3f} to {high:.3f}"
-
-
-def _excludes(interval: Interval) -> str:
-    if interval.low is None or interval.high is None or interval.low > 0 or interval.high < 0:
-        return ""
-    return ", which includes 0"
+    better, worse = (own, other) if difference.value < 0 else (other, own)
+    low, high = sorted((difference.low, difference.high), reverse=difference.value < 0)
+    sign = -1 if difference.value < 0 else 1
+    size = f"{abs(difference.value):.3f}"
+    span = f"95 % interval {sign * low:.3f} to {sign * high:.3f}"
+    if len(by_seed) == 1:
+        clear = "" if low * high > 0 else " The interval includes 0."
+        return (
+            f"With one seed, {better} has {size} bits per byte less than {worse} ({span} over {documents} documents)."
+            f"{clear} Another seed may differ: nothing follows about the arms."
+        )
+    basis = f"{span} over {len(by_seed)} seeds; the same {documents} documents for all"
+    if low * high > 0:
+        return f"{better} beats {worse} by {size} bits per byte ({basis})."
+    return f"{own} and {other} cannot be told apart: {better} has {size} bits per byte less ({basis})."
 
 
 def checks(campaign: Campaign) -> list[Check]:
@@ -147,7 +111,7 @@ def checks(campaign: Campaign) -> list[Check]:
         values = sorted({str(run.record.get(key)) for run in campaign.runs})
         shown = ", ".join(shortened(value) for value in values)
         found.append(Check(len(values) == 1, f"Same {text} in all runs: {shown}."))
-    found.append(_recipe_check(runs))
+    found += [_recipe_check(runs), *_speed_check(campaign, runs)]
     unfinished = [campaign.label(run) for run in campaign.runs if not run.finished]
     text = f"Unfinished runs: {', '.join(unfinished)}." if unfinished else "All runs reached their token budget."
     found.append(Check(not unfinished, text))
@@ -170,6 +134,27 @@ def _recipe_check(runs: tuple[Run, ...]) -> Check:
     passed = all(section.startswith("model") for section in sections)
     where = ", ".join(sections) or "nothing"
     return Check(passed, f"Same recipe: besides names and seed the configurations differ in {where}.")
+
+
+def _speed_check(campaign: Campaign, runs: tuple[Run, ...]) -> list[Check]:
+    """Whether the machine was as free for every arm, as far as speeds tell: seeds of an arm, and steps of a run."""
+    by_arm: dict[str, list[float]] = {}
+    for run in runs:
+        if run.tokens_per_s is not None:
+            by_arm.setdefault(run.arm, []).append(run.tokens_per_s)
+    spread = {f"the seeds of {arm}": max(found) / min(found) for arm, found in by_arm.items() if len(found) > 1}
+    for run in runs:
+        if len(speeds := sorted(run.speeds)) >= 10:
+            spread[f"the steps of {campaign.label(run)}"] = speeds[len(speeds) * 9 // 10] / speeds[len(speeds) // 10]
+    if not spread:
+        return []
+    uneven = [f"{where} by {times:.1f} times" for where, times in spread.items() if times > SPEED_TOLERANCE]
+    if not uneven:
+        return [Check(True, f"Speed even within {SPEED_TOLERANCE} times, so the machine was as free for every arm.")]
+    text = (
+        f"Speed differs between {'; '.join(uneven)}: other work ran beside, so times and tokens/s are not comparable."
+    )
+    return [Check(False, text)]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -36,6 +36,7 @@ _STYLE: Mapping[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.facecolor": "none",
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,

@@ -1,5 +1,6 @@
 """Figures of how well the arms do: one function each, None where no run has the numbers."""
 
+from statistics import fmean
 from typing import Any
 
 from nested_lm_lab.evaluation.interval import Interval
@@ -16,6 +17,7 @@ from nested_lm_lab.report.plot_style import (
     running_mean,
     thousands,
 )
+from nested_lm_lab.report.seeds import over_seeds
 from nested_lm_lab.tasks.needles.metrics import PasskeyMetrics
 from nested_lm_lab.tasks.schema import LanguageModellingMetrics, PeriodScore, PositionScore, ProtocolScores
 
@@ -34,33 +36,35 @@ def _shuffled(campaign: Campaign) -> tuple[Run, ...]:
 
 
 def overview(campaign: Campaign) -> Drawing | None:
-    """Held-out bits per byte of every arm with its interval, beside the floors."""
+    """Held-out bits per byte of every arm over its seeds, the best first, beside the bigram floor."""
     runs = campaign.with_result("language_modelling") or campaign.with_result("language_modelling", chronological=True)
     if not runs:
         return None
-    rows: list[tuple[str, str, bool, Interval]] = []
-    for run in runs:
-        metrics, colour, name = _language(run), arm_colour(campaign, run), campaign.label(run)
-        rows.append((name, colour, True, metrics.window.bits_per_byte))
-        if metrics.streaming is not None:
-            rows.append((f"{name}, state carried", colour, False, metrics.streaming.bits_per_byte))
+    arms = sorted(dict.fromkeys(run.arm for run in runs), key=lambda arm: fmean(_scores(runs, arm)))
+    rows: list[tuple[str, str, Interval, list[float]]] = []
+    for arm in arms:
+        own = [run for run in runs if run.arm == arm]
+        seeds = _scores(runs, arm)
+        interval = over_seeds(seeds) if len(seeds) > 1 else _language(own[0]).window.bits_per_byte
+        rows.append((arm, arm_colour(campaign, own[0]), interval, seeds))
     first = _language(runs[0])
     with canvas(1, 1, height=1.15 + 0.42 * len(rows)) as (figure, axes):
         axis = axes[0][0]
-        for name, floor in (("unigram", first.unigram), ("bigram", first.bigram)):
-            value = floor.bits_per_byte.value
-            axis.axvline(value, color=FLOOR_COLOURS[name], linewidth=2)
-            axis.annotate(
-                f"{name} floor {value:.3f}",
-                xy=(value, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                color=MUTED,
-                fontsize=8.8,
-            )
-        for y, (_, colour, filled, interval) in enumerate(rows):
+        floor = first.bigram.bits_per_byte.value
+        axis.axvline(floor, color=FLOOR_COLOURS["bigram"], linewidth=2)
+        axis.annotate(
+            f"bigram counts {floor:.3f}",
+            xy=(floor, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=MUTED,
+            fontsize=8.8,
+        )
+        for y, (_, colour, interval, seeds) in enumerate(rows):
+            if len(seeds) > 1:
+                axis.plot(seeds, [y + 0.22] * len(seeds), "o", color=colour, alpha=0.45, markersize=4)
             errors = [[side[0]] for side in _errors([interval])]
             axis.errorbar(
                 [interval.value],
@@ -70,8 +74,6 @@ def overview(campaign: Campaign) -> Drawing | None:
                 color=colour,
                 markersize=7,
                 elinewidth=2,
-                markerfacecolor=colour if filled else "white",
-                markeredgewidth=1.8,
             )
             edge = interval.value if interval.high is None else interval.high
             axis.annotate(
@@ -95,63 +97,44 @@ def overview(campaign: Campaign) -> Drawing | None:
             figure,
             name="overview",
             title="Held-out bits per byte",
-            caption="Further left is better: filled with fresh state every context, open with state carried "
-            "through each document, bars are 95 % intervals over documents, grey lines the count models.",
+            caption="Further left is better. Small dots are seeds, bars 95 % intervals: over seeds where an arm has "
+            "several, else over documents. The grey line is a count model of the training text.",
         )
 
 
+def _scores(runs: tuple[Run, ...], arm: str) -> list[float]:
+    return [_language(run).window.bits_per_byte.value for run in runs if run.arm == arm]
+
+
 def loss(campaign: Campaign) -> Drawing | None:
-    """Training loss against tokens and against wall time."""
-    runs = [run for run in _shuffled(campaign) if run.steps.columns("tokens", "loss")[0]]
+    """Training loss against tokens, of the first run of every arm."""
+    runs = [run for run in campaign.firsts(_shuffled(campaign)) if len(run.steps.columns("tokens", "loss")[0]) > 1]
     if not runs:
         return None
-    with canvas(1, 2, height=3.7, sharey=True) as (figure, axes):
+    with canvas(1, 1, height=3.7) as (figure, axes):
+        axis, ends = axes[0][0], []
         lowest, late = float("inf"), 0.0
-        by_axis: list[list[tuple[float, float, str, str]]] = []
-        for axis, x, unit in zip(axes[0], ("tokens", "seconds"), (1.0, 60.0), strict=True):
-            ends = []
-            for run in runs:
-                xs, ys = run.steps.columns(x, "loss")
-                xs = [value / unit for value in xs]
-                window = max(1, len(ys) // 40) if len(ys) > _SMOOTH_ABOVE else 1
-                mean = running_mean(ys, window)
-                colour = arm_colour(campaign, run)
-                if window > 1:
-                    axis.plot(xs, ys, color=colour, alpha=0.18, linewidth=0.7)
-                axis.plot(xs, mean, color=colour)
-                ends.append((xs[-1], mean[-1], campaign.label(run), colour))
-                lowest, late = min(lowest, *ys), max(late, mean[len(mean) // 12])
-            axis.set_xlim(left=0)
-            axis.set_ylim(lowest - 0.3, late + 0.35)
-            by_axis.append(ends)
-        axes[0][0].set(title="per token read", xlabel="training tokens", ylabel="loss (nats / token)")
-        axes[0][1].set(title="per minute spent", xlabel="training time (minutes)")
-        thousands(axes[0][0].xaxis)
-        label_line_ends([(axes[0][0], by_axis[0])])
-        _label_below_ends(axes[0][1], by_axis[1])
+        for run in runs:
+            xs, ys = run.steps.columns("tokens", "loss")
+            window = max(1, len(ys) // 40) if len(ys) > _SMOOTH_ABOVE else 1
+            mean, colour = running_mean(ys, window), arm_colour(campaign, run)
+            if window > 1:
+                axis.plot(xs, ys, color=colour, alpha=0.18, linewidth=0.7)
+            axis.plot(xs, mean, color=colour)
+            ends.append((xs[-1], mean[-1], run.arm, colour))
+            lowest, late = min(lowest, *ys), max(late, mean[len(mean) // 12])
+        axis.set_xlim(left=0)
+        axis.set_ylim(lowest - 0.3, late + 0.35)
+        axis.set(xlabel="training tokens", ylabel="loss (nats / token)")
+        thousands(axis.xaxis)
+        label_line_ends([(axis, ends)])
         return finish(
             figure,
             name="loss",
             title="Training loss",
-            caption="Lower is better: left, what each token taught; right, what each minute bought on this "
-            "machine. Pale lines are single steps, strong ones running means; the first steps are cut off.",
+            caption="Lower is better. Pale lines are single steps, strong ones running means; the first steps are cut "
+            "off. The first seed of every arm.",
         )
-
-
-def _label_below_ends(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names below the last points, for falling lines that end at different x."""
-    for x, y, name, colour in ends:
-        axis.annotate(
-            name,
-            xy=(x, y),
-            xytext=(3, -7),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=colour,
-            fontsize=9,
-        )
-        axis.plot([x], [y], "o", color=colour, markersize=4)
 
 
 def validation(campaign: Campaign) -> Drawing | None:
@@ -159,13 +142,15 @@ def validation(campaign: Campaign) -> Drawing | None:
     runs = [run for run in _shuffled(campaign) if run.evaluations.columns("tokens", "validation_bpb")[0]]
     if not runs:
         return None
+    firsts = campaign.firsts(runs)
     with canvas(1, 1, height=3.5) as (figure, axes):
         axis, ends = axes[0][0], []
         for run in runs:
             xs, ys = run.evaluations.columns("tokens", "validation_bpb")
             colour = arm_colour(campaign, run)
-            axis.plot(xs, ys, "o-", color=colour, markersize=4.5)
-            ends.append((xs[-1], ys[-1], f"{campaign.label(run)}  {ys[-1]:.3f}", colour))
+            axis.plot(xs, ys, "o-", color=colour, markersize=3.5, linewidth=1.2)
+            if run in firsts:
+                ends.append((xs[-1], ys[-1], run.arm, colour))
         axis.set(xlabel="training tokens", ylabel="validation bits per byte")
         axis.set_xlim(left=0)
         thousands(axis.xaxis)
@@ -174,8 +159,7 @@ def validation(campaign: Campaign) -> Drawing | None:
             figure,
             name="validation",
             title="Held-out loss while training",
-            caption="Lower is better: bits per byte on validation text at every evaluation; "
-            "the numbers are those of the last one.",
+            caption="Lower is better: bits per byte on validation text at every evaluation, one line a seed.",
         )
 
 
@@ -189,7 +173,7 @@ def _errors(intervals: list[Interval]) -> list[list[float]]:
 def periods(campaign: Campaign) -> Drawing | None:
     """Bits per byte of each chronological period, with intervals and floors."""
     runs = campaign.with_result("language_modelling") or campaign.with_result("language_modelling", chronological=True)
-    scores = [(run, _language(run)) for run in runs]
+    scores = [(run, _language(run)) for run in campaign.firsts(runs)]
     if not scores or not any(score.bits_per_byte for score in scores[0][1].window.by_period):
         return None
     first = scores[0][1]
@@ -216,7 +200,7 @@ def periods(campaign: Campaign) -> Drawing | None:
                 elinewidth=1.4,
                 capsize=0,
             )
-            ends.append((len(shown) - 1, intervals[-1].value, campaign.label(run), colour))
+            ends.append((len(shown) - 1, intervals[-1].value, run.arm, colour))
         by_period = [first.window.by_period[index] for index in shown]
         axis.set_xticks(range(len(shown)), [f"{p.first_year}-\n{p.last_year}\nn = {p.documents}" for p in by_period])
         axis.set_xlim(-0.5, len(shown) - 0.5)
@@ -249,7 +233,7 @@ def positions(campaign: Campaign) -> Drawing | None:
         return None
     with canvas(1, 1, height=3.9) as (figure, axes):
         axis, ends, top = axes[0][0], [], 0.0
-        for run in runs:
+        for run in campaign.firsts(runs):
             metrics, colour = _language(run), arm_colour(campaign, run)
             for protocol, style, word in (
                 (metrics.window, "-", ""),
@@ -262,7 +246,7 @@ def positions(campaign: Campaign) -> Drawing | None:
                 low = [i.value if i.low is None else i.low for i in intervals]
                 high = [i.value if i.high is None else i.high for i in intervals]
                 axis.fill_between(xs, low, high, color=colour, alpha=0.10, linewidth=0)
-                ends.append((xs[-1], ys[-1], campaign.label(run) + word, colour))
+                ends.append((xs[-1], ys[-1], run.arm + word, colour))
                 top = max([top, *(y for x, y in zip(xs, ys, strict=True) if x >= _FIRST_POSITION)])
         axis.set_xscale("log", base=2)
         if top:
@@ -279,7 +263,7 @@ def positions(campaign: Campaign) -> Drawing | None:
             title="Loss by position",
             caption="A line that keeps falling to the right shows a model that makes use of a longer past; "
             "solid: fresh state every context, dashed: state carried through the whole document. "
-            "Bands are 95 % intervals; the first few tokens are cut off.",
+            "Bands are 95 % intervals over documents, of the first seed; the first few tokens are cut off.",
         )
 
 

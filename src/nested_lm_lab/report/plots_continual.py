@@ -59,10 +59,10 @@ def _measured(campaign: Campaign, task: str, kind: type[M]) -> list[tuple[Run, M
 
 
 def matrices(campaign: Campaign, order: str) -> Drawing | None:
-    """Loss and forgetting on every segment after every segment; two heat maps a run of one reading order."""
-    found = [
-        (run, metrics) for run, metrics in _measured(campaign, "continual", ContinualMetrics) if run.order == order
-    ]
+    """Loss and forgetting on every segment after every segment; two heat maps an arm of one reading order."""
+    every = [one for one in _measured(campaign, "continual", ContinualMetrics) if one[0].order == order]
+    firsts = campaign.firsts(run for run, _ in every)
+    found = [one for one in every if one[0] in firsts]
     if not found:
         return None
     count = max(len(metrics.segments) for _, metrics in found)
@@ -79,8 +79,8 @@ def matrices(campaign: Campaign, order: str) -> Drawing | None:
             limits = (min(trained), max(trained))
             _heat(left, losses[index], labels, ["untrained", *flat], "YlGnBu", limits, "{:.2f}")
             _heat(right, forgets[index], labels, flat, "OrRd", (0.0, worst), "{:.3f}")
-            left.set_title(f"{campaign.label(run)}\nbits per byte", color=arm_colour(campaign, run), fontsize=9)
-            right.set_title(f"{campaign.label(run)}\nforgetting", color=arm_colour(campaign, run), fontsize=9)
+            left.set_title(f"{run.arm}\nbits per byte", color=arm_colour(campaign, run), fontsize=9)
+            right.set_title(f"{run.arm}\nforgetting", color=arm_colour(campaign, run), fontsize=9)
         label_rows(axes, "after reading up to")
         return finish(
             figure,
@@ -88,22 +88,26 @@ def matrices(campaign: Campaign, order: str) -> Drawing | None:
             title=ORDERS[order],
             caption="Each row is a model that has read one more part, each column held-out text of one part. Bits per "
             "byte: dark is worse, framed cells are the part just read. Forgetting: bits per byte lost since the model "
-            "was at its best on that part; zero is no forgetting.",
+            "was at its best on that part; zero is no forgetting. The first run of every arm.",
         )
 
 
-def forgetting(campaign: Campaign) -> Drawing | None:
+def forgetting(campaign: Campaign, *, every: bool = True) -> Drawing | None:
     """What was forgotten of each segment after each later one, with lines where slow levels tick; a panel a run.
 
     Every arm begins a row of its own. Runs that forgot nothing that could be seen are named, not drawn.
+    every: all runs; else the first of each arm that read the periods in the order of time, side by side.
     """
     found = _measured(campaign, "continual", ContinualMetrics)
+    if not every:
+        firsts = campaign.firsts(run for run, _ in found if run.order == "forward")
+        found = [one for one in found if one[0] in firsts]
     if not found:
         return None
     drawn = [(run, metrics) for run, metrics in found if _most_forgotten(metrics) >= _SEEN]
     names = [campaign.label(run) for run, metrics in found if drawn and _most_forgotten(metrics) < _SEEN]
     drawn = drawn or found
-    rows = _rows_by_arm(campaign, drawn, per_row=3)
+    rows = _rows_by_arm(campaign, drawn, per_row=3) if every else [drawn[at : at + 3] for at in range(0, len(drawn), 3)]
     with canvas(len(rows), max(map(len, rows)), height=3.1 * len(rows), sharey=True) as (figure, grid):
         labelled = []
         axes = [axis for line, row in zip(grid, rows, strict=True) for axis in line[: len(row)]]
@@ -129,8 +133,8 @@ def forgetting(campaign: Campaign) -> Drawing | None:
         label_line_ends(labelled)
         return finish(
             figure,
-            name="forgetting",
-            title="Forgetting, period by period",
+            name="forgetting" if every else "forgetting-arms",
+            title="Forgetting of every run" if every else "Forgetting, period by period",
             caption="Each line is one period's text: bits per byte lost since the model was at its best on it, "
             "from the moment it was read; zero is no forgetting. Bands are 95 % intervals over "
             "documents. Grey lines are ticks of the slowest level that ticks often enough to be seen and "

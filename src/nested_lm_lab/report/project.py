@@ -12,12 +12,11 @@ from nested_lm_lab.report.ablation_parts import READING, ablation_parts, origin
 from nested_lm_lab.report.ablations import grid_reports
 from nested_lm_lab.report.collect import Campaign, collect
 from nested_lm_lab.report.document import Document, Part, write_html, write_markdown
-from nested_lm_lab.report.findings import limits, shortened
-from nested_lm_lab.report.headlines import headlines
+from nested_lm_lab.report.findings import shortened
 from nested_lm_lab.report.manifest import MANIFEST_NAME, read_manifest
 from nested_lm_lab.report.papers import Claim, papers
-from nested_lm_lab.report.plot_style import Drawing, short_count
-from nested_lm_lab.report.render import Page, make_page
+from nested_lm_lab.report.plot_style import short_count
+from nested_lm_lab.report.render import campaign_parts
 from nested_lm_lab.report.tables import Cell, Table
 
 COMMAND = "nested-lm report"
@@ -45,8 +44,7 @@ def write_project(folders: Folders) -> list[Path]:
             f"{folders.evidence} holds no published campaign, so there is nothing to report\n"
             "  Run a campaign, then `nested-lm report CAMPAIGN_DIR --publish` in the project's root."
         )
-    pages = {campaign.manifest.name: make_page(campaign.plain()) for campaign in campaigns if campaign.plain().runs}
-    experiments = _experiments(campaigns, pages)
+    experiments = _experiments(campaigns)
     grids = [campaign for campaign in campaigns if campaign.manifest.grids]
     written = [
         write_markdown(experiments, folders.root / "docs" / "experiments_report.md"),
@@ -58,61 +56,24 @@ def write_project(folders: Folders) -> list[Path]:
     return written
 
 
-def _experiments(campaigns: Sequence[Campaign], pages: dict[str, Page]) -> Document:
+def _experiments(campaigns: Sequence[Campaign]) -> Document:
     lead = [
         "What this project has measured, what the papers print beside it, and what is not reproduced. Every number "
-        "comes from a result file below eval/, which was checked against its schema and digest; tables refuse rows "
-        "that may not be compared. Small figures are 95 % intervals."
+        "comes from a checked result file below eval/; tables refuse rows that may not be compared."
     ]
-    parts = [Part("In short", points=[*_short(campaigns, pages)])]
+    parts = []
     for campaign in campaigns:
-        name = campaign.manifest.name
-        if name in pages:
-            parts += _campaign_parts(campaign, pages[name])
+        plain, name = campaign.plain(), campaign.manifest.name
+        if plain.runs:
+            parts += campaign_parts(plain, prefix=f"{name}-")
+            parts.append(Part(f"Where the numbers of {name} come from", 3, points=origin(plain), folded=True))
+    for campaign in campaigns:
         if campaign.manifest.grids:
-            text = "Its tables are in reports/ablations.md."
+            text = f"Campaign {campaign.manifest.name}. Its tables are in reports/ablations.md."
             points = [line for grid in grid_reports(campaign) for line in grid.summary]
-            parts.append(Part(campaign.manifest.title, text=[f"Campaign {name}. {text}"], points=points))
+            parts.append(Part(campaign.manifest.title, text=[text], points=points))
     parts += [*_paper_parts(), Part("What is not reproduced", points=_open_claims(campaigns))]
     return Document("Experiments", COMMAND, lead, parts, figures="figures/experiments")
-
-
-def _short(campaigns: Sequence[Campaign], pages: dict[str, Page]) -> list[str]:
-    lines = []
-    for campaign in campaigns:
-        page = pages.get(campaign.manifest.name)
-        found = [] if page is None else [*page.verdicts, *headlines(campaign)]
-        lines += [f"{campaign.manifest.name}: {sentence}" for sentence in found]
-    for campaign in campaigns:
-        lines += [f"{campaign.manifest.name}: {line}" for grid in grid_reports(campaign) for line in grid.summary]
-    return lines
-
-
-def _campaign_parts(campaign: Campaign, page: Page) -> list[Part]:
-    """Sections of one campaign's runs outside grids."""
-    name = campaign.manifest.name
-    figures = {drawing.name: replace(drawing, name=f"{name}-{drawing.name}") for drawing in page.drawings}
-
-    def named(drawing: Drawing | None) -> Drawing | None:
-        return None if drawing is None else figures[drawing.name]
-
-    lead = [f"Campaign {name}, evidence in eval/{name}.", *page.verdicts]
-    if page.supports:
-        lead.append(" ".join(page.supports))
-    parts = [Part(page.title, text=lead, drawing=named(page.overview), table=page.main)]
-    fair = [("" if check.passed else "No: ") + check.text for check in page.checks]
-    parts.append(Part("Is the comparison fair?", 3, points=fair))
-    if page.passkey is not None:
-        parts.append(Part("Passkey", 3, drawing=named(page.passkey_figure), table=page.passkey))
-    parts += [Part(shown.title, 3, drawing=named(shown.figure), table=shown.table) for shown in page.continual]
-    parts += [Part(shown.title, 3, text=[shown.text], table=shown.table) for shown in page.others]
-    more = [*page.continual_more, *page.others_figures]
-    parts += [Part(drawing.title, 4, drawing=named(drawing)) for drawing in more]
-    parts.append(Part("What this does not show", 3, points=limits(campaign.plain())))
-    if campaign.notes:
-        parts.append(Part("Missing", 3, points=list(campaign.notes)))
-    parts.append(Part("Where the numbers come from", 3, points=origin(campaign.plain())))
-    return parts
 
 
 def _paper_parts() -> list[Part]:
@@ -190,11 +151,13 @@ def _ablations(campaigns: Sequence[Campaign]) -> Document:
 
 
 def _dashboard(experiments: Document, grids: Sequence[Campaign]) -> Document:
-    """Everything on one page."""
-    parts = [*experiments.parts]
-    if grids:
-        parts += _ablations(grids).parts
-    return Document("nested-lm: experiments", COMMAND, experiments.lead, parts)
+    """Everything on one page; the long tables of ablations and of papers are folded."""
+    found = _ablations(grids).parts if grids else []
+    parts = [
+        replace(part, folded=part.folded or (part.level > 2 and part.table is not None))
+        for part in [*experiments.parts, *found]
+    ]
+    return Document("nested-lm: experiments", COMMAND, [], parts)
 
 
 def _progress(folders: Folders) -> Document:

@@ -1,7 +1,7 @@
-"""Writes `report.md` and a self-contained `report.html`: same inputs, same bytes."""
+"""The report of a campaign as parts, and its two files, `report.md` and a self-contained `report.html`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,78 +12,34 @@ from nested_lm_lab.report.ablation_parts import ablation_document
 from nested_lm_lab.report.ablations import grid_reports
 from nested_lm_lab.report.collect import Campaign, collect
 from nested_lm_lab.report.cost import cost
-from nested_lm_lab.report.document import environment, write_html, write_markdown, write_text
-from nested_lm_lab.report.findings import Check, checks, limits, supports, verdicts
+from nested_lm_lab.report.document import Document, Part, write_html, write_markdown
+from nested_lm_lab.report.findings import checks, limits, verdicts
+from nested_lm_lab.report.headlines import headlines
 from nested_lm_lab.report.kinds import other_results
 from nested_lm_lab.report.plot_style import Drawing, require_matplotlib
-from nested_lm_lab.report.tables import (
-    Sample,
-    Shown,
-    Table,
-    continual_table,
-    identity_table,
-    main_table,
-    passkey_table,
-    samples,
-)
+from nested_lm_lab.report.summary import READING, summary_table
+from nested_lm_lab.report.tables import continual_table, identity_table, main_table, passkey_table, samples
 
 Plot = Callable[[Campaign], Drawing | None]
-Draw = Callable[[Plot], Drawing | None]
 
-_OUTCOME: tuple[Plot, ...] = (plots.loss, plots.validation, plots.periods, plots.positions)
-_INSIDE: tuple[Plot, ...] = (plots_inside.gates, plots_inside.updates, plots_inside.fast_weights)
-
-
-@dataclass(frozen=True)
-class ReadingOrder:
-    """What runs that read periods in one order lost and kept."""
-
-    title: str
-    table: Table
-    figure: Drawing | None
-
-
-@dataclass(frozen=True)
-class Page:
-    """Everything the templates write."""
-
-    title: str
-    name: str
-    verdicts: list[str]
-    supports: list[str]
-    main: Table
-    checks: list[Check]
-    overview: Drawing | None
-    outcome: list[Drawing]
-    passkey: Table | None
-    passkey_figure: Drawing | None
-    continual: list[ReadingOrder]
-    continual_more: list[Drawing]
-    inside: list[Drawing]
-    samples: list[Sample]
-    identity: Table
-    limits: list[str]
-    notes: list[str]
-    others: list[Shown]
-    others_figures: list[Drawing]
-
-    @property
-    def drawings(self) -> list[Drawing]:
-        """All figures in the order of the page."""
-        single = [
-            self.overview,
-            *self.outcome,
-            self.passkey_figure,
-            *(part.figure for part in self.continual),
-            *self.continual_more,
-            *self.others_figures,
-            *self.inside,
-        ]
-        return [drawing for drawing in single if drawing is not None]
+QUESTIONS: dict[str, Plot] = {
+    "Who predicts held-out text best?": plots.overview,
+    "Who learns faster?": plots.validation,
+    "Does a longer past help?": plots.positions,
+    "What is forgotten, and when?": partial(plots_continual.forgetting, every=False),
+}
+_FOLDED: tuple[Plot, ...] = (
+    plots.loss,
+    plots.periods,
+    *plots_continual.ALL,
+    plots_inside.gates,
+    plots_inside.updates,
+    plots_inside.fast_weights,
+)
 
 
 def render_campaign(campaign_dir: Path) -> Path:
-    """Render the report of a campaign folder and return the path of `report.html`.
+    """Render the report of a campaign folder and return the path of `report.html`: same inputs, same bytes.
 
     An ablation grid has pages of its own: `ablations.*` beside the report of the other runs, or, where there are none,
     the report itself.
@@ -96,75 +52,72 @@ def render_campaign(campaign_dir: Path) -> Path:
     """
     campaign = collect(campaign_dir)
     plain = campaign.plain()
+    command = f"nested-lm campaign {campaign.manifest.name}"
+    documents = {}
     if campaign.manifest.grids:
-        document = ablation_document(campaign, grid_reports(campaign), command=f"nested-lm report {campaign_dir.name}")
         stem = "ablations" if plain.runs else "report"
+        documents[stem] = ablation_document(campaign, grid_reports(campaign), command=command)
+    if plain.runs:
+        first, *parts = campaign_parts(plain, links=True)
+        documents["report"] = Document(first.title, command, [], [replace(first, title=""), *parts])
+    for stem, document in documents.items():
         write_markdown(document, campaign_dir / f"{stem}.md")
         write_html(document, campaign_dir / f"{stem}.html")
-    if plain.runs:
-        page = make_page(plain)
-        for drawing in page.drawings:
-            write_text(campaign_dir / "figures" / f"{drawing.name}.svg", drawing.svg)
-        for name in ("report.md", "report.html"):
-            write_text(campaign_dir / name, environment().get_template(f"{name}.j2").render(page=page))
     return campaign_dir / "report.html"
 
 
-def make_page(campaign: Campaign) -> Page:
-    """Everything a report says of the runs outside grids."""
+def campaign_parts(campaign: Campaign, *, prefix: str = "", links: bool = False) -> list[Part]:
+    """Sections on the runs outside grids: one table, one figure a question, what follows; then folded details.
+
+    prefix: of the names of figures. links: whether to list the run folders, which lie beside the report.
+    """
     notes = list(campaign.notes)
-    draw = _drawer(campaign, notes)
-    return Page(
-        title=campaign.manifest.title,
-        name=campaign.manifest.name,
-        verdicts=verdicts(campaign),
-        supports=supports(campaign),
-        main=main_table(campaign),
-        checks=checks(campaign),
-        overview=draw(plots.overview),
-        outcome=[drawing for plot in _OUTCOME if (drawing := draw(plot)) is not None],
-        passkey=passkey_table(campaign),
-        passkey_figure=draw(plots.passkey),
-        continual=_reading_orders(campaign, draw),
-        continual_more=[drawing for plot in plots_continual.ALL if (drawing := draw(plot)) is not None],
-        inside=[drawing for plot in _INSIDE if (drawing := draw(plot)) is not None],
-        samples=samples(campaign),
-        identity=identity_table(campaign),
-        limits=limits(campaign),
-        notes=notes,
-        others=[*other_results(campaign), *cost(campaign)],
-        others_figures=[drawing for plot in _task_plots(campaign) if (drawing := draw(plot)) is not None],
-    )
+    try:
+        require_matplotlib()
+        has_figures = True
+    except ReportError as error:
+        has_figures = False
+        notes.append(f"There are no figures: {' '.join(str(error).split())}")
+
+    def draw(plot: Plot) -> Drawing | None:
+        drawing = plot(campaign) if has_figures else None
+        return drawing and replace(drawing, name=f"{prefix}{drawing.name}")
+
+    fair = checks(campaign)
+    reading = [READING, *(check.text for check in fair if not check.passed and check.text.startswith("Speed"))]
+    parts = [Part(campaign.manifest.title, table=summary_table(campaign), text=reading, text_below=True)]
+    for title, plot in [*QUESTIONS.items(), *((None, plot) for plot in _task_plots(campaign))]:
+        if (drawing := draw(plot)) is not None:
+            parts.append(Part(title or drawing.title, 3, drawing=drawing))
+    parts.append(Part("What follows", 3, points=[*verdicts(campaign), *headlines(campaign)]))
+    if notes:
+        parts.append(Part("Missing", 3, points=notes))
+    points = [("" if check.passed else "No: ") + check.text for check in fair]
+    parts.append(Part("Is the comparison fair?", 3, points=points, folded=all(check.passed for check in fair)))
+    parts += _details(campaign, draw)
+    if links:
+        parts.append(Part("Where the numbers come from", 3, table=identity_table(campaign), folded=True))
+    return parts
 
 
-def _reading_orders(campaign: Campaign, draw: Draw) -> list[ReadingOrder]:
-    found = []
+def _details(campaign: Campaign, draw: Callable[[Plot], Drawing | None]) -> Iterator[Part]:
+    yield Part("Every run", 3, table=main_table(campaign), folded=True)
+    if (table := passkey_table(campaign)) is not None:
+        yield Part("Passkey", 3, drawing=draw(plots.passkey), table=table, folded=True)
     for order, title in plots_continual.ORDERS.items():
-        table = continual_table(campaign, order)
-        if table is not None:
-            found.append(ReadingOrder(title, table, draw(partial(plots_continual.matrices, order=order))))
-    return found
+        if (table := continual_table(campaign, order)) is not None:
+            drawing = draw(partial(plots_continual.matrices, order=order))
+            yield Part(title, 3, drawing=drawing, table=table, folded=True)
+    for shown in [*other_results(campaign), *cost(campaign)]:
+        yield Part(shown.title, 3, text=[shown.text], table=shown.table, folded=True)
+    for plot in _FOLDED:
+        if (drawing := draw(plot)) is not None:
+            yield Part(drawing.title, 3, drawing=drawing, folded=True)
+    if found := samples(campaign):
+        yield Part("Samples", 3, samples=found, folded=True)
+    yield Part("What this does not show", 3, points=limits(campaign), folded=True)
 
 
 def _task_plots(campaign: Campaign) -> tuple[Plot, ...]:
-    """Figures of tasks that some run was measured on: most campaigns lack some, and need not be told."""
     kinds = dict.fromkeys(result.metrics.kind for run in campaign.runs for result in run.results.values())
     return tuple(plot for kind in kinds for plot in find_task(kind).figures())
-
-
-def _drawer(campaign: Campaign, notes: list[str]) -> Draw:
-    """Draw a figure, or note why it is missing."""
-    try:
-        require_matplotlib()
-    except ReportError as error:
-        notes.append(f"There are no figures: {' '.join(str(error).split())}")
-        return lambda _plot: None
-
-    def draw(plot: Plot) -> Drawing | None:
-        drawing = plot(campaign)
-        if drawing is None:
-            words = getattr(plot, "__name__", "").replace("_", " ")
-            notes.append(f"There is no figure of {words}: no run has the numbers it needs.")
-        return drawing
-
-    return draw

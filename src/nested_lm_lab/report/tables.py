@@ -126,10 +126,10 @@ def continual_table(campaign: Campaign, order: str) -> Table | None:
         ("forgetting", "mean bits / byte lost at the end since a period's best; 0 is none", mean_forgetting),
     )
     rows = [
-        (Cell(name, meaning), *(interval_cell(measure(metrics)) for _, metrics in found))
-        for name, meaning, measure in measures
+        (Cell(campaign.label(run)), *(interval_cell(measure(metrics)) for *_, measure in measures))
+        for run, metrics in found
     ]
-    return Table(("measure", *(campaign.label(run) for run, _ in found)), tuple(rows))
+    return Table(("run", *(f"{name}: {meaning}" for name, meaning, _ in measures)), tuple(rows))
 
 
 def passkey_table(campaign: Campaign) -> Table | None:
@@ -177,30 +177,29 @@ def samples(campaign: Campaign) -> list[Sample]:
 
 
 def identity_table(campaign: Campaign) -> Table:
-    """Where every number comes from, one column a run."""
-    runs = campaign.runs
-    rows: list[tuple[Cell, ...]] = [
+    """Where every number comes from, one row a run."""
+    keys = {
+        "run": "run_id",
+        "configuration hash": "config_hash",
+        "commit": "commit",
+        "seed": "seed",
+        "data hash": "data_hash",
+        "tokenizer hash": "tokenizer_hash",
+        "started": "created",
+        "device": "device",
+    }
+    rows = [
         (
-            Cell("configuration"),
-            *(Cell("config.resolved.yaml", link=f"{run.entry.folder}/config.resolved.yaml") for run in runs),
+            Cell(campaign.label(run) + (", in order of time" if run.chronological else "")),
+            Cell("config.resolved.yaml", link=f"{run.entry.folder}/config.resolved.yaml"),
+            *(Cell(_short(key, run.record.get(key))) for key in keys.values()),
+            Cell(_versions(run)),
+            Cell(*_checkpoint(run)),
+            Cell(_evaluated(run)),
         )
+        for run in campaign.runs
     ]
-    for name, key in (
-        ("run", "run_id"),
-        ("configuration hash", "config_hash"),
-        ("commit", "commit"),
-        ("seed", "seed"),
-        ("data hash", "data_hash"),
-        ("tokenizer hash", "tokenizer_hash"),
-        ("started", "created"),
-        ("device", "device"),
-    ):
-        rows.append((Cell(name), *(Cell(_short(key, run.record.get(key))) for run in runs)))
-    rows.append((Cell("versions"), *(Cell(_versions(run)) for run in runs)))
-    rows.append((Cell("checkpoint scored"), *(Cell(*_checkpoint(run)) for run in runs)))
-    rows.append((Cell("evaluated"), *(Cell(_evaluated(run)) for run in runs)))
-    labels = (f"{campaign.label(run)}{', in order of time' if run.chronological else ''}" for run in runs)
-    return Table(("", *labels), tuple(rows))
+    return Table(("", "configuration", *keys, "versions", "checkpoint scored", "evaluated"), tuple(rows))
 
 
 def _short(key: str, value: object) -> str:

@@ -56,8 +56,8 @@ def test_the_page_has_ours_beside_the_papers(folder):
     path = render_campaign(folder)
     assert path.name == "report.html"
     text = (folder / "report.md").read_text()
-    assert "Worse than what they are compared with, over seeds: no-k, slow." in text
-    assert "Cannot be told apart: no-dgd." in text
+    assert "Worse than what they are compared with, over 3 seeds: no-k, slow." in text
+    assert "Cannot be told apart, over 3 seeds: no-dgd." in text
     assert "1 of 1 go in the direction that the paper prints" in text
     change = papers().table_6.change("w/o inner projection k")
     assert (change.perplexity, change.accuracy) == (1.53, -1.2)
@@ -96,5 +96,5 @@ def test_a_variant_that_puts_in_what_a_row_leaves_out_counts_the_other_way(tmp_p
     put_in = variant("with-q", row="w/o inner projection k", reversed=True)
     write_grid(tmp_path, {"with-q": (-0.1, -0.11, -0.1)}, (put_in,))
     (report,) = grid_reports(collect(tmp_path))
-    assert report.summary[0] == "Better: with-q."
+    assert report.summary[0] == "Better, over 3 seeds: with-q."
     assert "1 of 1 go in the direction" in report.summary[1]

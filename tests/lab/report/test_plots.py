@@ -19,6 +19,7 @@ ALL = (
     plots.passkey,
     partial(plots_continual.matrices, order="forward"),
     plots_continual.forgetting,
+    partial(plots_continual.forgetting, every=False),
     plots_inside.gates,
     plots_inside.updates,
     plots_inside.fast_weights,
