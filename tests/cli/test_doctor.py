@@ -43,7 +43,9 @@ def test_extras_are_those_of_the_project():
 
 
 def broken_corpus(corpus):
-    raise DataError("changed")
+    if corpus is corpora.CORPORA["sotu"]:
+        raise DataError("changed")
+    return b""
 
 
 def no_presets():

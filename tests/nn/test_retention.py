@@ -49,7 +49,7 @@ def test_it_equals_the_token_by_token_reference_with_a_gate_at_one(momentum, bac
     assert stats["decay"].item() == 1.0
     seen = []
 
-    def reference(inputs, *arguments, recompute, differentiable_twice=False, **options):
+    def reference(inputs, *arguments, recompute=False, differentiable_twice=False, **options):
         seen.append(torch.sigmoid(inputs.decay))
         return memory_reference.self_modify(inputs, *arguments, **options)
 

@@ -107,10 +107,15 @@ def training_hash(config: RunConfig) -> str:
     return _digest(config.model_dump(mode="json", exclude={"eval"}))
 
 
+_LATER: dict[str, Any] = {"gated": False, "flat_gates": [], "control": None, "facts": None}
+"""Settings that came later, at the values at which a configuration is what it was before, and keeps its identity."""
+
+
 def identifying(value: Any) -> Any:
-    """Plain settings without `backend`: what computes a model differs by rounding, and is no part of what it is."""
+    """Plain settings without `backend`, which changes rounding only, and without later settings at rest."""
     if isinstance(value, Mapping):
-        return {key: identifying(child) for key, child in value.items() if key != "backend"}
+        told = {key: child for key, child in value.items() if key not in _LATER or child != _LATER[key]}
+        return {key: identifying(child) for key, child in told.items() if key != "backend"}
     return [identifying(child) for child in value] if isinstance(value, list) else value
 
 

@@ -3,7 +3,6 @@
 What the operations are given comes from the audited model's own layers. Shapes: B batch, T tokens, H heads, M memories.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -74,7 +73,8 @@ def reference(subject: Subject) -> list[Finding]:
         reason = "this operation has no chunk in its definition: any cut gives the same numbers"
         return [*findings, does_not_apply("chunks of one token", reason)]
     try:
-        rule = dataclasses.replace(memory.arguments["rule"], chunk=1, chunk_generators=1)
+        rule = memory.arguments["rule"]
+        rule = type(rule).model_validate(rule.model_dump() | {"chunk": 1, "chunk_generators": 1})
     except ValueError as error:
         return [*findings, does_not_apply("chunks of one token", f"the rule is refused at chunk 1: {error}")]
     single = _compare(memory, _first_tokens(memory, 3 * AROUND_BORDER) | {"rule": rule})

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nested_lm.config.mixers import SelfModifying
 from nested_lm.nn.block import Block
 from nested_lm.nn.mixers import self_modifying
 from nested_lm.nn.mixers.attention import Attention
@@ -310,10 +309,12 @@ def _detached(original):
 
 class TestAblations:
     def test_a_switch_that_does_nothing(self, make_subject, missed, monkeypatch):
-        original = SelfModifying.rule
-        monkeypatch.setattr(
-            SelfModifying, "rule", lambda self: dataclasses.replace(original(self), erase="both", erase_since="border")
-        )
+        original = SelfModifyingTitans.__init__
+
+        def init(self, width, config, **options):
+            original(self, width, config.model_copy(update={"erase": "both", "erase_since": "border"}), **options)
+
+        monkeypatch.setattr(SelfModifyingTitans, "__init__", init)
         assert missed("ablations", make_subject("hope", num_layers=1)) == ["change of logits, DGD's erase term off"]
 
     @needs_compiler
