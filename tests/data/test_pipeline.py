@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_lm.data.manifest import read_manifest
+from nested_lm.data.notes import sealed, unsealed
 from nested_lm.data.pipeline import build
 from nested_lm.data.shards import TokenDataset
 from nested_lm.data.split import SPLITS
@@ -199,7 +200,7 @@ class TestRerun:
         assert all(first[name] == second[name] for name in first if name != "manifest.json")
         manifests = [json.loads(c["manifest.json"]) for c in (first, second)]
         for manifest in manifests:
-            del manifest["created_from"]  # the hash of the configuration, whose output folder differs
+            del manifest["created_from"], manifest["seal"]  # of the configuration, whose output folder differs
         assert manifests[0] == manifests[1]
 
     @pytest.mark.parametrize("writes", range(1, 14))
@@ -284,7 +285,8 @@ class TestRerun:
     def test_shards_of_another_tokenizer_are_not_kept(self, make_config):
         folder = build(make_config(), report=quiet)
         marker = folder / ".build" / "train-00000.json"
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"tokenizer": "0" * 64}))
+        key = read_manifest(folder).fingerprint
+        marker.write_bytes(sealed(unsealed(marker.read_bytes(), key=key) | {"tokenizer": "0" * 64}, key=key))
         (folder / "manifest.json").unlink()
         lines = []
         build(make_config(), report=lines.append)

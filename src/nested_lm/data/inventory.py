@@ -1,5 +1,7 @@
 """First pass over a source: which documents are kept, and in which split. Stored, so that it happens once."""
 
+import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from nested_lm.config.data import DataConfig
 from nested_lm.data.dedup import ExactDuplicates, content_hash
 from nested_lm.data.document import Document, year_of
+from nested_lm.data.notes import sealed, unsealed
 from nested_lm.data.source import Corpus
 from nested_lm.data.split import SPLITS, Period, SplitName, assign_split, cut_periods
 from nested_lm.errors import DataError
@@ -64,18 +67,37 @@ class Inventory:
                 return
         raise DataError(f"{corpus.description}: {left} documents went away while they were being read")
 
-    def save(self, path: Path) -> None:
-        """Write to a JSON-lines file."""
+    def save(self, path: Path, *, key: str) -> None:
+        """Write to a JSON-lines file, whose last line is a seal over all others and the key of the build."""
+        write_atomically(path, self._lines(key))
+
+    def _lines(self, key: str) -> Iterator[bytes]:
+        digest = hashlib.sha256()
         head = {"duplicates_removed": self.duplicates_removed, "skipped": self.skipped}
-        rows = (asdict(entry) for entry in self.entries)
-        write_atomically(path, ((json.dumps(row) + "\n").encode() for row in [head, *rows]))
+        for row in itertools.chain([head], map(asdict, self.entries)):
+            line = (json.dumps(row) + "\n").encode()
+            digest.update(line)
+            yield line
+        yield sealed({"sha256": digest.hexdigest()}, key=key)
 
     @classmethod
-    def load(cls, path: Path) -> "Inventory":
-        """Read what `save` wrote."""
-        with path.open() as file:
-            head = json.loads(next(file))
-            return cls([Entry(**json.loads(line)) for line in file], **head)
+    def load(cls, path: Path, *, key: str) -> "Inventory":
+        """Read what `save` wrote. Raises ValueError when it was changed since, or belongs to another build."""
+        head, entries, line = None, [], b""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for following in file:
+                if line:
+                    digest.update(line)
+                    row = json.loads(line)
+                    if head is None:
+                        head = row
+                    else:
+                        entries.append(row)
+                line = following
+        if head is None or unsealed(line, key=key) != {"sha256": digest.hexdigest()}:
+            raise ValueError("its seal does not fit")
+        return cls([Entry(**row) for row in entries], **head)
 
 
 def take_inventory(corpus: Corpus, config: DataConfig) -> Inventory:

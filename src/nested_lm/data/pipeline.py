@@ -1,7 +1,5 @@
 """Text to token shards: inventory, tokenizer, shards, manifest. Safe to kill and run again at any moment."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,28 +20,29 @@ from nested_lm.data.manifest import (
     SourceRecord,
     SplitRecord,
     TokenizerRecord,
+    fingerprint_of,
     read_manifest,
+    recipe_changes,
+    recipe_of,
     write_manifest,
 )
+from nested_lm.data.notes import sealed, unsealed
 from nested_lm.data.shard_writer import Marker, SplitWriter
-from nested_lm.data.shards import DocumentRow, check_file, check_shard, file_sha256
+from nested_lm.data.shards import DocumentRow, TokenDataset, file_sha256
 from nested_lm.data.source import Corpus, open_corpus
 from nested_lm.data.split import SPLITS, Period, SplitName, period_of
 from nested_lm.data.tokenizer import TextTokenizer, train_tokenizer
 from nested_lm.errors import DataError
 from nested_lm.storage.atomic import remove_leftovers, write_atomically
 
-_FORMAT = 1  # of everything a build writes; part of the fingerprint
 _BATCH_CHARACTERS = 1 << 22  # tokenised at once
-# Where things lie is no part of what a data set is: digests say what was read there.
-_PLACES: Any = {"output_dir": True, "source": {"path"}, "tokenizer": {"path"}}
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class _Build:
-    """One build in its folder. `.build` in it holds what a rerun needs."""
+    """One build in its folder. `.build` in it holds what a rerun needs, sealed with the fingerprint."""
 
     config: DataConfig
     folder: Path
@@ -72,11 +71,15 @@ def build(config: DataConfig, *, report: Report) -> Path:
     folder = Path(config.output_dir)
     work = folder / ".build"
     corpus = open_corpus(config.source, work / "source.json")
-    recipe = config.model_dump(mode="json", exclude=_PLACES)
+    recipe = recipe_of(config)
     this = _Build(config, folder, corpus, recipe, _fingerprint(config, recipe, corpus), report)
     if (folder / MANIFEST).exists():
-        _refuse_another(this, read_manifest(folder))
+        manifest = read_manifest(folder)
+        _refuse_another(this, manifest)
         if _is_whole(this):
+            if manifest.schema_version == 1:
+                write_manifest(folder, manifest.model_copy(update={"schema_version": 2}))
+                report(f"{folder}: {MANIFEST} of an earlier version was checked and sealed")
             report(f"{folder}: up to date")
             return folder
     _prepare(this)
@@ -90,15 +93,14 @@ def _fingerprint(config: DataConfig, recipe: dict[str, Any], corpus: Corpus) -> 
     tokenizer = None
     if isinstance(config.tokenizer, LoadTokenizer):
         tokenizer = TextTokenizer.load(Path(config.tokenizer.path)).hash
-    content = {"format": _FORMAT, "recipe": recipe, "source": corpus.digest, "tokenizer": tokenizer}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(recipe, corpus.digest, tokenizer)
 
 
 def _refuse_another(this: _Build, manifest: Manifest) -> None:
     """Runs refer to a finished data set by its hash, so it is never replaced without being told to."""
     if manifest.fingerprint == this.fingerprint:
         return
-    changes = list(_changes(manifest.recipe, this.recipe))
+    changes = list(recipe_changes(manifest.recipe, this.recipe))
     if manifest.source.digest != this.corpus.digest:
         changes.append("the texts of the source changed")
     raise DataError(
@@ -108,22 +110,13 @@ def _refuse_another(this: _Build, manifest: Manifest) -> None:
     )
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from _changes(before, now, f"{path}{key}.")
-        elif before != now:
-            yield f"{path}{key} {before!r} -> {now!r}"
-
-
 def require_recipe(config: DataConfig, manifest: Manifest) -> None:
     """Refuse to train on a data set that a preset describes falsely. Fields of later versions are not compared.
 
     Raises: DataError with the fields that differ.
     """
-    stated = config.model_dump(mode="json", exclude=_PLACES)
-    changes = list(_changes(manifest.recipe, _within(stated, manifest.recipe)))
+    stated = recipe_of(config)
+    changes = list(recipe_changes(manifest.recipe, _within(stated, manifest.recipe)))
     if changes:
         raise DataError(
             f"{config.output_dir} holds a data set of another recipe than the preset's data section states\n"
@@ -143,13 +136,9 @@ def _within(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_whole(this: _Build) -> bool:
-    manifest = read_manifest(this.folder)
     try:
-        check_file(this.folder / manifest.tokenizer.file, manifest.tokenizer.sha256, manifest.name)
-        check_file(this.folder / manifest.documents.file, manifest.documents.sha256, manifest.name)
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                check_shard(this.folder, shard, manifest.tokenizer.vocab_size, manifest.name, verify=True)
+        for split in SPLITS:
+            TokenDataset.open(this.folder, split)
     except DataError as error:
         this.report(f"{str(error).splitlines()[0]}; mending it")
         return False
@@ -169,31 +158,38 @@ def _prepare(this: _Build) -> None:
             f"output_dir {folder} is not empty and holds no data set: {', '.join(sorted(found)[:5])}\n"
             "  Name a new or an empty folder."
         )
-    if state.exists() and _read_state(state) != this.fingerprint:
-        this.report(f"{folder}: the unfinished build was of another configuration or source; starting over")
+    if state.exists() and not (folder / MANIFEST).exists() and not _is_of(this, state):
+        this.report(
+            f"{folder}: the unfinished build was of another configuration, source or version, or its notes are "
+            "damaged; starting over"
+        )
         for name in sorted(ours & found):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for place in (folder, folder / "shards", this.work):
         remove_leftovers(place)
-    write_atomically(state, json.dumps({"fingerprint": this.fingerprint}).encode())
+    write_atomically(state, sealed({}, key=this.fingerprint))
 
 
-def _read_state(path: Path) -> str | None:
+def _is_of(this: _Build, state: Path) -> bool:
     try:
-        fingerprint: str = json.loads(path.read_bytes())["fingerprint"]
-        return fingerprint
-    except (ValueError, KeyError, TypeError):
-        return None
+        unsealed(state.read_bytes(), key=this.fingerprint)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _inventory(this: _Build) -> Inventory:
     path = this.work / "inventory.jsonl"
+    inventory = None
     if path.exists():
-        inventory = Inventory.load(path)
-    else:
+        try:
+            inventory = Inventory.load(path, key=this.fingerprint)
+        except (OSError, ValueError) as error:
+            this.report(f"{path} is damaged ({error}); the source is read again")
+    if inventory is None:
         inventory = take_inventory(this.corpus, this.config)
-        inventory.save(path)
+        inventory.save(path, key=this.fingerprint)
     size = sum(entry.bytes for entry in inventory.entries)
     skipped = ", ".join(f"{count} {reason}" for reason, count in inventory.skipped.items()) or "none"
     this.report(
@@ -206,8 +202,12 @@ def _inventory(this: _Build) -> Inventory:
 
 def _tokenizer(this: _Build, inventory: Inventory) -> TextTokenizer:
     path, marker = this.folder / TOKENIZER, this.work / "tokenizer.json"
-    if marker.exists() and path.exists() and json.loads(marker.read_bytes())["sha256"] == file_sha256(path):
-        return TextTokenizer.load(path)
+    if marker.exists() and path.exists():
+        try:
+            if unsealed(marker.read_bytes(), key=this.fingerprint)["sha256"] == file_sha256(path):
+                return TextTokenizer.load(path)
+        except (OSError, ValueError) as error:
+            this.report(f"{marker} is damaged ({error}); the tokenizer is made again")
     if isinstance(this.config.tokenizer, LoadTokenizer):
         write_atomically(path, Path(this.config.tokenizer.path).read_bytes())
         tokenizer = TextTokenizer.load(path)
@@ -218,7 +218,7 @@ def _tokenizer(this: _Build, inventory: Inventory) -> TextTokenizer:
         wanted = {entry.place for entry in entries[::stride]}
         texts = (text for _, text in inventory.texts(this.corpus, wanted=wanted))
         tokenizer = train_tokenizer(texts, this.config.tokenizer.vocab_size, path)
-    write_atomically(marker, json.dumps({"sha256": tokenizer.hash}).encode())
+    write_atomically(marker, sealed({"sha256": tokenizer.hash}, key=this.fingerprint))
     this.report(f"tokenizer: {tokenizer.vocab_size} tokens, sha256 {tokenizer.hash[:16]}")
     return tokenizer
 
@@ -238,6 +238,7 @@ def _write_shards(this: _Build, inventory: Inventory, tokenizer: TextTokenizer) 
             split,
             shard_tokens=this.config.shard_tokens,
             tokenizer=tokenizer,
+            key=this.fingerprint,
             report=this.report,
         )
         for split in SPLITS
@@ -280,7 +281,7 @@ def _finish(
     documents = this.folder / DOCUMENTS
     write_atomically(documents, ((row.to_json() + "\n").encode() for split in SPLITS for row in rows[split]))
     manifest = Manifest(
-        schema_version=1,
+        schema_version=2,
         name=this.config.name,
         licence=this.corpus.licence,
         source=SourceRecord(description=this.corpus.description, digest=this.corpus.digest),

@@ -1,7 +1,6 @@
 """Writing shards so that a killed build goes on: a finished shard has a marker and is never written twice."""
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_lm.data.manifest import ShardRecord
+from nested_lm.data.manifest import ShardRecord, shard_file
+from nested_lm.data.notes import sealed, unsealed
 from nested_lm.data.shards import check_shard, token_dtype
 from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
@@ -38,6 +38,8 @@ class SplitWriter:
 
     A document never crosses shards. Where shards end depends on the documents alone, so a shard that is
     rebuilt has the bytes it had. Finished shards that are whole are kept: `wants` says what is left to do.
+
+    key: seals the markers; a marker of another build, or one that was changed, is no marker.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class SplitWriter:
         *,
         shard_tokens: int,
         tokenizer: TextTokenizer,
+        key: str,
         report: Callable[[str], None],
     ) -> None:
         self.split = split
+        self._key = key
         self._folder = folder
         self._marker_folder = markers
         self._shard_tokens = shard_tokens
@@ -93,10 +97,7 @@ class SplitWriter:
 
     def record(self, marker: Marker) -> ShardRecord:
         """Entry of the manifest."""
-        return ShardRecord(file=self._file(marker.shard), tokens=marker.tokens, sha256=marker.sha256)
-
-    def _file(self, shard: int) -> str:
-        return f"shards/{self.split}-{shard:05d}.bin"
+        return ShardRecord(file=shard_file(self.split, marker.shard), tokens=marker.tokens, sha256=marker.sha256)
 
     def _marker_path(self, shard: int) -> Path:
         return self._marker_folder / f"{self.split}-{shard:05d}.json"
@@ -105,10 +106,10 @@ class SplitWriter:
         markers = []
         for path in sorted(self._marker_folder.glob(f"{self.split}-*.json")):
             try:
-                marker = Marker(**json.loads(path.read_bytes()))
+                marker = Marker(**unsealed(path.read_bytes(), key=self._key))
                 check_shard(self._folder, self.record(marker), self._tokenizer.vocab_size, self.split, verify=True)
-            except (ValueError, TypeError):
-                self._report(f"marker {path.name} is damaged; its shard is built again")
+            except (OSError, ValueError, TypeError) as error:
+                self._report(f"marker {path.name} is damaged ({error}); its shard is built again")
                 continue
             except DataError as error:
                 self._report(f"{str(error).splitlines()[0]}; it is built again")
@@ -130,8 +131,10 @@ class SplitWriter:
             tokenizer=self._tokenizer.hash,
         )
         # The marker comes second: a shard without one is written again, a marker without a shard cannot be.
-        write_atomically(self._folder / self._file(shard), content)
-        write_atomically(self._marker_path(shard), json.dumps(asdict(marker)).encode())
+        write_atomically(self._folder / shard_file(self.split, shard), content)
+        write_atomically(self._marker_path(shard), sealed(asdict(marker), key=self._key))
         self._markers.insert(place, marker)
         self._buffer, self._buffer_tokens = [], 0
-        self._report(f"{self._file(shard)}: {len(marker.document_tokens)} documents, {marker.tokens:,} tokens")
+        self._report(
+            f"{shard_file(self.split, shard)}: {len(marker.document_tokens)} documents, {marker.tokens:,} tokens"
+        )

@@ -1,15 +1,19 @@
 """Reading a built data set: its documents and their tokens, with every file checked against the manifest."""
 
+import errno
 import functools
 import hashlib
 import json
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from nested_lm.data.manifest import Manifest, ShardRecord, read_manifest
 from nested_lm.data.split import SPLITS, Period, SplitName
+from nested_lm.data.tokenizer import TextTokenizer
 from nested_lm.errors import DataError
 
 _BLOCK_BYTES = 1 << 22
@@ -38,14 +42,22 @@ class DocumentRow:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+_ROW = TypeAdapter(DocumentRow)
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Type of the tokens in a shard, little-endian: two bytes where the vocabulary allows it."""
     return np.dtype("<u2") if vocab_size < 65536 else np.dtype("<u4")
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file. Within a process a file is read again only if its size or time of change differs."""
+    """sha256 of a file. Within a process a file is read again only if its size or time of change differs.
+
+    Raises: OSError when it cannot be read or is no regular file (reading a device or pipe may never end).
+    """
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return _sha256(path, status.st_size, status.st_mtime_ns)
 
 
@@ -89,14 +101,14 @@ class TokenDataset:
         name = manifest.name
         documents_path = folder / manifest.documents.file
         check_file(documents_path, manifest.documents.sha256, name)
-        tokenizer_path = folder / manifest.tokenizer.file
         if verify:
-            check_file(tokenizer_path, manifest.tokenizer.sha256, name)
+            check_file(folder / manifest.tokenizer.file, manifest.tokenizer.sha256, name)
+            _check_tokenizer(folder, manifest)
         for shard in manifest.splits[split].shards:
             check_shard(folder, shard, manifest.tokenizer.vocab_size, name, verify=verify)
-        with documents_path.open(encoding="utf-8") as file:
-            rows = [DocumentRow(**json.loads(line)) for line in file]
-        return cls(folder, split, manifest, [row for row in rows if row.split == split])
+        rows = _read_rows(documents_path, split)
+        _check_rows(rows, manifest, split, documents_path)
+        return cls(folder, split, manifest, rows)
 
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens `start` to `stop` of one document as int64, without start and end token."""
@@ -104,6 +116,61 @@ class TokenDataset:
         stop = row.tokens if stop is None else stop
         assert 0 <= start <= stop <= row.tokens, (start, stop, row.tokens)
         return self._shards[row.shard][row.offset + start : row.offset + stop].astype(np.int64)
+
+
+def _read_rows(path: Path, split: str) -> list[DocumentRow]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = _ROW.validate_json(line)
+            except ValidationError as error:
+                raise _contradiction(path, f"line {number}: {error.errors()[0]['msg']}") from error
+            if row.split == split:
+                rows.append(row)
+    return rows
+
+
+def _check_rows(rows: list[DocumentRow], manifest: Manifest, split: SplitName, path: Path) -> None:
+    """Compare the documents of a split with its shards: each lies behind the one before, and all of them fill it."""
+    record = manifest.splits[split]
+    ends = dict.fromkeys(range(len(record.shards)), 0)
+    for row in rows:
+        if row.tokens < 0 or row.bytes < 0 or ends.get(row.shard) != row.offset:
+            raise _contradiction(path, f"document {row.id!r} does not begin where the one before it ends")
+        if row.period is not None and not 0 <= row.period < len(manifest.periods):
+            raise _contradiction(path, f"document {row.id!r} is of period {row.period}, which there is not")
+        ends[row.shard] += row.tokens
+    for index, shard in enumerate(record.shards):
+        if ends[index] != shard.tokens:
+            raise _contradiction(
+                path, f"the documents of {shard.file} have {ends[index]} tokens, the shard {shard.tokens}"
+            )
+    counted = (len(rows), sum(row.bytes for row in rows))
+    if counted != (record.documents, record.bytes):
+        stated = f"{record.documents} and {record.bytes}"
+        raise _contradiction(
+            path, f"it has {counted[0]} documents of {counted[1]} bytes in {split}, the manifest {stated}"
+        )
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    record = manifest.tokenizer
+    loaded = TextTokenizer.load(folder / record.file)
+    found = (loaded.vocab_size, loaded.start_of_text, loaded.end_of_text)
+    if found != (record.vocab_size, record.start, record.end):
+        raise _contradiction(
+            folder / record.file,
+            f"it has {found[0]} tokens and documents between {found[1]} and {found[2]}, "
+            f"the manifest {record.vocab_size} between {record.start} and {record.end}",
+        )
+
+
+def _contradiction(path: Path, found: str) -> DataError:
+    return DataError(
+        f"{path} and its manifest contradict each other: {found}\n"
+        "  One of them was changed after `nested-lm data` wrote it. Delete the folder and build the data set again."
+    )
 
 
 def check_shard(folder: Path, shard: ShardRecord, vocab_size: int, name: str, *, verify: bool) -> None:

@@ -13,6 +13,7 @@ from nested_lm.config.data import EmbeddedSource, FileSource, HubSource, Source
 from nested_lm.data.corpora import CORPORA, read_documents
 from nested_lm.data.document import BadDocument, Document
 from nested_lm.data.hub import fetch
+from nested_lm.data.notes import sealed, unsealed
 from nested_lm.data.readers import Item, read_file
 from nested_lm.data.scan import Scan, scan
 from nested_lm.errors import DataError
@@ -97,8 +98,8 @@ def _read_all(files: dict[str, Path], source: FileSource) -> Iterator[Item]:
 
 def _digest(files: dict[str, Path], remembered: Path) -> str:
     try:
-        before = json.loads(remembered.read_bytes())
-    except (OSError, ValueError):
+        before = unsealed(remembered.read_bytes())
+    except (OSError, ValueError):  # not there yet, or changed: every file is read
         before = {}
     now = {}
     total = hashlib.sha256()
@@ -113,7 +114,7 @@ def _digest(files: dict[str, Path], remembered: Path) -> str:
         now[name] = known
         total.update(json.dumps([name, known[0], known[2]]).encode())
     if now != before and remembered.parent.is_dir():
-        write_atomically(remembered, json.dumps(now).encode())
+        write_atomically(remembered, sealed(now))
     return total.hexdigest()
 
 

@@ -16,7 +16,7 @@ def bytes_per_token(dataset: TokenDataset) -> np.ndarray:
     """
     spellings = token_spellings(Tokenizer.from_file(str(dataset.folder / "tokenizer.json")))
     lengths = np.zeros(dataset.vocab_size, dtype=np.int64)
-    if spellings is not None:
+    if spellings is not None and len(spellings) == dataset.vocab_size:
         lengths[:] = [len(spelling) for spelling in spellings]
     lengths[list(dataset.boundary)] = 0
     for index, row in enumerate(dataset.documents):
