@@ -38,7 +38,7 @@ class WriteRates(BaseModel):
 
     Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be stable with unit
     keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs are small
-    (docs/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate
+    (reports/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate
     of its own.
     """
 

@@ -22,7 +22,7 @@ takes off r d_b a token: d = (1 - r)^C d_b - (1 - (1 - r)^C) d_b = (2 (1 - r)^C 
 Two-layer memories are held to the same limits by damping (`state.damping`), which makes the gradient's share at most
 what `room_beside_erase` leaves. Every row is measured in tests/ops/test_write_bounds.py, on both sides of its limit.
 
-Source: spec of the bounds in docs/equations.md; measurements in docs/stability_journal.md.
+Source: spec of the bounds in docs/equations.md; measurements in reports/stability_journal.md.
 """
 
 import math

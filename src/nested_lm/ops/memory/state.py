@@ -165,7 +165,7 @@ def damping(
     moved: dM(k). gradient_squared: squared norm of the gradient, over both layers. room: see `room_beside_erase`.
 
     Deviation: eq. 88 takes the plain gradient. Training makes the second layers grow, the curvature passes 1, and the
-    fast weights of the first layers then explode (docs/stability_journal.md).
+    fast weights of the first layers then explode (reports/stability_journal.md).
     """
     steepness = moved.square().sum(dim=-1, keepdim=True) / (gradient_squared + GRADIENT_FLOOR) / room
     return steepness.clamp_min(1.0).reciprocal(), steepness
@@ -298,7 +298,7 @@ def rate_share(logit: Float[Tensor, "B H *_"], rule: WriteRule) -> Float[Tensor,
     times what the head reaches.
 
     Section 8.1 leaves the range open. A plain sigmoid never reaches its ends, so what should be kept or turned over
-    exactly fades with the number of writes (docs/stability_journal.md). The stretch is that of the hard concrete
+    exactly fades with the number of writes (reports/stability_journal.md). The stretch is that of the hard concrete
     distribution (arXiv 1712.01312 eq. 11).
     """
     stretch = rule.rate_stretch
