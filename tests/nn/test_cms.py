@@ -10,7 +10,7 @@ from nested_lm.nn.layers import squared_relu
 
 def chain():
     levels = (Level(period_tokens=4, expansion=2.0), Level(period_tokens=8, expansion=0.5))
-    memory = ContinuumMemory(6, levels, wiring="sequential", epsilon=1e-6).double()
+    memory = ContinuumMemory(6, levels, wiring="sequential", gated=False, epsilon=1e-6).double()
     for index, parameter in enumerate(memory.parameters()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
     return memory
@@ -40,7 +40,7 @@ def test_an_erased_level_is_the_identity():
 
 def test_independent_levels_read_the_same_input_and_are_summed_with_weights():
     levels = (Level(period_tokens=4, expansion=2.0), Level(period_tokens=8, expansion=0.5))
-    memory = ContinuumMemory(6, levels, wiring="independent", epsilon=1e-6).double()
+    memory = ContinuumMemory(6, levels, wiring="independent", gated=False, epsilon=1e-6).double()
     for index, parameter in enumerate(memory.parameters()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
     x = torch.randn(2, 3, 6, dtype=torch.float64)
@@ -56,11 +56,24 @@ def test_independent_levels_read_the_same_input_and_are_summed_with_weights():
 
 def test_any_number_of_levels_is_a_longer_chain():
     levels = tuple(Level(period_tokens=2**i, expansion=1.0) for i in range(7))
-    memory = ContinuumMemory(6, levels, wiring="nested", epsilon=1e-6).double()
+    memory = ContinuumMemory(6, levels, wiring="nested", gated=False, epsilon=1e-6).double()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     expected = x
     for level in memory.levels:
         expected = expected + mlp(level, expected)
+    torch.testing.assert_close(memory(x, {}), expected)
+
+
+def test_gated_levels_multiply_a_gate_and_a_value():
+    levels = (Level(period_tokens=4, expansion=2.0), Level(period_tokens=8, expansion=0.5))
+    memory = ContinuumMemory(6, levels, wiring="sequential", gated=True, epsilon=1e-6).double()
+    for index, parameter in enumerate(memory.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
+    x = expected = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    for level in memory.levels:
+        hidden = level.norm(expected) @ level.inner.weight.T
+        gate, value = hidden.split(level.out.in_features, dim=-1)
+        expected = expected + (gate * gate.sigmoid() * value) @ level.out.weight.T
     torch.testing.assert_close(memory(x, {}), expected)
 
 

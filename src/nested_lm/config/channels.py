@@ -75,6 +75,8 @@ class ContinuumMemory(ChannelSection):
     wiring: `sequential`, a chain; `nested`, a chain in which a level is set back to its start, which is trained on
         the next slower clock, whenever that clock ticks; `independent`, all levels read the same input and their
         outputs are added with learned weights.
+    gated: levels are gated MLPs, silu(W_gate x) * W_in x, with half as many parameters again at the same width; the
+        paper leaves the MLP open. false: squared ReLU.
 
     Source: arXiv 2512.24695 eqs. 70-74. Clock A is that of pre-training, clock B that within a context.
     """
@@ -82,6 +84,7 @@ class ContinuumMemory(ChannelSection):
     kind: Literal["cms"]
     levels: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
     wiring: Literal["sequential", "nested", "independent"] = "sequential"
+    gated: bool = False
     in_context: InContext | None = None  # required when a level has `in_context`
 
     @property

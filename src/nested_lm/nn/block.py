@@ -90,7 +90,7 @@ def _build_channel(config: ModelConfig, layer: int) -> nn.Module:
     width, epsilon = config.width, config.norm_epsilon
     match config.channel:
         case channels.ContinuumMemory() as channel:
-            return ContinuumMemory(width, channel.levels, wiring=channel.wiring, epsilon=epsilon)
+            return ContinuumMemory(width, channel.levels, wiring=channel.wiring, gated=channel.gated, epsilon=epsilon)
         case LayerLevels() as channel:
             level = channel.levels_of_layers(config.num_layers)[layer]
             return ResidualSwiGLU(width, channel.hidden, level=level, epsilon=epsilon)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nested_lm.config.channels import Level
 from nested_lm.nn.fast_linear import FastLinear, MLPDistance
@@ -16,18 +17,26 @@ from nested_lm.nn.layers import RMSNorm, squared_relu
 
 
 class LevelMLP(nn.Module):
-    """One level: pre-norm MLP with squared ReLU. Its caller adds the residual."""
+    """One level: pre-norm MLP, with squared ReLU or gated by silu. Its caller adds the residual.
 
-    def __init__(self, width: int, hidden: int, *, epsilon: float) -> None:
+    gated: `inner` stacks the gate's layer and the value's, so that both are written together.
+    """
+
+    def __init__(self, width: int, hidden: int, *, gated: bool, epsilon: float) -> None:
         super().__init__()
+        self.gated = gated
         self.norm = RMSNorm(width, epsilon=epsilon)
-        self.inner = FastLinear(width, hidden)
+        self.inner = FastLinear(width, 2 * hidden if gated else hidden)
         self.out = FastLinear(hidden, width)
 
     def forward(self, x: Float[Tensor, "B T D"], distance: MLPDistance | None = None) -> Float[Tensor, "B T D"]:
         """Apply to every token, with each sequence's own weights where a distance is given."""
         inner, outer = distance or (None, None)
-        return self.out(squared_relu(self.inner(self.norm(x), inner)), outer)
+        hidden = self.inner(self.norm(x), inner)
+        if not self.gated:
+            return self.out(squared_relu(hidden), outer)
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.out(functional.silu(gate) * value, outer)
 
     def learned(self) -> tuple[Tensor, Tensor]:
         """Weights of both layers, without any distance."""
@@ -57,11 +66,12 @@ class ContinuumMemory(nn.Module):
         levels: tuple[Level, ...],
         *,
         wiring: Literal["sequential", "nested", "independent"],
+        gated: bool,
         epsilon: float,
     ) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            LevelMLP(width, round(level.expansion * width), epsilon=epsilon) for level in levels
+            LevelMLP(width, round(level.expansion * width), gated=gated, epsilon=epsilon) for level in levels
         )
         self.weights = nn.Parameter(torch.ones(len(levels))) if wiring == "independent" else None  # (L,)
 
