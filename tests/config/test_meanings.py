@@ -45,7 +45,7 @@ def test_meanings_in_docstrings_are_found():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("train.shedule", "did you mean `schedule`"),
+        ("train.schedules", "did you mean `schedule`"),
         ("nothing", "no setting `nothing`"),
         ("seed.x", "the setting before it holds a plain value"),
         ("", "no setting"),

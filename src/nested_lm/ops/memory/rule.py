@@ -38,8 +38,8 @@ class WriteRates(BaseModel):
 
     Rates above 1 give the write negative eigenvalues (needed for state tracking); above 2 it cannot be stable with unit
     keys, so 2 is the limit. Generators that move fast change the meaning of what was written, so theirs are small
-    (reports/stability_journal.md has the measurements). `generators` stands for every memory but `memory` that has no rate
-    of its own.
+    (measured in reports/stability_journal.md). `generators` stands for every memory but `memory` that has no rate of
+    its own.
     """
 
     model_config = STRICT
