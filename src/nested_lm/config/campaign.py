@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nested_lm.config.section import Count, Name, PositiveFloat, Section
+from nested_lm.config.section import Count, Name, Place, PositiveFloat, Section
 
 Names = Annotated[tuple[Name, ...], Field(strict=False)]
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
@@ -179,7 +179,7 @@ class CampaignConfig(Section):
 
     name: Name  # folder name of its evidence
     title: str  # headline of its report
-    output_dir: str  # folder of the campaign
+    output_dir: Place  # folder of the campaign
     variables: dict[Name, Variable | None] = Field(default_factory=dict)
     steps: Annotated[tuple[Step, ...], Field(min_length=1, strict=False)]  # what is done, as a graph
     runner: Runner = Local(kind="local")  # what starts the steps

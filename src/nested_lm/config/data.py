@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from nested_lm.config.section import Count, Fraction, Name, Section
+from nested_lm.config.section import Count, Fraction, Name, Place, Section
 
 
 class EmbeddedSource(Section):
@@ -21,7 +21,7 @@ class EmbeddedSource(Section):
 class FileSource(Section):
     """Files and how their documents are read: what a folder and a data set of the hub share."""
 
-    path: str
+    path: Place
     text_field: str = "text"  # of JSON lines and Parquet rows
     date_field: str | None = None  # ISO date or year; null: undated, one chronological segment
     licence: str = "unknown"  # recorded in the manifest
@@ -63,7 +63,7 @@ class LoadTokenizer(Section):
     """An existing Hugging Face `tokenizer.json`."""
 
     kind: Literal["file"]
-    path: str
+    path: Place
 
 
 TokenizerSpec = Annotated[TrainTokenizer | LoadTokenizer, Field(discriminator="kind")]
@@ -91,7 +91,7 @@ class DataConfig(Section):
     """Text to token shards. `nested-lm data` builds it, training and evaluation read it."""
 
     name: Name
-    output_dir: str
+    output_dir: Place
     source: Source
     tokenizer: TokenizerSpec
     split: Split = Split()

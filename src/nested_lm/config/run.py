@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from nested_lm.config.data import DataConfig
 from nested_lm.config.evaluation import EvalConfig
 from nested_lm.config.model import ModelConfig
-from nested_lm.config.section import Name, Section
+from nested_lm.config.section import Name, Place, Section
 from nested_lm.config.train import TrainConfig
 
 
@@ -15,7 +15,7 @@ class RunConfig(Section):
     """One run: what `nested-lm train` resolves and stores as `config.resolved.yaml`."""
 
     name: Name  # what reports and trackers call the run
-    output_dir: str  # run folder
+    output_dir: Place  # run folder
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # of weights, order of data and everything drawn
     data: DataConfig  # the data set: text, tokenizer, splits
     model: ModelConfig  # the architecture

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from nested_lm.config.section import Count, Fraction, Name, NonNegativeFloat, PositiveFloat, Section
+from nested_lm.config.section import Count, Fraction, Name, NonNegativeFloat, Place, PositiveFloat, Section
 from nested_lm.config.update_rules import TrainingRule
 
 
@@ -183,7 +183,7 @@ class TrainConfig(Section):
     curriculum: Annotated[tuple[ContextStage, ...], Field(strict=False)] = ()  # stages before context_length is reached
     batch_size: Count  # sequences of a micro-batch: the most a device holds at once
     accumulation: Count = 1  # micro-batches a step, of all devices together
-    init_from: str | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
+    init_from: Place | None = None  # checkpoint or run folder whose weights the run starts from; null: drawn ones
     stream: Stream = Shuffled(kind="shuffled")  # order of documents
     ewc: ElasticWeights | None = None  # of a chronological stream
     probe: Probe | None = None  # of a chronological stream
