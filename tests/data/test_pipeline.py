@@ -135,7 +135,7 @@ class TestBadInput:
         path = write_lines({"text": "the only document"})
         message = failure(make_config(folder={"path": str(path)}))
         assert "but none of the 1 documents" in message
-        assert "or set it to 0" in message
+        assert "give the split a larger share" in message
 
     def test_vocabulary_larger_than_the_text_gives(self, make_config):
         message = failure(make_config(tokenizer={"kind": "byte_bpe", "vocab_size": 5000}))

@@ -27,6 +27,8 @@ class FileSource(Section):
     licence: str = "unknown"  # recorded in the manifest
     on_bad_document: Literal["error", "skip"] = "error"  # not UTF-8, no text field, empty, too large
     max_document_bytes: PositiveInt = 64 * 1024 * 1024
+    # absent from what is written when null, so that data sets of earlier versions keep their identity
+    cut_characters: Annotated[int, Field(ge=100)] | None = Field(default=None, exclude_if=lambda cut: cut is None)
 
 
 class FolderSource(FileSource):

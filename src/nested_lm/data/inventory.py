@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nested_lm.config.data import DataConfig
+from nested_lm.data.cut import advice
 from nested_lm.data.dedup import ExactDuplicates, content_hash
 from nested_lm.data.document import Document, year_of
 from nested_lm.data.notes import sealed, unsealed
@@ -131,8 +132,7 @@ def _check_splits(inventory: Inventory, corpus: Corpus, config: DataConfig) -> N
             raise DataError(
                 f"split.{split} is {share:g}, but none of the {count} documents of {corpus.description} fell "
                 "into it\n"
-                "  Splits are drawn by document. Cut long texts into documents (one file or JSON line each), "
-                f"raise split.{split}, or set it to 0."
+                f"  Splits are drawn by document. {advice(count, sum(entry.bytes for entry in inventory.entries))}"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from nested_lm.data.cut import advice
 from nested_lm.data.packing import IGNORED_TARGET, Pieces, Placed, fill, pack
 from nested_lm.data.permutation import Permutation
 from nested_lm.data.shards import TokenDataset
@@ -259,7 +260,7 @@ def _chosen(dataset: TokenDataset, periods: tuple[int, ...] | None) -> np.ndarra
         labels = "" if periods is None else f" of the periods {list(periods)}"
         raise DataError(
             f"{dataset.folder}: the {dataset.split} split has no documents{labels}\n"
-            "  Give the split a larger share in the data preset, or choose other periods."
+            "  " + (advice(dataset.all_documents, dataset.all_bytes) if periods is None else "Choose other periods.")
         )
     return np.array(chosen, dtype=np.int64)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nested_lm.config.data import DataConfig, LoadTokenizer
 from nested_lm.config.load import config_hash
+from nested_lm.data.cut import advice
 from nested_lm.data.document import year_of
 from nested_lm.data.inventory import Entry, Inventory, take_inventory
 from nested_lm.data.manifest import (
@@ -313,6 +314,9 @@ def _finish(
     for split, record in manifest.splits.items():
         ratio = f"{record.bytes / record.tokens:.3f}" if record.tokens else "no"
         this.report(f"{split}: {record.documents} documents, {record.tokens:,} tokens, {ratio} bytes per token")
+    sizes = manifest.splits.values()
+    if manifest.splits["validation"].documents == 0 and (total := sum(record.documents for record in sizes)):
+        this.report(f"no validation documents. {advice(total, sum(record.bytes for record in sizes))}")
     for period in manifest.periods:
         counts = ", ".join(f"{split} {period.documents[split]}" for split in SPLITS)
         this.report(f"period {period.label}: {counts} documents")

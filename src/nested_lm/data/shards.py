@@ -79,6 +79,8 @@ class TokenDataset:
         self.documents = documents
         self.periods = [Period(p.label, p.first_year, p.last_year) for p in manifest.periods]
         self.data_hash = manifest.data_hash
+        self.all_documents = sum(record.documents for record in manifest.splits.values())
+        self.all_bytes = sum(record.bytes for record in manifest.splits.values())
         self.tokenizer_hash = manifest.tokenizer.sha256
         self.vocab_size = manifest.tokenizer.vocab_size
         self.boundary = (manifest.tokenizer.start, manifest.tokenizer.end)  # tokens around every document

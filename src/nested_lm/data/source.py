@@ -11,6 +11,7 @@ import xxhash
 
 from nested_lm.config.data import EmbeddedSource, FileSource, HubSource, Source
 from nested_lm.data.corpora import CORPORA, read_documents
+from nested_lm.data.cut import cut_long
 from nested_lm.data.document import BadDocument, Document
 from nested_lm.data.hub import fetch
 from nested_lm.data.notes import sealed, unsealed
@@ -92,8 +93,8 @@ def open_corpus(source: Source, digests: Path) -> Corpus:
 
 
 def _read_all(files: dict[str, Path], source: FileSource) -> Iterator[Item]:
-    for name, path in files.items():
-        yield from read_file(path, name, source)
+    items = (item for name, path in files.items() for item in read_file(path, name, source))
+    yield from items if source.cut_characters is None else cut_long(items, source.cut_characters)
 
 
 def _digest(files: dict[str, Path], remembered: Path) -> str:
