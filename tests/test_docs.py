@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nested_lm.cli.main import app
 from nested_lm.config.load import load_data, load_run
 from nested_lm.errors import ConfigError
 
@@ -154,3 +156,13 @@ def test_the_presets_of_the_quickstart_load(monkeypatch, tmp_path):
     assert config.data == load_data("data/letters.yaml")
     assert config.output_dir == "artifacts/runs/letters"
     assert config.model == load_run("hope/demo").model
+
+
+def test_the_whole_campaign_of_the_page_can_be_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = next(block for block in blocks(DOCS / "campaigns.md", "yaml") if block.startswith("name:"))
+    (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
+    done = CliRunner().invoke(app, ["campaign", "mine.yaml", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "niah" in done.output
+    assert "artifacts/mine/runs/transformer" in done.output
