@@ -10,7 +10,8 @@ import pytest
 from nested_lm.data.manifest import read_manifest
 from nested_lm.data.pipeline import build
 from nested_lm.data.shards import TokenDataset
-from nested_lm.errors import DataError
+from nested_lm.errors import DataError, InUseError
+from nested_lm.storage.lock import own_file
 from nested_lm.storage.sealed import seal, unseal
 
 
@@ -129,3 +130,13 @@ def test_flips_in_the_notes_of_a_build_make_no_other_data_set(make_config):
         note.write_bytes(flip(note, draw))
         build(config, report=quiet)
         assert contents(folder) == wanted, note.name
+
+
+def test_two_builds_of_one_folder_do_not_meet(make_config):
+    config = make_config(shard_tokens=1024)
+    folder = Path(config.output_dir)
+    with own_file(folder, activity="another build"), pytest.raises(InUseError, match="another build"):
+        build(config, report=quiet)
+    assert not folder.exists()
+    assert build(config, report=quiet).is_dir()
+    assert not list(folder.parent.glob(".lock-*"))

@@ -35,6 +35,7 @@ from nested_lm.data.split import SPLITS, Period, SplitName, period_of
 from nested_lm.data.tokenizer import TextTokenizer, train_tokenizer
 from nested_lm.errors import DataError
 from nested_lm.storage.atomic import remove_leftovers, write_atomically
+from nested_lm.storage.lock import own_file
 
 _BATCH_CHARACTERS = 1 << 22  # tokenised at once
 
@@ -67,7 +68,7 @@ def build(config: DataConfig, *, report: Report) -> Path:
     Returns: the folder.
 
     Raises: DataError for bad input, for a full disk, and when the folder holds a finished data set of another
-    configuration or source, or files that are none of ours.
+    configuration or source, or files that are none of ours; InUseError when another process builds it.
     """
     folder = Path(config.output_dir)
     work = folder / ".build"
@@ -83,10 +84,11 @@ def build(config: DataConfig, *, report: Report) -> Path:
                 report(f"{folder}: {MANIFEST} of an earlier version was checked and sealed")
             report(f"{folder}: up to date")
             return folder
-    _prepare(this)
-    inventory = _inventory(this)
-    tokenizer = _tokenizer(this, inventory)
-    _finish(this, inventory, tokenizer, _write_shards(this, inventory, tokenizer))
+    with own_file(folder, activity="data"):
+        _prepare(this)
+        inventory = _inventory(this)
+        tokenizer = _tokenizer(this, inventory)
+        _finish(this, inventory, tokenizer, _write_shards(this, inventory, tokenizer))
     return folder
 
 
