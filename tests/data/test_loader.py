@@ -33,6 +33,7 @@ class FakeDataset:
         self.periods = [Period(str(i), i, i) for i in range(num_periods)]
         self.data_hash, self.split, self.folder = "hash", "train", "folder"
         self.boundary = (0, 0)
+        self.all_documents, self.all_bytes = len(lengths), sum(lengths)
 
     def tokens(self, index, start=0, stop=None):
         assert start <= (len(self.values[index]) if stop is None else stop) <= len(self.values[index])

@@ -9,6 +9,7 @@ import numpy as np
 
 from nested_lm.config.load import config_hash, dump_resolved, load_run
 from nested_lm.config.run import RunConfig
+from nested_lm.data.manifest import fingerprint_of, shard_file
 from nested_lm_lab.evaluation.bootstrap import Bootstrap, wilson
 from nested_lm_lab.evaluation.results import write_result
 from nested_lm_lab.evaluation.schema import CheckpointMark, Metrics, ResultFile, RunIdentity
@@ -118,21 +119,25 @@ def _record(config: RunConfig, parameters: int) -> dict[str, object]:
 
 
 def _write_data(folder: Path) -> None:
-    split = {"documents": 12, "tokens": 90_000, "bytes": 360_000, "shards": []}
+    def split(name: str, documents: int, tokens: int, size: int) -> dict[str, object]:
+        shard = {"file": shard_file(name, 0), "tokens": tokens, "sha256": "ef" * 32}
+        return {"documents": documents, "tokens": tokens, "bytes": size, "shards": [shard]}
+
+    digest = "ab" * 32
     document = {
         "schema_version": 1,
         "name": "sotu-demo",
         "licence": "public domain",
-        "source": {"description": "State of the Union addresses 1790-2026", "digest": "ab" * 32},
+        "source": {"description": "State of the Union addresses 1790-2026", "digest": digest},
         "created_from": "0123456789abcdef",
         "recipe": {},
-        "fingerprint": "0" * 16,
+        "fingerprint": fingerprint_of({}, digest, None),
         "tokenizer": {"file": "tokenizer.json", "sha256": "9e" * 32, "vocab_size": 2048},
         "documents": {"file": "documents.jsonl", "sha256": "cd" * 32},
         "splits": {
-            "train": split | {"documents": 214, "tokens": 2_400_000, "bytes": 9_100_000},
-            "validation": split,
-            "test": split,
+            "train": split("train", 214, 2_400_000, 9_100_000),
+            "validation": split("validation", 12, 90_000, 360_000),
+            "test": split("test", 12, 90_000, 360_000),
         },
         "periods": [],
         "duplicates_removed": 1,
